@@ -1,0 +1,50 @@
+"""The compiled module: typed, positional doors to the dispatcher's ops, and build_info()."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+def apt_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    mask_in: Tensor | None,
+    mask_out: Tensor | None,
+    scaling: float,
+) -> Tensor: ...
+def apt_linear_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    mask_in: Tensor | None,
+    mask_out: Tensor | None,
+    scaling: float,
+) -> tuple[Tensor, Tensor]: ...
+def apt_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    t: Tensor,
+    mask_in: Tensor | None,
+    mask_out: Tensor | None,
+    scaling: float,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def merge_(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    mask_in: Tensor | None,
+    mask_out: Tensor | None,
+    check: bool,
+) -> None: ...
+def mask_grads_(grads: Sequence[Tensor], masks: Sequence[Tensor], dims: Sequence[int]) -> None: ...
+def build_info() -> dict[str, Any]: ...

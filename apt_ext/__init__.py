@@ -1,0 +1,2 @@
+from . import ops, reference
+from .adapter import APTAdapter

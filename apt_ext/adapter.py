@@ -1,0 +1,448 @@
+"""APTAdapter: a frozen linear layer, a low-rank path beside it and one mask a side (Eq. 2 of the paper, bias included).
+
+    y = mask_out * ((mask_in * x) W^T + s ((mask_in * x) A^T) B^T + b)
+
+Shapes: x [..., K], W [N, K], lora_A [R, K], lora_B [N, R], mask_in [K], mask_out [N]; K in_features, N out_features.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import growth, ops, state
+from .merging import Merging
+
+_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class APTAdapter(Merging):
+    """The low-rank path alone, as in the seed: y = mask_out * s * ((mask_in * x) A^T) B^T.
+
+    Use :meth:`from_linear` for the whole of Eq. 2. lora_A is Gaussian with standard deviation ``init_std``
+    (None: 1 / sqrt(3 in_features)), lora_B is zero, so the adapter starts as the identity on its base layer.
+
+    Args:
+        in_features, out_features: K and N.
+        rank: R, 0 <= R <= min(N, K). Rank 0 learns nothing and still carries masks.
+        scaling: s, constant for life (PEFT: lora_alpha / r).
+        max_rank: storage for this many ranks is reserved, and growth within it changes no Parameter, optimizer state,
+            compiled graph or DDP/FSDP wrapping. None: growth re-allocates. Lowered to min(N, K).
+        dropout: probability of dropping a low-rank input during training, 0 <= p < 1.
+
+    Raises:
+        ValueError, TypeError: an argument out of range or of the wrong type; the message names it.
+    """
+
+    lora_A: nn.Parameter  # [R, K], or [max_rank, K] with zero rows at and above rank
+    lora_B: nn.Parameter  # [N, R], or [N, max_rank] with zero columns at and above rank
+    mask_in: Tensor  # [K] float32 whatever the module's dtype
+    mask_out: Tensor  # [N] float32
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int = 8,
+        scaling: float = 2.0,
+        *,
+        max_rank: int | None = None,
+        dropout: float = 0.0,
+        init_std: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_features = _checked_int("in_features", in_features, 0)
+        self.out_features = _checked_int("out_features", out_features, 0)
+        limit = min(in_features, out_features)
+        if _checked_int("rank", rank, 0) > limit:
+            raise ValueError(f"rank must be at most min(out_features, in_features) = {limit}, got {rank}")
+        if max_rank is not None:
+            max_rank = min(_checked_int("max_rank", max_rank, 0), limit)
+            if rank > max_rank:
+                raise ValueError(f"rank must be at most max_rank = {max_rank}, got {rank}")
+        if not math.isfinite(scaling):
+            raise ValueError(f"scaling must be a finite number, got {scaling}")
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+        if init_std is not None and not (math.isfinite(init_std) and init_std >= 0):
+            raise ValueError(f"init_std must be a finite number of at least 0, got {init_std}")
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        if dtype not in _FLOATING:
+            raise TypeError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
+        self._rank = rank
+        self._max_rank = max_rank
+        self._scaling = float(scaling)
+        self.dropout = float(dropout)
+        self.init_std = 1.0 / math.sqrt(3 * max(in_features, 1)) if init_std is None else float(init_std)
+        self._mask_stamps: dict[str, int | None] = {}
+        self._disabled = False
+        self.register_module("base_layer", None)
+        stored = rank if max_rank is None else max_rank
+        with torch.inference_mode(False):  # a tensor born in inference mode could never be trained
+            self.lora_A = nn.Parameter(torch.empty(stored, in_features, device=device, dtype=dtype))
+            self.lora_B = nn.Parameter(torch.empty(out_features, stored, device=device, dtype=dtype))
+            self.register_buffer("mask_in", torch.empty(in_features, device=device, dtype=torch.float32))
+            self.register_buffer("mask_out", torch.empty(out_features, device=device, dtype=torch.float32))
+        growth.guard(self.lora_A, self.lora_B)
+        state.install(self)
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        rank: int = 8,
+        scaling: float = 2.0,
+        *,
+        max_rank: int | None = None,
+        dropout: float = 0.0,
+        init_std: float | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> APTAdapter:
+        """Wrap an ``nn.Linear`` or transformers' ``Conv1D``: it becomes ``base_layer``, frozen, not copied.
+
+        The factors get ``dtype`` (None: the weight's; float32 is allowed over a 16-bit weight) on the weight's device.
+
+        Raises:
+            TypeError: another module type (quantised layers are named), or a dtype that does not fit.
+            ValueError: a rank that does not fit, or a weight or bias that is not finite (not looked at on meta).
+        """
+        out_features, in_features, transposed = _linear_shape(linear)
+        weight, bias = linear.weight, linear.bias
+        assert isinstance(weight, nn.Parameter)
+        dtype = weight.dtype if dtype is None else dtype
+        if dtype != weight.dtype and not (dtype == torch.float32 and weight.dtype in (torch.float16, torch.bfloat16)):
+            raise TypeError(f"dtype must be the weight's {weight.dtype}, or float32 over a 16-bit weight, got {dtype}")
+        if rank > min(out_features, in_features):
+            raise ValueError(
+                f"rank must be at most min(out_features, in_features) = {min(out_features, in_features)} "
+                f"for {type(linear).__name__}({in_features}, {out_features}), got {rank}"
+            )
+        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+            raise ValueError(f"weight of {type(linear).__name__}({in_features}, {out_features}) must be finite, got NaN or Inf")
+        adapter = cls(
+            in_features,
+            out_features,
+            rank,
+            scaling,
+            max_rank=max_rank,
+            dropout=dropout,
+            init_std=init_std,
+            device=weight.device,
+            dtype=dtype,
+        )
+        adapter.base_layer = linear
+        adapter._transposed = transposed
+        adapter.train(linear.training)
+        weight.requires_grad_(False)
+        if bias is not None:
+            assert isinstance(bias, nn.Parameter)
+            bias.requires_grad_(False)
+        return adapter
+
+    # -- plain values ------------------------------------------------------------------------------------------------
+
+    @property
+    def rank(self) -> int:
+        return self._rank
+
+    @property
+    def max_rank(self) -> int | None:
+        return self._max_rank
+
+    @property
+    def scaling(self) -> float:
+        return self._scaling
+
+    @property
+    def merged(self) -> bool:
+        return self._merged
+
+    @property
+    def compacted(self) -> bool:
+        """Whether the products run on kept rows and columns only; this version computes full-size always."""
+        return False
+
+    @property
+    def Wa(self) -> Tensor:
+        """The first ``rank`` rows of lora_A, [rank, K] (the paper's W_A)."""
+        return self.lora_A[: self._rank]
+
+    @property
+    def Wb(self) -> Tensor:
+        """The first ``rank`` columns of lora_B, [N, rank] (the paper's W_B)."""
+        return self.lora_B[:, : self._rank]
+
+    # -- forward -----------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, mask_in: Tensor | None = None, mask_out: Tensor | None = None) -> Tensor:
+        """x [..., K] -> y [..., N]. A mask given here is used for this call only (float32 or x's dtype, x's device)."""
+        if mask_in is not None:
+            self._check_override("mask_in", mask_in, self.in_features, x)
+        if mask_out is not None:
+            self._check_override("mask_out", mask_out, self.out_features, x)
+        base = self.base_layer
+        if self._merged or self._disabled:
+            if base is None:
+                raise RuntimeError("disable_adapter: this APTAdapter has no base layer to fall back on")
+            if self._merged:
+                self._warn_if_learning()
+            return base(x)  # type: ignore[no-any-return]
+        mask_in = self._effective_mask("mask_in") if mask_in is None else mask_in
+        mask_out = self._effective_mask("mask_out") if mask_out is None else mask_out
+        weight, bias = self._matrix(), self.bias
+        if self.dropout > 0.0 and self.training:
+            # Dropping commutes with masking, so the low-rank path is the same op on its own dropped input.
+            none_A, none_B = self.lora_A[:0], self.lora_B[:, :0]
+            low_rank = ops.apt_linear(
+                F.dropout(x, self.dropout), None, None, self.lora_A, self.lora_B, mask_in, mask_out, self._scaling
+            )
+            if weight is None:
+                return low_rank
+            return ops.apt_linear(x, weight, bias, none_A, none_B, mask_in, mask_out, 1.0) + low_rank
+        return ops.apt_linear(x, weight, bias, self.lora_A, self.lora_B, mask_in, mask_out, self._scaling)
+
+    def _check_override(self, name: str, mask: Tensor, size: int, x: Tensor) -> None:
+        if self._merged:
+            raise RuntimeError(f"{name} cannot be overridden while merged; call unmerge_weights() first")
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"{name} must be a Tensor or None, got {type(mask).__name__}")
+        if mask.dtype not in (torch.float32, x.dtype):
+            raise TypeError(f"{name} must have dtype float32 or x's {x.dtype}, got {mask.dtype}")
+        if mask.shape != (size,):
+            raise ValueError(f"{name} must have shape [{size}], got {list(mask.shape)}")
+        if mask.device != x.device:
+            raise ValueError(f"{name} must be on x's device {x.device}, got {mask.device}")
+
+    # -- masks -------------------------------------------------------------------------------------------------------
+
+    def set_masks(self, mask_in: Tensor | None = None, mask_out: Tensor | None = None) -> None:
+        """Set one or both masks, values in [0, 1] kept as given; None leaves a mask as it is.
+
+        mask_in [in_features], mask_out [out_features], floating, on the module's device. An event, not a hot path:
+        the values are looked at once (one device synchronisation).
+
+        Raises:
+            TypeError: not a floating tensor. ValueError: wrong shape or device, a value outside [0, 1] or NaN.
+            RuntimeError: while merged. Both masks are then as before.
+        """
+        if self._merged:
+            raise RuntimeError("set_masks: the weight is merged under the present masks; call unmerge_weights() first")
+        given = {name: mask for name, mask in (("mask_in", mask_in), ("mask_out", mask_out)) if mask is not None}
+        checked = {name: checked_mask(name, mask, self._buffer(name)) for name, mask in given.items()}
+        with torch.no_grad():
+            for name, mask in checked.items():
+                self._buffer(name).copy_(mask)
+                self._stamp_mask(name, all_ones(mask))
+
+    def get_masks(self) -> tuple[Tensor, Tensor]:
+        """Copies of (mask_in, mask_out)."""
+        return self.mask_in.detach().clone(), self.mask_out.detach().clone()
+
+    def _buffer(self, name: str) -> Tensor:
+        buffer = self._buffers[name]
+        assert buffer is not None
+        return buffer
+
+    def _stamp_mask(self, name: str, ones: bool) -> None:
+        buffer = self._buffer(name)
+        self._mask_stamps[name] = buffer._version if ones and not buffer.is_inference() else None
+
+    def _known_ones(self, name: str) -> bool:
+        stamp = self._mask_stamps.get(name)
+        return stamp is not None and stamp == self._buffer(name)._version
+
+    def _effective_mask(self, name: str) -> Tensor | None:
+        """The mask, or None where it is known to be all ones: then it costs nothing, and no device is asked.
+
+        A compiled or captured graph outlives this knowledge, so there the mask always takes part. The version counter
+        notices a mask written by anybody else (DDP broadcasts buffers).
+        """
+        buffer = self._buffer(name)
+        if torch.compiler.is_compiling() or not self._known_ones(name):
+            return buffer
+        if buffer.is_cuda and torch.cuda.is_current_stream_capturing():
+            return buffer
+        return None
+
+    # -- rank --------------------------------------------------------------------------------------------------------
+
+    def increase_rank(
+        self,
+        new_rank: int,
+        init_type: str = "lora",
+        optimizer: growth.OptimizerLike | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Grow to ``new_rank``: random new rows of A, zero new columns of B, so the output does not change.
+
+        Scaling and all old entries stay bitwise. Within ``max_rank`` nothing is re-allocated and ``optimizer`` is not
+        needed. Without it lora_A, lora_B and their gradients are re-allocated in place (same Parameter objects), and the
+        state of ``optimizer`` (one, a list, or accelerate's wrapper) is resized with what it would itself start with; an
+        optimizer that is not given raises at its next step instead of using state of the old shape. The first Adam step
+        of a new column can be up to (1 - beta1) / sqrt(1 - beta2) learning rates long, as for a fresh parameter with a
+        late step count.
+
+        Args:
+            init_type: "lora" (Gaussian rows), or "zero" as in the seed, which cannot learn and warns.
+
+        Raises:
+            ValueError: lower than rank, above min(N, K) or max_rank. RuntimeError: merged; optimizer state that cannot
+            be resized; a Parameter held by DDP or FSDP. Everything is then as before.
+        """
+        _checked_int("new_rank", new_rank, 0)
+        if init_type not in ("lora", "zero"):
+            raise ValueError(f"init_type must be 'lora' or 'zero', got {init_type!r}")
+        if self._merged:
+            raise RuntimeError("increase_rank: the weight is merged; call unmerge_weights() first")
+        limit = min(self.in_features, self.out_features)
+        if self._max_rank is not None:
+            limit = min(limit, self._max_rank)
+        if not self._rank <= new_rank <= limit:
+            raise ValueError(f"new_rank must lie between rank = {self._rank} and {limit}, got {new_rank}")
+        optimizers = growth.optimizers_of(optimizer)
+        old, more = self._rank, new_rank - self._rank
+        if more == 0:
+            return
+        if init_type == "zero":
+            warnings.warn("init_type='zero' makes both factors zero: the new ranks have no gradient and cannot learn", stacklevel=2)
+        A, B = self.lora_A, self.lora_B
+        with torch.inference_mode(False), torch.no_grad():
+            std = self.init_std if init_type == "lora" else 0.0
+            rows = growth.draw_rows(more, self.in_features, std, generator, A.device, A.dtype)
+            if self._max_rank is None:
+                grown_A = torch.cat([A.detach(), rows])
+                grown_B = torch.cat([B.detach(), B.new_zeros(self.out_features, more)], dim=1)
+                growth.resize_parameters([growth.Resize(A, grown_A, 0), growth.Resize(B, grown_B, 1)], optimizers)
+            else:
+                A[old:new_rank].copy_(rows)
+        self._rank = new_rank
+
+    def apply_grad_mask(self) -> None:
+        """Make the gradients of pruned rows and columns exactly zero (NaN included). Fractions do not scale."""
+        entries = ((self.lora_A.grad, self.mask_in, 1), (self.lora_B.grad, self.mask_out, 0))
+        held = [(grad, (mask != 0).to(torch.float32), dim) for grad, mask, dim in entries if grad is not None]
+        if held:
+            grads, masks, dims = zip(*held, strict=True)
+            ops.mask_grads_(list(grads), list(masks), list(dims))
+
+    # -- counting ----------------------------------------------------------------------------------------------------
+
+    def get_current_rank(self) -> int:
+        return self._rank
+
+    def get_parameter_count(self) -> int:
+        """Trainable entries in use: rank * (in_features + out_features). Reserved rows do not count."""
+        return self._rank * (self.in_features + self.out_features)
+
+    def get_sparsity_stats(self) -> dict[str, float | int]:
+        """Shares of exact zeros in the masks; weight_sparsity = 1 - kept entries of W / all (half x half is 0.75)."""
+        kept_in, kept_out = int((self.mask_in != 0).sum()), int((self.mask_out != 0).sum())
+        share_in = kept_in / self.in_features if self.in_features else 1.0
+        share_out = kept_out / self.out_features if self.out_features else 1.0
+        return {
+            "input_sparsity": 1.0 - share_in,
+            "output_sparsity": 1.0 - share_out,
+            "weight_sparsity": 1.0 - share_in * share_out,
+            "overall_sparsity": 1.0 - share_in * share_out,
+            "active_input_dims": kept_in,
+            "active_output_dims": kept_out,
+            "total_params": self.get_parameter_count(),
+            "rank": self._rank,
+        }
+
+    def reset_parameters(self) -> None:
+        """lora_A Gaussian, lora_B zero, masks one. The rank stays; refused while merged."""
+        if self._merged:
+            raise RuntimeError("reset_parameters: the weight is merged; call unmerge_weights() first")
+        with torch.no_grad():
+            self.lora_A.zero_()
+            self.lora_A[: self._rank].normal_(0.0, self.init_std)
+            self.lora_B.zero_()
+            for name in ("mask_in", "mask_out"):
+                self._buffer(name).fill_(1.0)
+                self._stamp_mask(name, True)
+
+    def extra_repr(self) -> str:
+        text = f"in_features={self.in_features}, out_features={self.out_features}, rank={self._rank}, scaling={self._scaling}"
+        if self._max_rank is not None:
+            text += f", max_rank={self._max_rank}"
+        if self.dropout:
+            text += f", dropout={self.dropout}"
+        return text + (", merged=True" if self._merged else "")
+
+    # -- moving and copying ------------------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> APTAdapter:
+        before = {name: (self._buffer(name), self._known_ones(name)) for name in ("mask_in", "mask_out")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, (old, ones) in before.items():
+            if self._buffer(name).dtype != torch.float32:  # .half() and friends: masks keep every digit
+                self._buffers[name] = old.to(self._buffer(name).device)
+            self._stamp_mask(name, ones)
+        growth.guard(self.lora_A, self.lora_B)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Version counters start anew in a copy: what travels is whether a mask is known to be all ones.
+        return {**self.__dict__, "_mask_stamps": {name: self._known_ones(name) for name in self._mask_stamps}}
+
+    def __setstate__(self, state_: dict[str, Any]) -> None:
+        super().__setstate__(state_)  # type: ignore[no-untyped-call]
+        for name, ones in dict(self._mask_stamps).items():
+            self._stamp_mask(name, bool(ones))
+        growth.guard(self.lora_A, self.lora_B)
+
+
+def checked_mask(name: str, mask: Any, like: Tensor) -> Tensor:
+    """``mask`` as a detached float32 tensor of ``like``'s shape and device, values in [0, 1]; else a worded error."""
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(mask).__name__}")
+    if mask.dtype not in _FLOATING:
+        raise TypeError(f"{name} must be floating (float64, float32, float16 or bfloat16), got {mask.dtype}")
+    if mask.shape != like.shape:
+        raise ValueError(f"{name} must have shape {list(like.shape)}, got {list(mask.shape)}")
+    if mask.device != like.device:
+        raise ValueError(f"{name} must be on the module's device {like.device}, got {mask.device}")
+    value = mask.detach().to(torch.float32)
+    if not value.is_meta and not bool(((value >= 0) & (value <= 1)).all()):  # false for NaN as well
+        low, high = value.min().item(), value.max().item()
+        raise ValueError(f"{name} must hold values in [0, 1], got values from {low} to {high}")
+    return value
+
+
+def all_ones(mask: Tensor) -> bool:
+    return not mask.is_meta and bool((mask == 1).all())
+
+
+def _checked_int(name: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return value
+
+
+def _linear_shape(linear: nn.Module) -> tuple[int, int, bool]:
+    """(out_features, in_features, weight is stored [K, N]), or TypeError for what is no plain linear layer."""
+    kind = type(linear).__name__
+    is_linear = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
+    is_conv1d = kind == "Conv1D" and type(linear).__module__.startswith("transformers.")
+    weight = getattr(linear, "weight", None)
+    plain = type(weight) is nn.Parameter and weight.dtype in _FLOATING
+    if not (is_linear or is_conv1d) or not plain:
+        held = "" if plain or weight is None else f" with a weight of type {type(weight).__name__} and dtype {weight.dtype}"
+        raise TypeError(
+            f"linear must be an nn.Linear or transformers' Conv1D with a plain floating weight (quantised layers cannot be "
+            f"merged or cut), got {type(linear).__module__}.{kind}{held}"
+        )
+    rows, columns = weight.shape
+    return (columns, rows, True) if is_conv1d else (rows, columns, False)

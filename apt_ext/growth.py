@@ -1,0 +1,322 @@
+"""Parameters that change size while they train, and the optimizers that hold them.
+
+    resize_parameters    values, gradients and optimizer state change size together, or nothing changes
+    resizable_state      the optimizer state that this changes; every refusal that does not depend on the new size
+    guard                an optimizer whose state has another shape than its Parameter refuses to step
+    draw_rows            Gaussian rows, the same on every rank of a process group
+
+Why `Tensor.set_`: it keeps the Parameter's identity, hooks and requires_grad, gives the next graph the new shape, and moves the version
+counter, so that a backward through a graph that saved the old value is an error in words. Assigning `.data` moves nothing: gradients of
+the old shape appear, and a fused step then reads past their end.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+# One optimizer, accelerate's wrapper (it has `.optimizer`), or a list or tuple of them, nested or not.
+OptimizerLike = Optimizer | Sequence[Any]
+
+# The per-parameter state tensors of each class and the value they start with: a number, or the option of the group that holds it. An
+# optimizer is missing where no start value is certain: ASGD averages from zero only while its shared `mu` is 1, Adafactor keeps row and
+# column means, LBFGS flattens all Parameters into one vector.
+_STARTS: dict[str, dict[str, float | str]] = {
+    "Adadelta": {"square_avg": 0.0, "acc_delta": 0.0},
+    "Adagrad": {"sum": "initial_accumulator_value"},
+    "Adam": {"exp_avg": 0.0, "exp_avg_sq": 0.0, "max_exp_avg_sq": 0.0},
+    "AdamW": {"exp_avg": 0.0, "exp_avg_sq": 0.0, "max_exp_avg_sq": 0.0},
+    "Adamax": {"exp_avg": 0.0, "exp_inf": 0.0},
+    "Muon": {"momentum_buffer": 0.0},
+    "NAdam": {"exp_avg": 0.0, "exp_avg_sq": 0.0},
+    "RAdam": {"exp_avg": 0.0, "exp_avg_sq": 0.0},
+    "RMSprop": {"square_avg": 0.0, "momentum_buffer": 0.0, "grad_avg": 0.0},
+    "Rprop": {"prev": 0.0, "step_size": "lr"},
+    "SGD": {"momentum_buffer": 0.0},
+}
+_SHARED = frozenset({"step", "mu_product"})  # one value for the whole Parameter: kept
+
+
+def state_starts(optimizer: Optimizer) -> dict[str, float | str] | None:
+    """The start value of each state tensor of `optimizer`, found through its base classes; None for an unknown class."""
+    for cls in type(optimizer).__mro__:
+        if cls.__name__ in _STARTS and cls is getattr(torch.optim, cls.__name__, None):
+            return _STARTS[cls.__name__]
+    return None
+
+
+def start_value(start: float | str, group: dict[str, Any]) -> Any:
+    """`start` itself, or the option of that name in the Parameter's group (a number or a one-element tensor)."""
+    return group[start] if isinstance(start, str) else start
+
+
+def optimizers_of(optimizer: object | None) -> list[Optimizer]:
+    """The torch optimizers in `optimizer`, each once: None gives [], lists, tuples and accelerate's wrapper are opened.
+
+    A wrapper with state of its own (lookahead keeps slow weights) counts beside the optimizer that it wraps.
+    Raises TypeError for anything else.
+    """
+    if optimizer is None:
+        return []
+    found: list[Optimizer] = []
+    inner = getattr(optimizer, "optimizer", None)
+    if isinstance(optimizer, list | tuple):
+        for item in optimizer:
+            found += optimizers_of(item)
+    elif isinstance(inner, Optimizer):  # asked first: accelerate's wrapper is a subclass of Optimizer
+        found += optimizers_of(inner)
+        if isinstance(optimizer, Optimizer) and optimizer.state is not inner.state:
+            found.append(optimizer)
+    elif isinstance(optimizer, Optimizer):
+        found.append(optimizer)
+    else:
+        raise TypeError(f"optimizer: expected torch's Optimizer, accelerate's wrapper or a list of them, got {type(optimizer).__name__}")
+    return list({id(one): one for one in found}.values())
+
+
+@dataclass(frozen=True, eq=False)
+class Resize:
+    """One dimension of one Parameter takes a new size.
+
+    value  the complete new value, any floating dtype and device; copied, converted to the Parameter's
+    dim    the dimension whose size changes
+    keep   integer tensor [kept], the old indices along `dim` that survive, in their new order; None: all of them. What lies behind the
+           survivors is new, and its gradient and optimizer state start from the beginning.
+
+    A Parameter that changes along several dimensions has one Resize for each, all with the same `value`.
+    """
+
+    param: nn.Parameter
+    value: Tensor
+    dim: int
+    keep: Tensor | None = None
+
+
+def resize_parameters(changes: Sequence[Resize], optimizer: object | None = None) -> None:
+    """Give each Parameter its new value, and its `.grad` and optimizer state the new size with it.
+
+    Identity, hooks and requires_grad stay. The gradient of new entries is zero, their optimizer state is what the optimizer itself starts
+    with; of old entries both are kept bitwise, and so is what a Parameter shares (`step`). All of it is checked and allocated before the
+    first change. Each resized Parameter is guarded (see `guard`).
+
+    Raises TypeError (types), ValueError (shapes, dim, keep), RuntimeError (see resizable_state); everything is then as it was.
+    """
+    by_param: dict[nn.Parameter, list[Resize]] = {}
+    for change in changes:
+        if not isinstance(change, Resize):
+            raise TypeError(f"changes: expected Resize, got {type(change).__name__}")
+        by_param.setdefault(change.param, []).append(change)
+    entries = resizable_state(list(by_param), optimizer)
+
+    # Ordinary tensors, whatever mode the caller is in: an inference tensor could never be trained.
+    with torch.inference_mode(False), torch.no_grad():
+        values: list[tuple[nn.Parameter, Tensor, Tensor | None]] = []
+        for param, steps in by_param.items():
+            _check_steps(param, steps)
+            value = param.new_empty(steps[-1].value.shape).copy_(steps[-1].value)
+            values.append((param, value, None if param.grad is None else _carried(param.grad, steps, 0.0)))
+        states = [(state, key, _carried(state[key], by_param[param], start)) for param, state, key, start in entries]
+
+        # From here on nothing is allocated and nothing can be refused.
+        for param, value, grad in values:
+            guard(param)
+            param.set_(value)  # type: ignore[call-overload]
+            param.grad = grad
+        for state, key, tensor in states:
+            state[key] = tensor
+
+
+def _check_steps(param: nn.Parameter, steps: list[Resize]) -> None:
+    """ValueError or TypeError unless the changes of one Parameter describe one new value."""
+    expected = list(param.shape)
+    for step in steps:
+        dim, value, keep = step.dim, step.value, step.keep
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.layout is not torch.strided:
+            raise TypeError(f"value: expected a dense floating tensor, got {getattr(value, 'dtype', type(value).__name__)}")
+        if value.dim() != param.dim() or not 0 <= dim < param.dim():
+            raise ValueError(f"dim: expected a dimension of value {tuple(value.shape)} and Parameter {tuple(param.shape)}, got {dim}")
+        if value is not steps[0].value or [s.dim for s in steps].count(dim) > 1:
+            raise ValueError("changes: expected one value for each Parameter and one Resize for each of its dimensions, got more")
+        size, kept = param.shape[dim], param.shape[dim]
+        if keep is not None:
+            if not isinstance(keep, Tensor) or keep.dim() != 1 or keep.dtype not in (torch.int64, torch.int32):
+                raise TypeError(f"keep: expected an integer tensor of one dimension, got {keep!r}")
+            kept = keep.numel()
+            if kept and not 0 <= int(keep.min()) <= int(keep.max()) < size:
+                raise ValueError(f"keep: expected indices of {size} old entries, got {int(keep.min())} to {int(keep.max())}")
+        expected[dim] = value.shape[dim]
+        if value.shape[dim] < kept:
+            raise ValueError(f"value: expected at least the {kept} kept entries along dimension {dim}, got {value.shape[dim]}")
+    if tuple(steps[0].value.shape) != tuple(expected):
+        raise ValueError(f"value: expected shape {tuple(expected)}, got {tuple(steps[0].value.shape)}")
+
+
+def _carried(old: Tensor, steps: list[Resize], start: Any) -> Tensor:
+    """`old` with its kept entries first and `start` behind them, along the dimension of each step."""
+    for step in steps:
+        kept = old if step.keep is None else old.index_select(step.dim, step.keep.to(old.device))
+        shape = list(old.shape)
+        shape[step.dim] = step.value.shape[step.dim]
+        old = old.new_full(shape, float(start))
+        old.narrow(step.dim, 0, kept.shape[step.dim]).copy_(kept)
+    return old
+
+
+def resizable_state(params: Sequence[nn.Parameter], optimizer: object | None = None) -> list[tuple[nn.Parameter, dict[str, Any], str, Any]]:
+    """(Parameter, its state, key, start value) of each state tensor that changes size with one of `params`; changes nothing.
+
+    Raises what resize_parameters raises whatever the new size, so a caller that draws random values asks first and leaves its generator
+    alone: TypeError (not a dense Parameter, not an optimizer) and RuntimeError (an inference tensor; `.grad` or state of another shape;
+    held by DDP, FSDP or DeepSpeed, or a DTensor; an optimizer that is unknown and has state, or that keeps state of an unknown name).
+    """
+    for param in params:
+        if not isinstance(param, nn.Parameter) or param.layout is not torch.strided:
+            raise TypeError(f"param: expected a dense nn.Parameter, got {type(param).__name__}")
+        if param.is_inference():
+            raise RuntimeError("param: expected a trainable Parameter, got one made in inference mode, which cannot change")
+        if param.grad is not None and (param.grad.shape != param.shape or param.grad.layout is not torch.strided):
+            got = f"{param.grad.layout} of shape {tuple(param.grad.shape)}"
+            raise RuntimeError(f"param: expected a dense .grad of the Parameter's shape {tuple(param.shape)}, got {got}; call zero_grad()")
+    if (wrapper := _wrapper_of(params)) is not None:
+        raise RuntimeError(
+            f"param: expected a Parameter that no wrapper holds, got one held by {wrapper}, which would go on with the old storage. "
+            "Reserve the rows from the start with max_rank, or delete the wrapper, resize, and wrap again"
+        )
+    entries = []
+    wanted = set(params)
+    for one in optimizers_of(optimizer):
+        starts, name = state_starts(one), type(one).__name__
+        for group in one.param_groups:
+            for param in wanted.intersection(group["params"]):
+                # An unknown optimizer may keep what belongs to one Parameter under another (LBFGS does): any state refuses.
+                if starts is None and one.state:
+                    raise RuntimeError(f"optimizer: the state of {name} cannot be resized safely; resize without it and make a new one")
+                state = one.state.get(param, {})
+                for key, value in state.items():
+                    if key in _SHARED or value is None:
+                        continue
+                    if starts is None or key not in starts:
+                        raise RuntimeError(f"optimizer: {name} keeps the state {key!r} of no known start value; make a new optimizer")
+                    if not isinstance(value, Tensor) or value.shape != param.shape:
+                        raise RuntimeError(_stale(one, key, value, param))
+                    entries.append((param, state, key, start_value(starts[key], group)))
+    return entries
+
+
+def _wrapper_of(params: Sequence[nn.Parameter]) -> str | None:
+    """The class name of a living data-parallel wrapper that holds one of `params`, or None.
+
+    A wrapper leaves no mark on a Parameter that Python can see, so the living objects are searched: some 0.1 s, for a rare event, and only
+    where a process group exists.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+    from torch.nn.parallel import DistributedDataParallel
+
+    if any(isinstance(param, DTensor) for param in params):
+        return "FSDP or tensor parallelism (a DTensor)"
+    wrappers: tuple[type, ...] = (DistributedDataParallel, FullyShardedDataParallel)
+    if (engine := getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", None)) is not None:
+        wrappers += (engine,)
+    wanted = set(map(id, params))
+
+    def search() -> str | None:
+        for thing in gc.get_objects():
+            # type(), not isinstance: asking a proxy for its class may run its code
+            if issubclass(type(thing), wrappers) and not wanted.isdisjoint(map(id, thing.parameters())):
+                return type(thing).__name__
+        return None
+
+    if search() is None:
+        return None
+    gc.collect()  # a deleted wrapper may still await it: only one that survives counts
+    return search()
+
+
+_FORMER = "_apt_former_shapes"  # on a guarded Parameter: tuple of the shapes that it has had
+_hooked = False
+
+
+def guard(*params: nn.Parameter) -> None:
+    """From now on no optimizer steps while its state or the gradient of one of `params` has another shape than the Parameter.
+
+    Such a step raises RuntimeError before anything changed; fused steps would read and write past the end of the tensors. Deepcopy drops
+    the mark, so call it again on the copy. Of an unknown optimizer only state with a shape that the Parameter has had is refused.
+    """
+    global _hooked
+    for param in params:
+        former = getattr(param, _FORMER, ())
+        setattr(param, _FORMER, tuple(dict.fromkeys((*former, tuple(param.shape)))))
+    if not _hooked:
+        register_optimizer_step_pre_hook(_refuse_stale)
+        _hooked = True
+
+
+def _refuse_stale(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """The step hook of every optimizer: shapes are host data, so nothing is launched or waited for."""
+    starts: dict[str, float | str] | None = None
+    known = False
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if (former := getattr(param, _FORMER, None)) is None:
+                continue
+            if not known:
+                starts, known = state_starts(optimizer), True
+            grad = param.grad
+            if grad is not None and grad.shape != param.shape:
+                raise RuntimeError(_stale(optimizer, "grad", grad, param))
+            for key, value in optimizer.state.get(param, {}).items():
+                if not isinstance(value, Tensor) or value.shape == param.shape:
+                    continue
+                if key in starts if starts is not None else _has_former_shape(value.shape, param.shape, former):
+                    raise RuntimeError(_stale(optimizer, key, value, param))
+
+
+def _has_former_shape(shape: Sequence[int], now: Sequence[int], former: Iterable[Sequence[int]]) -> bool:
+    """Whether a state tensor fits a former shape of its Parameter but not the one `now`; a size of 1 fits (Adafactor's means)."""
+
+    def fits(target: Sequence[int]) -> bool:
+        return len(shape) == len(target) and all(n in (1, m) for n, m in zip(shape, target, strict=True))
+
+    return not fits(now) and any(map(fits, former))
+
+
+def _stale(optimizer: Optimizer, key: str, value: Any, param: nn.Parameter) -> str:
+    """The message for state or a gradient that does not have its Parameter's shape."""
+    what, remedy = (
+        ("the gradient", "it comes from a graph built before the Parameter changed size: call zero_grad() and run the backward again")
+        if key == "grad"
+        else (f"state {key!r}", "pass the optimizer to the call that changes the size (increase_rank, cut), or make a new one")
+    )
+    shape = tuple(getattr(value, "shape", ()))
+    return f"{type(optimizer).__name__}: {what} has shape {shape}, expected the Parameter's {tuple(param.shape)}; {remedy}"
+
+
+def draw_rows(
+    rows: int, columns: int, std: float, generator: torch.Generator | None, device: torch.device | str, dtype: torch.dtype
+) -> Tensor:
+    """Gaussian [rows, columns] of standard deviation `std`, drawn in float32 (float64 for float64) and rounded once to `dtype`.
+
+    Drawn where the generator lives. In a process group every rank draws, so that generators stay in step, and takes rank 0's rows: it is
+    then a collective, and every rank must call it with one shape.
+    """
+    exact = torch.float64 if dtype == torch.float64 else torch.float32
+    source = torch.device(device) if generator is None else generator.device
+    drawn = torch.empty(rows, columns, device=source, dtype=exact).normal_(0.0, std, generator=generator)
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1 and not drawn.is_meta:
+        # "cpu:gloo,cuda:nccl": the devices that the group can send from
+        able = [part.split(":")[0] for part in distributed.get_backend_config().split(",")]
+        drawn = drawn.to(drawn.device if drawn.device.type in able else able[0])
+        distributed.broadcast(drawn, src=0)
+    return drawn.to(device=device, dtype=dtype)

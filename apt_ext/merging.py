@@ -1,0 +1,119 @@
+"""Merge and exact unmerge: the part of the adapter that writes into its base layer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import ops
+from .reference import scale_lanes
+
+
+class Merging(nn.Module):
+    """Merges s B A and both masks into the base layer and restores it bitwise. State: the originals, and nothing else."""
+
+    base_layer: nn.Module | None
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    mask_in: Tensor
+    mask_out: Tensor
+    scaling: Any
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._merged = False
+        self._keep = "device"
+        self._kept: dict[str, Tensor] = {}  # "weight" and "bias" as they were before the merge
+        self._transposed = False  # Conv1D stores [K, N]
+        self._warned = False
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The base layer's weight as it stores it, read-only: [N, K], or Conv1D's [K, N]."""
+        return None if self.base_layer is None else self.base_layer.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias [N], read-only."""
+        return None if self.base_layer is None else self.base_layer.bias  # type: ignore[return-value]
+
+    def _matrix(self) -> Tensor | None:
+        """The weight as W [N, K]; a transposed view for Conv1D, which merge_ writes through."""
+        weight = self.weight
+        return weight.t() if weight is not None and self._transposed else weight
+
+    def merge_weights(self, keep: str = "device") -> None:
+        """W <- diag(mask_out) (W + s B A) diag(mask_in), b <- mask_out * b, so ``base_layer(x)`` is the adapter's output.
+
+        The original weight and bias are kept on the device, or with keep="cpu" on the host, until
+        :meth:`unmerge_weights` restores them bitwise. Idempotent.
+
+        Raises:
+            RuntimeError: no base layer; a weight merged by another adapter; a merged value that would not be finite.
+            ValueError: keep is neither "device" nor "cpu". The layer is then bitwise as before.
+        """
+        if self.base_layer is None:
+            raise RuntimeError("merge_weights: this APTAdapter has no base layer; build it with APTAdapter.from_linear")
+        if keep not in ("device", "cpu"):
+            raise ValueError(f"keep must be 'device' or 'cpu', got {keep!r}")
+        if self._merged:
+            return
+        weight, bias, matrix = self.weight, self.bias, self._matrix()
+        assert weight is not None and matrix is not None
+        if getattr(weight, "_apt_merged", False):
+            raise RuntimeError("merge_weights: this weight already carries the merge of another adapter; unmerge that one first")
+        with torch.inference_mode(False), torch.no_grad():
+            kept = {"weight": _copy(weight, keep)}
+            masked_bias = None
+            if bias is not None:
+                kept["bias"] = _copy(bias, keep)
+                masked_bias = scale_lanes(bias.detach(), self.mask_out)
+                if not bias.is_meta and not bool(torch.isfinite(masked_bias).all()):
+                    raise RuntimeError("merge_weights: the merged bias would not be finite; weight and bias are unchanged")
+            ops.merge_(matrix.detach(), self.lora_A, self.lora_B, self.scaling, self.mask_in, self.mask_out, check=True)
+            if bias is not None and masked_bias is not None:
+                bias.copy_(masked_bias)
+        self._kept, self._keep, self._merged = kept, keep, True
+        self._mark_weight()
+
+    def unmerge_weights(self) -> None:
+        """Restore the base layer bitwise from what :meth:`merge_weights` kept. Idempotent."""
+        if self.base_layer is None:
+            raise RuntimeError("unmerge_weights: this APTAdapter has no base layer; build it with APTAdapter.from_linear")
+        if not self._merged:
+            return
+        with torch.no_grad():
+            for name, value in self._kept.items():
+                getattr(self.base_layer, name).copy_(value)
+        self._merged, self._kept = False, {}
+        self._mark_weight()
+
+    def _mark_weight(self) -> None:
+        # On the Parameter itself, because it is what two adapters can share.
+        if self.weight is not None:
+            self.weight._apt_merged = self._merged  # type: ignore[attr-defined]
+
+    def _warn_if_learning(self) -> None:
+        if self.training and torch.is_grad_enabled() and not self._warned and not torch.compiler.is_compiling():
+            self._warned = True
+            warnings.warn("this APTAdapter is merged: lora_A and lora_B get no gradient until unmerge_weights()", stacklevel=3)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Merging:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._kept = {name: fn(value) if self._keep == "device" else fn(value).cpu() for name, value in self._kept.items()}
+        if self._merged:
+            self._mark_weight()
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self._merged:  # attributes of a Parameter do not survive a copy
+            self._mark_weight()
+
+
+def _copy(tensor: Tensor, keep: str) -> Tensor:
+    return tensor.detach().to("cpu", copy=True) if keep == "cpu" else tensor.detach().clone()

@@ -1,0 +1,94 @@
+"""The functional API: one compiled op each, also as ``torch.ops.apt_ext.*`` and, positional and typed, in ``apt_ext._C``.
+
+Symbols: M tokens, N out_features, K in_features, R rank. :mod:`apt_ext.reference` holds the same formulas in eager torch.
+
+Masks are float32 or x's dtype. Where a mask is exactly 0 its lane is skipped, not multiplied: Inf or NaN there never
+reaches a kept lane, pruned outputs and gradients are exactly 0. Errors are ValueError (value, shape), TypeError (dtype,
+layout) and RuntimeError (state); each names the argument, what was expected and what came, and nothing has changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _C
+
+__all__ = ["apt_linear", "build_info", "mask_grads_", "merge_"]
+
+# Bound once: one route for eager, compile and export.
+_apt_linear = torch.ops.apt_ext.apt_linear.default
+_merge_ = torch.ops.apt_ext.merge_.default
+_mask_grads_ = torch.ops.apt_ext.mask_grads_.default
+
+
+def apt_linear(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    mask_in: Tensor | None = None,
+    mask_out: Tensor | None = None,
+    scaling: float = 1.0,
+) -> Tensor:
+    """y = mask_out * ((mask_in * x) W^T + s ((mask_in * x) A^T) B^T + b), Eq. 2 of the paper with the bias.
+
+    Args:
+        x: [..., K] of float64, float32, float16 or bfloat16, any strides.
+        weight: [N, K] of x's dtype, finite, either dimension contiguous; or None for the low-rank path alone.
+        bias: [N] of x's dtype, or None.
+        lora_A, lora_B: [R, K], [N, R] of x's dtype, or float32 over a 16-bit x (then rounded once, gradients float32).
+        mask_in, mask_out: [K], [N], or None for all ones.
+        scaling: s.
+
+    Returns:
+        y [..., N] of x's dtype, a new tensor. Full-size always: masks can change in place with no recompilation and no
+        new graph capture. float32 accumulation for the 16-bit types; on CUDA float32 follows
+        ``torch.get_float32_matmul_precision()``.
+
+    Gradients for x, lora_A, lora_B and bias, under the masks of this forward. weight and masks are constants: a
+    RuntimeError names one that requires a gradient. Second derivatives and forward mode are refused in words.
+    """
+    return _apt_linear(x, weight, bias, lora_A, lora_B, mask_in, mask_out, scaling)  # type: ignore[no-any-return]
+
+
+def merge_(
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    mask_in: Tensor | None = None,
+    mask_out: Tensor | None = None,
+    check: bool = True,
+) -> Tensor:
+    """W <- diag(mask_out) (W + s B A) diag(mask_in) in place; returns ``weight``.
+
+    Accumulated in float32 (float64 for float64) and rounded once. Scratch: 4 bytes on CUDA, a block of rows on the CPU,
+    never W's size. Pruned rows and columns become 0 whatever they held.
+
+    Args:
+        weight: [N, K], written; no two of its elements may share memory.
+        lora_A, lora_B: [R, K], [N, R] of the weight's dtype, or float32 over a 16-bit weight.
+        check: True reads before it writes and raises RuntimeError, weight bitwise as it was, when a result would not be
+            finite. False is one asynchronous pass, the one that can be captured in a CUDA graph.
+    """
+    _merge_(weight, lora_A, lora_B, scaling, mask_in, mask_out, check)
+    return weight
+
+
+def mask_grads_(grads: Sequence[Tensor], masks: Sequence[Tensor], dims: Sequence[int]) -> None:
+    """Scale ``grads[i]`` along ``dims[i]`` by ``masks[i]`` in place, zeros selected.
+
+    All contiguous gradients of a device go in one launch (one per 600 tensors), which a CUDA graph can capture; two
+    gradients may not share memory. ``masks[i]`` has shape [grads[i].shape[dims[i]]] and lies on the gradient's device.
+    """
+    _mask_grads_(list(grads), list(masks), list(dims))
+
+
+def build_info() -> dict[str, Any]:
+    """What this build is: version, cuda (bool), cuda_archs, torch_version, cuda_version, cpu_capability."""
+    return dict(_C.build_info())

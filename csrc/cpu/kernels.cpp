@@ -1,0 +1,191 @@
+// The CPU's table. Loops over pointers with at::parallel_for (never a raw OpenMP region: those hang after fork).
+#include "../kernels.h"
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+#include <vector>
+
+// One wheel for every x86-64: the loader picks the widest clone the CPU has. Elsewhere the compiler's default serves.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define APT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define APT_CLONES
+#endif
+
+namespace apt {
+namespace {
+
+template <class T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class Body>
+void visit(DType dtype, Body&& body) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return body(double{});
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kFloat16:
+      return body(at::Half{});
+    case DType::kBFloat16:
+      return body(at::BFloat16{});
+  }
+}
+
+// A mask as wide values, so that inner loops read one type. Masks are vectors: small beside any matrix.
+template <class T>
+std::vector<Wide<T>> widened(const Mask& mask, int64_t size) {
+  std::vector<Wide<T>> values(size, Wide<T>(1));
+  if (mask.data == nullptr) return values;
+  visit(mask.dtype, [&](auto m) {
+    const auto* source = static_cast<const decltype(m)*>(mask.data);
+    std::copy(source, source + size, values.begin());
+  });
+  return values;
+}
+
+constexpr int64_t kGrain = 32768;  // elements: below this a second thread costs more than it does
+
+int64_t rows_a_task(int64_t columns) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns)); }
+
+// The two inner loops. A factor of exactly 0 selects, so 0 * NaN never happens.
+template <class T>
+[[gnu::always_inline]] inline void scale_row_body(const T* src, T* dst, const Wide<T>* factor, int64_t count,
+                                                  bool select_only) {
+  if (select_only) {
+    for (int64_t j = 0; j < count; ++j) dst[j] = factor[j] == 0 ? T(0) : src[j];
+  } else {
+    for (int64_t j = 0; j < count; ++j) dst[j] = factor[j] == 0 ? T(0) : T(Wide<T>(src[j]) * factor[j]);
+  }
+}
+
+// weight + delta under both masks, rounded once; returns whether every result is finite.
+template <class T>
+[[gnu::always_inline]] inline bool merge_row_body(T* weight, const Wide<T>* delta, const Wide<T>* mask_in,
+                                                  Wide<T> mask_out, int64_t count, int64_t stride, bool write) {
+  int bad = 0;
+  for (int64_t k = 0; k < count; ++k) {
+    Wide<T> kept = (Wide<T>(weight[k * stride]) + delta[k]) * mask_in[k] * mask_out;
+    T rounded = mask_in[k] == 0 || mask_out == 0 ? T(0) : T(kept);
+    bad |= !(std::abs(Wide<T>(rounded)) <= std::numeric_limits<Wide<T>>::max());
+    if (write) weight[k * stride] = rounded;
+  }
+  return bad == 0;
+}
+
+// target_clones takes no templates, so each type gets its overload.
+#define APT_ROWS(T)                                                                                                \
+  APT_CLONES void scale_row(const T* src, T* dst, const Wide<T>* factor, int64_t count, bool select_only) {        \
+    scale_row_body(src, dst, factor, count, select_only);                                                          \
+  }                                                                                                                \
+  APT_CLONES bool merge_row(T* weight, const Wide<T>* delta, const Wide<T>* mask_in, Wide<T> mask_out,             \
+                            int64_t count, int64_t stride, bool write) {                                           \
+    return stride == 1 ? merge_row_body(weight, delta, mask_in, mask_out, count, 1, write)                         \
+                       : merge_row_body(weight, delta, mask_in, mask_out, count, stride, write);                   \
+  }
+APT_ROWS(double)
+APT_ROWS(float)
+APT_ROWS(at::Half)
+APT_ROWS(at::BFloat16)
+#undef APT_ROWS
+
+void lanes(const LanesArgs& args, Stream) {
+  visit(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    auto factor = widened<T>(args.mask, args.along_rows ? args.rows : args.cols);
+    const T* src = static_cast<const T*>(args.src);
+    T* dst = static_cast<T*>(args.dst);
+    bool dense = args.src_stride[1] == 1 && args.dst_stride[1] == 1 && !args.along_rows;
+    at::parallel_for(0, args.rows, rows_a_task(args.cols), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const T* from = src + i * args.src_stride[0];
+        T* to = dst + i * args.dst_stride[0];
+        if (dense) {
+          scale_row(from, to, factor.data(), args.cols, args.select_only);
+          continue;
+        }
+        for (int64_t j = 0; j < args.cols; ++j) {
+          Wide<T> f = factor[args.along_rows ? i : j];
+          T value = from[j * args.src_stride[1]];
+          to[j * args.dst_stride[1]] = f == 0 ? T(0) : args.select_only ? value : T(Wide<T>(value) * f);
+        }
+      }
+    });
+  });
+}
+
+void merge(const MergeArgs& args, Stream) {
+  visit(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    auto in = widened<T>(args.mask_in, args.K), out = widened<T>(args.mask_out, args.N);
+    // s B A by the library, a block of rows at a time; the combination and its one rounding are ours.
+    auto factor_type = args.factor_dtype == DType::kFloat64   ? at::kDouble
+                       : args.factor_dtype == DType::kFloat32 ? at::kFloat
+                       : args.factor_dtype == DType::kFloat16 ? at::kHalf
+                                                              : at::kBFloat16;
+    auto wide_type = std::is_same_v<T, double> ? at::kDouble : at::kFloat;
+    auto view = [&](const void* data, int64_t rows, int64_t cols) {
+      return at::from_blob(const_cast<void*>(data), {rows, cols}, at::TensorOptions(factor_type)).to(wide_type);
+    };
+    at::Tensor A = view(args.lora_A, args.R, args.K), B = view(args.lora_B, args.N, args.R).mul(args.scaling);
+    constexpr int64_t kBlockElements = int64_t{1} << 18;  // 1 MiB of float32 stays in cache between product and use
+    int64_t step = std::clamp<int64_t>(kBlockElements / args.K, 1, args.N);
+    at::Tensor delta = at::empty({step, args.K}, A.options());
+    std::atomic<bool> finite{true};
+    for (int64_t start = 0; start < args.N; start += step) {
+      int64_t count = std::min(step, args.N - start);
+      at::Tensor block = delta.narrow(0, 0, count);
+      at::mm_out(block, B.narrow(0, start, count), A);
+      const Wide<T>* values = block.const_data_ptr<Wide<T>>();
+      T* weight = static_cast<T*>(args.weight) + start * args.stride[0];
+      at::parallel_for(0, count, rows_a_task(args.K), [&](int64_t begin, int64_t end) {
+        for (int64_t n = begin; n < end; ++n) {
+          bool row_finite = merge_row(weight + n * args.stride[0], values + n * args.K, in.data(), out[start + n], args.K,
+                                      args.stride[1], args.not_finite == nullptr);
+          if (!row_finite) finite = false;
+        }
+      });
+    }
+    if (args.not_finite != nullptr && !finite) *args.not_finite = 1;
+  });
+}
+
+void mask_grads(const MaskedGrad* grads, size_t count, Stream) {
+  for (size_t g = 0; g < count; ++g) {
+    const MaskedGrad& grad = grads[g];
+    visit(grad.dtype, [&](auto zero) {
+      using T = decltype(zero);
+      auto factor = widened<T>({grad.mask, grad.mask_dtype}, grad.lanes);
+      T* data = static_cast<T*>(grad.grad);
+      int64_t rows = grad.size / grad.inner;  // runs of one mask value, or (inner 1) rows of `lanes` values
+      if (grad.inner == 1) {
+        rows = grad.size / grad.lanes;
+        at::parallel_for(0, rows, rows_a_task(grad.lanes), [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            scale_row(data + i * grad.lanes, data + i * grad.lanes, factor.data(), grad.lanes, false);
+          }
+        });
+      } else {
+        at::parallel_for(0, rows, rows_a_task(grad.inner), [&](int64_t begin, int64_t end) {
+          for (int64_t i = begin; i < end; ++i) {
+            Wide<T> f = factor[i % grad.lanes];
+            T* run = data + i * grad.inner;
+            for (int64_t j = 0; j < grad.inner; ++j) run[j] = f == 0 ? T(0) : T(Wide<T>(run[j]) * f);
+          }
+        });
+      }
+    });
+  }
+}
+
+}  // namespace
+
+const Kernels kCpuKernels{&lanes, &merge, &mask_grads};
+
+}  // namespace apt

@@ -1,0 +1,12 @@
+// The CUDA column of the table in ../kernels.h, one function a file.
+#pragma once
+
+#include "../kernels.h"
+
+namespace apt::cuda {
+
+void lanes(const LanesArgs& args, Stream stream);
+void merge(const MergeArgs& args, Stream stream);
+void mask_grads(const MaskedGrad* grads, size_t count, Stream stream);
+
+}  // namespace apt::cuda

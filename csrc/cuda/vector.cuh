@@ -1,0 +1,110 @@
+// What every kernel shares: 16-byte loads and stores, conversions to the accumulation type, and selection by mask.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "../kernels.h"
+
+namespace apt {
+
+template <class T>
+using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+// How many T travel in one 16-byte access.
+template <class T>
+constexpr int kVector = 16 / sizeof(T);
+
+template <class T>
+__device__ __forceinline__ Wide<T> widen(T value) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __half2float(value);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __bfloat162float(value);
+  } else {
+    return value;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ T narrow(Wide<T> value) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __float2half_rn(value);
+  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    return __float2bfloat16_rn(value);
+  } else {
+    return value;
+  }
+}
+
+// kVector<T> neighbours, aligned to 16 bytes.
+template <class T>
+struct alignas(16) Packed {
+  T at[kVector<T>];
+};
+
+template <class T>
+__device__ __forceinline__ Packed<T> load128(const T* from) {
+  return *reinterpret_cast<const Packed<T>*>(from);
+}
+
+template <class T>
+__device__ __forceinline__ void store128(T* to, const Packed<T>& value) {
+  *reinterpret_cast<Packed<T>*>(to) = value;
+}
+
+// One mask value in the accumulation type. The branch is the same for the whole launch.
+template <class W>
+__device__ __forceinline__ W mask_at(const void* data, DType dtype, int64_t i) {
+  if (data == nullptr) return W(1);
+  switch (dtype) {
+    case DType::kFloat64:
+      return W(static_cast<const double*>(data)[i]);
+    case DType::kFloat32:
+      return W(static_cast<const float*>(data)[i]);
+    case DType::kFloat16:
+      return W(__half2float(static_cast<const __half*>(data)[i]));
+    default:
+      return W(__bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]));
+  }
+}
+
+// Selection: a factor of exactly 0 gives exactly 0, whatever the lane holds.
+template <class T>
+__device__ __forceinline__ T scaled(T value, Wide<T> factor, bool select_only) {
+  if (factor == Wide<T>(0)) return narrow<T>(0);
+  return select_only ? value : narrow<T>(widen(value) * factor);
+}
+
+inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+// Kernels are queued with their launch checked; the caller has set the device.
+inline void check_launch(const char* kernel) {
+  cudaError_t error = cudaGetLastError();
+  if (error != cudaSuccess) throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error));
+}
+
+// Calls body with a value of the C++ type behind dtype.
+template <class Body>
+void visit(DType dtype, Body&& body) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return body(double{});
+    case DType::kFloat32:
+      return body(float{});
+    case DType::kFloat16:
+      return body(__half{});
+    case DType::kBFloat16:
+      return body(__nv_bfloat16{});
+  }
+}
+
+constexpr int64_t kManyBlocks = 132 * 16;  // enough resident blocks for the largest chip this was measured on
+
+}  // namespace apt

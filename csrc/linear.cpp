@@ -1,0 +1,224 @@
+#include "linear.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "device.h"
+
+namespace apt {
+namespace {
+
+// A matrix whose true value is value * inverse[0]: float16 factors kept inside float16's range.
+struct Scaled {
+  Tensor value;
+  OptTensor inverse;  // a power of two >= 1 on the device, or none for 1
+};
+
+// Rounds a float32 low-rank activation to float16 without overflow: divided by the power of two that brings its
+// largest entry to 2^15. Almost always that is 1. Decided on the device, so nothing synchronises.
+Scaled to_half(const Tensor& wide) {
+  if (wide.numel() == 0) return {wide.to(at::kHalf), std::nullopt};
+  Tensor largest = at::linalg_vector_norm(wide, INFINITY);
+  Tensor inverse = at::exp2(at::ceil(at::log2(largest / 32768.0))).clamp_min_(1.0);
+  inverse = at::where(at::isfinite(inverse), inverse, at::ones_like(inverse));  // a NaN or Inf stays where it is
+  return {(wide / inverse).to(at::kHalf), inverse};
+}
+
+// factor * inverse, rounded to float16: exact, or so large that the product could not be represented anyway.
+Tensor absorb(const Tensor& factor, const OptTensor& inverse) {
+  return inverse.has_value() ? (factor.to(at::kFloat) * *inverse).to(at::kHalf) : factor;
+}
+
+// lhs rhs [M, R] with a skinny result: x's dtype, but float32 for float16 (CUDA only; see widened below).
+Tensor down(const Tensor& lhs, const Tensor& rhs) {
+  at::ScalarType dtype = lhs.scalar_type() == at::kHalf ? at::kFloat : lhs.scalar_type();
+  if (lhs.numel() == 0 || rhs.numel() == 0) return at::zeros({lhs.size(0), rhs.size(1)}, lhs.options().dtype(dtype));
+  return dtype == lhs.scalar_type() ? at::mm(lhs, rhs) : at::mm(lhs, rhs, dtype);
+}
+
+// out += scaling * low (factor), accumulated in place (beta = 1); low may be float32 over float16.
+void up_(Tensor& out, const Tensor& low, const Tensor& factor, double scaling) {
+  if (low.size(1) == 0) return;
+  if (out.scalar_type() == at::kHalf && low.scalar_type() == at::kFloat) {
+    Scaled half = to_half(low);
+    out.addmm_(half.value, absorb(factor, half.inverse), 1, scaling);
+  } else {
+    out.addmm_(low, factor, 1, scaling);
+  }
+}
+
+// scaling * inverse * lhs rhs, the sum over tokens that is the gradient of a factor, in the factor's dtype.
+Tensor factor_grad(const Tensor& lhs, const Tensor& rhs, double scaling, at::ScalarType dtype, const OptTensor& inverse) {
+  if (lhs.numel() == 0 || rhs.numel() == 0) return at::zeros({lhs.size(0), rhs.size(1)}, rhs.options().dtype(dtype));
+  bool sixteen = rhs.scalar_type() == at::kHalf || rhs.scalar_type() == at::kBFloat16;
+  if (sixteen && rhs.is_cuda() && (dtype == at::kFloat || inverse.has_value())) {
+    Tensor wide = at::mm(lhs, rhs, at::kFloat).mul_(scaling);
+    if (inverse.has_value()) wide.mul_(*inverse);
+    return wide.to(dtype);
+  }
+  // beta = 0: the fresh memory is not read
+  Tensor grad = at::empty({lhs.size(0), rhs.size(1)}, rhs.options());
+  grad.addmm_(lhs, rhs, 0, scaling);
+  return grad.to(dtype);
+}
+
+void run_lanes(const Tensor& src, Tensor& dst, const Tensor& mask, int64_t dim, bool select_only) {
+  if (src.numel() == 0) return;
+  Tensor held = mask.contiguous();
+  LanesArgs args{src.const_data_ptr(),
+                 dst.mutable_data_ptr(),
+                 src.size(0),
+                 src.size(1),
+                 {src.stride(0), src.stride(1)},
+                 {dst.stride(0), dst.stride(1)},
+                 {held.const_data_ptr(), dtype_of(held)},
+                 /*along_rows=*/dim == 0,
+                 select_only,
+                 dtype_of(src)};
+  kernels_for(src).lanes(args, current_stream(src));
+}
+
+bool has_fast_bfloat16() {
+  // oneDNN's own answer: without it ATen's 16-bit product is 4 to 500 times slower than float32.
+  static const bool supported = [] {
+    auto op = c10::Dispatcher::singleton().findSchema({"mkldnn::_is_mkldnn_bf16_supported", ""});
+    return op.has_value() && op->typed<bool()>().call();
+  }();
+  return supported && at::globalContext().userEnabledMkldnn();
+}
+
+// 16-bit products a CPU does slowly (float16: always, and there t could overflow) run in float32 instead, W and its
+// gradient side in blocks of rows, so that the extra memory is a block and not a second W.
+bool is_widened(const Tensor& x) {
+  return x.is_cpu() && (x.scalar_type() == at::kHalf || (x.scalar_type() == at::kBFloat16 && !has_fast_bfloat16()));
+}
+
+int64_t block_rows(int64_t columns) {
+  constexpr int64_t kBlockElements = int64_t{1} << 20;  // 4 MiB of float32: stays in a last-level cache
+  return std::max<int64_t>(64, kBlockElements / std::max<int64_t>(1, columns));
+}
+
+OptTensor rows_of(const OptTensor& tensor, int64_t start, int64_t length, std::optional<at::ScalarType> dtype) {
+  if (!tensor.has_value()) return std::nullopt;
+  Tensor rows = tensor->narrow(0, start, length);
+  return dtype.has_value() ? rows.to(*dtype) : rows;
+}
+
+// y = mask_out * (x W^T + s t B^T + b) for x already masked and t already computed
+Tensor output_of(const Tensor& x, const Tensor& t, const Layer& layer) {
+  Tensor factor = layer.lora_B.to(x.scalar_type()).t();
+  Tensor y;
+  if (layer.weight.has_value()) {
+    y = at::linear(x, *layer.weight, layer.bias);
+  } else if (layer.bias.has_value()) {
+    y = layer.bias->expand({x.size(0), -1}).contiguous();
+  } else {
+    y = at::zeros({x.size(0), factor.size(1)}, x.options());
+  }
+  up_(y, t, factor, layer.scaling);
+  lanes_(y, layer.mask_out, 1, false);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> widened_forward(const Tensor& x, const Layer& layer) {
+  Tensor wide_x = lanes(x, layer.mask_in, 1, false).to(at::kFloat);
+  Tensor factor = lanes(layer.lora_A.to(x.scalar_type()), layer.mask_in, 1, true).to(at::kFloat);
+  Tensor t = at::mm(wide_x, factor.t());
+  int64_t N = layer.lora_B.size(0), step = block_rows(x.size(1));
+  Tensor y = at::empty({x.size(0), N}, x.options());
+  for (int64_t start = 0; start < N; start += step) {
+    int64_t length = std::min(step, N - start);
+    Layer block{rows_of(layer.weight, start, length, at::kFloat), rows_of(layer.bias, start, length, at::kFloat),
+                Tensor(),
+                layer.lora_B.narrow(0, start, length).to(x.scalar_type()).to(at::kFloat),
+                std::nullopt, rows_of(layer.mask_out, start, length, at::kFloat), layer.scaling};
+    y.narrow(1, start, length).copy_(output_of(wide_x, t, block));
+  }
+  return {y, x.scalar_type() == at::kHalf ? t : t.to(x.scalar_type())};
+}
+
+std::array<Tensor, 4> widened_backward(const Tensor& grad, const Tensor& x, const Tensor& t, const Layer& layer,
+                                       const std::array<bool, 4>& need) {
+  // The weight alone stays narrow, and is widened block by block below.
+  auto wide = [&](const OptTensor& mask) { return mask.has_value() ? OptTensor(mask->to(at::kFloat)) : std::nullopt; };
+  auto rounded = [&](const Tensor& factor) { return factor.to(x.scalar_type()).to(at::kFloat); };
+  Layer low_rank{std::nullopt, std::nullopt, rounded(layer.lora_A), rounded(layer.lora_B),
+                 wide(layer.mask_in), wide(layer.mask_out), layer.scaling};
+  Tensor wide_grad = grad.to(at::kFloat);
+  Tensor wide_x = need[1] ? x.to(at::kFloat) : x;
+  auto grads = linear_backward(wide_grad, wide_x, t.to(at::kFloat), low_rank, need);
+  if (need[0] && layer.weight.has_value()) {
+    Tensor g = lanes(wide_grad, low_rank.mask_out, 1, false);
+    Tensor dense = at::zeros({g.size(0), layer.weight->size(1)}, g.options());
+    int64_t N = g.size(1), step = block_rows(dense.size(1));
+    for (int64_t start = 0; start < N; start += step) {
+      int64_t length = std::min(step, N - start);
+      dense.addmm_(g.narrow(1, start, length), layer.weight->narrow(0, start, length).to(at::kFloat));
+    }
+    lanes_(dense, low_rank.mask_in, 1, false);
+    grads[0].add_(dense);
+  }
+  if (need[0]) grads[0] = grads[0].to(x.scalar_type());
+  if (need[1]) grads[1] = grads[1].to(layer.lora_A.scalar_type());
+  if (need[2]) grads[2] = grads[2].to(layer.lora_B.scalar_type());
+  if (need[3]) grads[3] = grads[3].to(x.scalar_type());
+  return grads;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Layer& layer) {
+  if (is_widened(x)) return widened_forward(x, layer);
+  Tensor masked = lanes(x, layer.mask_in, 1, false);
+  // Pruned columns of A are selected too: 0 * NaN is NaN.
+  Tensor factor = lanes(layer.lora_A.to(x.scalar_type()), layer.mask_in, 1, true);
+  Tensor t = down(masked, factor.t());
+  return {output_of(masked, t, layer), t};
+}
+
+std::array<Tensor, 4> linear_backward(const Tensor& grad, const Tensor& x, const Tensor& t, const Layer& layer,
+                                      const std::array<bool, 4>& need) {
+  if (is_widened(x)) return widened_backward(grad, x, t, layer, need);
+  auto [need_x, need_A, need_B, need_bias] = need;
+  at::ScalarType dtype = grad.scalar_type();
+  std::array<Tensor, 4> out;
+  Tensor g = lanes(grad, layer.mask_out, 1, false);
+  Tensor u;  // [M, R] = g B
+  if (need_x || need_A) u = down(g, lanes(layer.lora_B.to(dtype), layer.mask_out, 0, true));
+  if (need_x) {
+    Tensor dx = layer.weight.has_value() ? at::mm(g, *layer.weight) : at::zeros({g.size(0), layer.lora_A.size(1)}, g.options());
+    up_(dx, u, layer.lora_A.to(dtype), layer.scaling);
+    lanes_(dx, layer.mask_in, 1, false);
+    out[0] = dx;
+  }
+  auto skinny = [&](const Tensor& low) { return low.scalar_type() == dtype ? Scaled{low, std::nullopt} : to_half(low); };
+  if (need_A) {
+    // From the unmasked x: the mask is the store factor, so a NaN in a pruned lane ends in a pruned column.
+    Scaled low = skinny(u);
+    out[1] = factor_grad(low.value.t(), x, layer.scaling, layer.lora_A.scalar_type(), low.inverse);
+    lanes_(out[1], layer.mask_in, 1, false);
+  }
+  if (need_B) {
+    Scaled low = skinny(t);
+    out[2] = factor_grad(g.t(), low.value, layer.scaling, layer.lora_B.scalar_type(), low.inverse);
+    lanes_(out[2], layer.mask_out, 0, true);
+  }
+  if (need_bias) out[3] = g.sum(0);
+  return out;
+}
+
+Tensor lanes(const Tensor& matrix, const OptTensor& mask, int64_t dim, bool select_only) {
+  if (!mask.has_value()) return matrix;
+  Tensor out = at::empty({matrix.size(0), matrix.size(1)}, matrix.options());
+  run_lanes(matrix, out, *mask, dim, select_only);
+  return out;
+}
+
+void lanes_(Tensor& matrix, const OptTensor& mask, int64_t dim, bool select_only) {
+  if (mask.has_value()) run_lanes(matrix, matrix, *mask, dim, select_only);
+}
+
+}  // namespace apt

@@ -1,0 +1,37 @@
+// The arithmetic of apt_linear: W-sized products by ATen (cuBLAS, MKL, oneDNN), masks by our own kernels.
+// Everything here is two-dimensional, checked and on one real device.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+namespace apt {
+
+using at::Tensor;
+using OptTensor = std::optional<Tensor>;
+
+// What forward and backward have in common. x's dtype is the compute dtype.
+struct Layer {
+  OptTensor weight;           // [N, K]
+  OptTensor bias;             // [N]
+  Tensor lora_A, lora_B;      // [R, K], [N, R], compute dtype or float32
+  OptTensor mask_in, mask_out;  // [K], [N]
+  double scaling;
+};
+
+// x [M, K] -> (y [M, N], t [M, R])
+std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Layer& layer);
+
+// grad [M, N], x [M, K], t [M, R] -> dx [M, K], dA [R, K], dB [N, R], db [N]; undefined where not needed
+std::array<Tensor, 4> linear_backward(const Tensor& grad, const Tensor& x, const Tensor& t, const Layer& layer,
+                                      const std::array<bool, 4>& need);
+
+// matrix [rows, cols] scaled by a mask along `dim` (0: one value a row), zeros selected; select_only: only the zeros
+// act. Without a mask the matrix itself comes back.
+Tensor lanes(const Tensor& matrix, const OptTensor& mask, int64_t dim, bool select_only);
+void lanes_(Tensor& matrix, const OptTensor& mask, int64_t dim, bool select_only);
+
+}  // namespace apt

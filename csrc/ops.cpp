@@ -1,0 +1,272 @@
+// An op = check, allocate, compute. Device-agnostic; on meta tensors it stops after allocating, so one body serves the
+// real devices, fake tensors and symbolic shapes.
+#include "ops.h"
+
+#include <ATen/ATen.h>
+#include <ATen/MemoryOverlap.h>
+#include <ATen/autocast_mode.h>
+#include <c10/core/DeviceGuard.h>
+
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "device.h"
+#include "linear.h"
+
+namespace apt {
+namespace {
+
+struct Sizes {
+  c10::SymInt N, K, R;
+};
+
+// Everything apt_linear promises to refuse, in the order of its arguments.
+Sizes check_linear(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const Tensor& lora_A,
+                   const Tensor& lora_B, const OptTensor& mask_in, const OptTensor& mask_out) {
+  for (auto [tensor, name] : {std::pair(&x, "x"), std::pair(&lora_A, "lora_A"), std::pair(&lora_B, "lora_B")}) {
+    check_strided(*tensor, name);
+    check_floating(*tensor, name);
+    check_same_device(*tensor, name, x, "x");
+  }
+  TORCH_CHECK_VALUE(x.dim() >= 1, "x must have shape [..., K], got a 0-dimensional tensor");
+  TORCH_CHECK_VALUE(lora_A.dim() == 2, "lora_A must have shape [R, K], got ", lora_A.sym_sizes());
+  TORCH_CHECK_VALUE(lora_B.dim() == 2, "lora_B must have shape [N, R], got ", lora_B.sym_sizes());
+  Sizes size{lora_B.sym_size(0), x.sym_size(-1), lora_A.sym_size(0)};
+  if (weight.has_value()) {
+    check_strided(*weight, "weight");
+    check_same_dtype(*weight, "weight", x, "x");
+    check_same_device(*weight, "weight", x, "x");
+    TORCH_CHECK_VALUE(weight->dim() == 2, "weight must have shape [N, K=", size.K, "], got ", weight->sym_sizes());
+    size.N = weight->sym_size(0);
+    check_matrix(*weight, "weight", "N", size.N, "K", size.K);
+  }
+  check_dtype_or_float32(lora_A, "lora_A", x.scalar_type(), /*over_any=*/false);
+  check_dtype_or_float32(lora_B, "lora_B", x.scalar_type(), /*over_any=*/false);
+  check_matrix(lora_A, "lora_A", "R", size.R, "K", size.K);
+  check_matrix(lora_B, "lora_B", "N", size.N, "R", size.R);
+  if (bias.has_value()) {
+    check_strided(*bias, "bias");
+    check_same_dtype(*bias, "bias", x, "x");
+    check_same_device(*bias, "bias", x, "x");
+    check_vector(*bias, "bias", "N", size.N);
+  }
+  check_mask(mask_in, "mask_in", "K", size.K, x, "x");
+  check_mask(mask_out, "mask_out", "N", size.N, x, "x");
+  return size;
+}
+
+std::vector<c10::SymInt> with_last(const Tensor& x, const c10::SymInt& last) {
+  auto sizes = x.sym_sizes().vec();
+  sizes.back() = last;
+  return sizes;
+}
+
+// t leaves float16, whose range a low-rank activation can exceed although y does not.
+at::TensorOptions low_rank_options(const Tensor& x) {
+  return x.options().dtype(x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type());
+}
+
+Tensor flat(const Tensor& x) {
+  int64_t columns = x.size(-1), rows = 1;
+  for (int64_t dim = 0; dim + 1 < x.dim(); ++dim) rows *= x.size(dim);
+  return x.reshape({rows, columns});
+}
+
+// Kernels run on the tensors' device, and the products inside an op are not autocast a second time.
+struct Scope {
+  explicit Scope(const Tensor& tensor) : device(tensor.is_cuda() ? std::optional(tensor.device()) : std::nullopt) {}
+  c10::OptionalDeviceGuard device;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
+};
+
+}  // namespace
+
+Tensor apt_linear(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const Tensor& lora_A,
+                  const Tensor& lora_B, const OptTensor& mask_in, const OptTensor& mask_out, double scaling) {
+  return std::get<0>(apt_linear_forward(x, weight, bias, lora_A, lora_B, mask_in, mask_out, scaling));
+}
+
+std::tuple<Tensor, Tensor> apt_linear_forward(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                                              const Tensor& lora_A, const Tensor& lora_B, const OptTensor& mask_in,
+                                              const OptTensor& mask_out, double scaling) {
+  Sizes size = check_linear(x, weight, bias, lora_A, lora_B, mask_in, mask_out);
+  if (x.is_meta() || x.sym_numel() == 0) {
+    Tensor y = at::empty_symint(with_last(x, size.N), x.options());
+    Tensor t = at::zeros_symint(with_last(x, size.R), low_rank_options(x));
+    if (x.is_meta() || y.numel() == 0) return {y, t};
+  }
+  Scope scope(x);
+  auto [y, t] = linear_forward(flat(x), {weight, bias, lora_A, lora_B, mask_in, mask_out, scaling});
+  return {y.view_symint(with_last(x, size.N)), t.view_symint(with_last(x, size.R))};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> apt_linear_backward(
+    const Tensor& grad, const Tensor& x, const OptTensor& weight, const Tensor& lora_A, const Tensor& lora_B,
+    const Tensor& t, const OptTensor& mask_in, const OptTensor& mask_out, double scaling,
+    std::array<bool, 4> output_mask) {
+  Sizes size = check_linear(x, weight, std::nullopt, lora_A, lora_B, mask_in, mask_out);
+  check_strided(grad, "grad");
+  check_same_dtype(grad, "grad", x, "x");
+  check_same_device(grad, "grad", x, "x");
+  TORCH_CHECK_VALUE(grad.sym_sizes() == c10::SymIntArrayRef(with_last(x, size.N)), "grad must have shape ",
+                    c10::SymIntArrayRef(with_last(x, size.N)), ", got ", grad.sym_sizes());
+  TORCH_CHECK_VALUE(t.sym_sizes() == c10::SymIntArrayRef(with_last(x, size.R)), "t must have shape ",
+                    c10::SymIntArrayRef(with_last(x, size.R)), ", got ", t.sym_sizes());
+  auto [need_x, need_A, need_B, need_bias] = output_mask;
+  std::array<Tensor, 4> out;
+  if (x.is_meta()) {
+    if (need_x) out[0] = at::empty_symint(x.sym_sizes(), x.options());
+    if (need_A) out[1] = at::empty_symint(lora_A.sym_sizes(), lora_A.options());
+    if (need_B) out[2] = at::empty_symint(lora_B.sym_sizes(), lora_B.options());
+    if (need_bias) out[3] = at::empty_symint({size.N}, x.options());
+  } else {
+    Scope scope(x);
+    out = linear_backward(flat(grad), flat(x), flat(t), {weight, std::nullopt, lora_A, lora_B, mask_in, mask_out, scaling},
+                          output_mask);
+    if (need_x) out[0] = out[0].view(x.sizes());
+  }
+  for (Tensor& gradient : out) {
+    if (!gradient.defined()) gradient = at::empty({0}, x.options());
+  }
+  return {out[0], out[1], out[2], out[3]};
+}
+
+void merge_(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling, const OptTensor& mask_in,
+            const OptTensor& mask_out, bool check) {
+  for (auto [tensor, name] : {std::pair(&weight, "weight"), std::pair(&lora_A, "lora_A"), std::pair(&lora_B, "lora_B")}) {
+    check_strided(*tensor, name);
+    check_floating(*tensor, name);
+    check_same_device(*tensor, name, weight, "weight");
+    TORCH_CHECK_VALUE(tensor->dim() == 2, name, " must be a matrix, got shape ", tensor->sym_sizes());
+  }
+  check_dtype_or_float32(lora_A, "lora_A", weight.scalar_type(), /*over_any=*/false);
+  check_same_dtype(lora_B, "lora_B", lora_A, "lora_A");
+  check_matrix(lora_A, "lora_A", "R", lora_A.sym_size(0), "K", weight.sym_size(1));
+  check_matrix(lora_B, "lora_B", "N", weight.sym_size(0), "R", lora_A.sym_size(0));
+  check_mask(mask_in, "mask_in", "K", weight.sym_size(1), weight, "weight");
+  check_mask(mask_out, "mask_out", "N", weight.sym_size(0), weight, "weight");
+  if (weight.is_meta() || weight.numel() == 0) return;
+  at::assert_no_internal_overlap(weight);
+  for (auto [tensor, name] : {std::pair(&lora_A, "lora_A"), std::pair(&lora_B, "lora_B")}) {
+    auto overlap = at::get_overlap_status(weight, *tensor);
+    TORCH_CHECK_VALUE(overlap != at::MemOverlapStatus::Full && overlap != at::MemOverlapStatus::Partial, name,
+                      " must not share memory with weight, which merge_ writes");
+  }
+  TORCH_CHECK(!(check && is_capturing(weight)),
+              "merge_: check=True reads its answer back from the device and cannot be captured in a CUDA graph; "
+              "use check=False there");
+  Scope scope(weight);
+  // Conv1D hands a transposed view: there the roles of the two sides are exchanged, so that rows are contiguous.
+  bool transposed = weight.stride(0) == 1 && weight.stride(1) != 1;
+  Tensor W = transposed ? weight.t() : weight;
+  Tensor A = (transposed ? lora_B.t() : lora_A).contiguous();
+  Tensor B = (transposed ? lora_A.t() : lora_B).contiguous();
+  auto contiguous = [](const OptTensor& mask) { return mask.has_value() ? mask->contiguous() : Tensor(); };
+  Tensor m_in = contiguous(transposed ? mask_out : mask_in), m_out = contiguous(transposed ? mask_in : mask_out);
+  auto as_mask = [](const Tensor& mask) {
+    return mask.defined() ? Mask{mask.const_data_ptr(), dtype_of(mask)} : Mask{};
+  };
+  MergeArgs args{W.mutable_data_ptr(), A.const_data_ptr(), B.const_data_ptr(), W.size(0), W.size(1), A.size(0),
+                 {W.stride(0), W.stride(1)}, as_mask(m_in), as_mask(m_out), scaling, dtype_of(W), dtype_of(A),
+                 /*not_finite=*/nullptr};
+  const Kernels& kernels = kernels_for(weight);
+  Stream stream = current_stream(weight);
+  if (check) {
+    Tensor not_finite = at::zeros({1}, weight.options().dtype(at::kInt));
+    args.not_finite = not_finite.mutable_data_ptr<int32_t>();
+    kernels.merge(args, stream);
+    TORCH_CHECK(not_finite.item<int32_t>() == 0,
+                "merge_: the merged weight would not be finite (NaN or Inf in a kept lane, or a sum beyond ",
+                name_of(weight.scalar_type()), "'s range); weight is unchanged");
+    args.not_finite = nullptr;
+  }
+  kernels.merge(args, stream);
+}
+
+namespace {
+
+// [first byte, one past the last byte] of a dense tensor
+std::pair<const char*, const char*> extent(const Tensor& tensor) {
+  const char* start = static_cast<const char*>(tensor.const_data_ptr());
+  int64_t last = 0;
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) last += (tensor.size(dim) - 1) * tensor.stride(dim);
+  return {start, start + (last + 1) * tensor.element_size()};
+}
+
+// One launch writes them all, so the order between two views of the same memory would be chance.
+void check_disjoint(const std::vector<Tensor>& grads) {
+  std::vector<std::pair<const char*, const char*>> extents;
+  for (const Tensor& grad : grads) extents.push_back(extent(grad));
+  std::sort(extents.begin(), extents.end());
+  for (size_t i = 1; i < extents.size(); ++i) {
+    TORCH_CHECK_VALUE(extents[i - 1].second <= extents[i].first,
+                      "grads must be distinct tensors, got two that share memory");
+  }
+}
+
+void launch_mask_grads(const std::vector<MaskedGrad>& table, const Tensor& like) {
+  if (table.empty()) return;
+  Scope scope(like);
+  kernels_for(like).mask_grads(table.data(), table.size(), current_stream(like));
+}
+
+}  // namespace
+
+void mask_grads_(at::TensorList grads, at::TensorList masks, at::IntArrayRef dims) {
+  TORCH_CHECK_VALUE(grads.size() == masks.size() && grads.size() == dims.size(),
+                    "grads, masks and dims must have equal lengths, got ", grads.size(), ", ", masks.size(), " and ",
+                    dims.size());
+  std::vector<int64_t> wrapped(dims.begin(), dims.end());
+  for (size_t i = 0; i < grads.size(); ++i) {
+    std::string grad_name = c10::str("grads[", i, "]"), mask_name = c10::str("masks[", i, "]");
+    const Tensor &grad = grads[i], &mask = masks[i];
+    check_strided(grad, grad_name.c_str());
+    check_floating(grad, grad_name.c_str());
+    int64_t dim = dims[i], rank = grad.dim();
+    TORCH_CHECK_VALUE(-rank <= dim && dim < rank, "dims[", i, "] must lie in [", -rank, ", ", rank - 1, "] for ",
+                      grad_name, " of shape ", grad.sym_sizes(), ", got ", dim);
+    wrapped[i] = dim < 0 ? dim + rank : dim;
+    check_mask(mask, mask_name.c_str(), "size", grad.sym_size(wrapped[i]), grad, grad_name.c_str());
+  }
+  std::vector<Tensor> live, held;  // held: contiguous masks, alive until the launch
+  std::vector<size_t> index;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    if (grads[i].is_meta() || grads[i].numel() == 0) continue;
+    at::assert_no_internal_overlap(grads[i]);
+    live.push_back(grads[i]);
+    index.push_back(i);
+    kernels_for(grads[i]);
+  }
+  check_disjoint(live);
+
+  std::vector<bool> done(live.size(), false);
+  for (size_t first = 0; first < live.size(); ++first) {  // one round a device
+    if (done[first]) continue;
+    std::vector<MaskedGrad> table;
+    for (size_t i = first; i < live.size(); ++i) {
+      const Tensor& grad = live[i];
+      if (done[i] || grad.device() != live[first].device()) continue;
+      done[i] = true;
+      int64_t dim = wrapped[index[i]];
+      Tensor mask = masks[index[i]].contiguous();
+      if (grad.is_contiguous()) {
+        held.push_back(mask);
+        int64_t inner = 1;
+        for (int64_t d = dim + 1; d < grad.dim(); ++d) inner *= grad.size(d);
+        table.push_back({grad.mutable_data_ptr(), mask.const_data_ptr(), grad.numel(), grad.size(dim), inner,
+                         dtype_of(grad), dtype_of(mask)});
+      } else {  // rare: a gradient that is not contiguous takes ATen's two passes
+        Scope scope(grad);
+        std::vector<int64_t> shape(grad.dim(), 1);
+        shape[dim] = -1;
+        Tensor along = mask.view(shape);
+        Tensor(grad).mul_(along).masked_fill_(along == 0, 0);
+      }
+    }
+    launch_mask_grads(table, live[first]);
+  }
+}
+
+}  // namespace apt

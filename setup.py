@@ -1,0 +1,104 @@
+"""Builds apt_ext._C. The tree is the list of sources, here and in CMakeLists.txt; everything else is in pyproject.toml."""
+
+import glob
+import os
+import re
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+from setuptools import setup
+
+SOURCES = ["csrc/*.cpp", "csrc/cpu/*.cpp"]
+CUDA_SOURCES = ["csrc/cuda/*.cpp", "csrc/cuda/*.cu"]
+ARCHITECTURES = "8.0;9.0a;9.0+PTX"  # Ampere; Hopper with its own instructions; and what later GPUs can translate
+
+
+def stop(sentence):
+    sys.exit(f"apt_ext: {sentence}")
+
+
+def find_compiler():
+    named = os.environ.get("CXX")
+    found = named or next(filter(shutil.which, ["c++", "g++"]), "")
+    if not shutil.which(found.partition(" ")[0]):
+        stop(f"no C++ compiler was found ({f'CXX={named}' if named else 'c++ or g++'}); install one (Debian: apt install g++) and try again.")
+    os.environ["CXX"] = found  # setuptools links and torch compiles with the same program
+
+
+def find_torch():
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # the build needs none
+    try:
+        import torch
+    except ImportError as error:
+        stop(f"PyTorch could not be imported ({error}); install it first, for example with `python -m pip install torch`.")
+    return torch
+
+
+def why_no_cuda(torch, home):
+    nvcc = Path(home or "", "bin", "nvcc")
+    if not torch.version.cuda:
+        return f"torch {torch.__version__} is a build without CUDA"
+    if not home or not nvcc.is_file():
+        return "nvcc was not found (put it on the PATH or set CUDA_HOME)"
+    release = re.search(r"release (\S+),", subprocess.check_output([nvcc, "--version"], text=True))[1]
+    if release.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"nvcc is of CUDA {release} and torch {torch.__version__} of CUDA {torch.version.cuda}"
+    return None
+
+
+def build_arguments():
+    find_compiler()
+    torch = find_torch()
+    import logging
+
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it warns of missing GPUs; none is needed to build
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+    wish, obstacle = os.environ.get("APT_WITH_CUDA", ""), why_no_cuda(torch, CUDA_HOME)
+    if wish not in ("", "0", "1"):
+        stop(f"APT_WITH_CUDA must be 0, 1 or unset, got {wish!r}.")
+    if wish == "1" and obstacle:
+        stop(f"APT_WITH_CUDA=1 asks for CUDA, but {obstacle}.")
+    cuda = wish != "0" and not obstacle
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";") or ARCHITECTURES
+    os.environ["TORCH_CUDA_ARCH_LIST"] = asked  # torch turns it into nvcc's flags; unset, it would ask the GPUs of this machine
+    archs, release = (asked, torch.version.cuda) if cuda else ("", "")
+    what = f"CUDA {release}, architectures {archs}" if cuda else f"the CPU only, because {obstacle or 'APT_WITH_CUDA=0'}"
+    print(f"apt_ext: building for {what}, torch {torch.__version__}", flush=True)
+
+    class Build(BuildExtension):
+        def finalize_options(self):
+            super().finalize_options()
+            self.force = True  # ninja knows what changed; without it, times alone would miss a change of torch or of flags
+            self.build_temp = "build/objects"  # kept, for editable installs as well: ninja compiles again only what changed
+
+        def run(self):
+            version = self.distribution.get_version()
+            texts = {"VERSION": version, "TORCH_VERSION": torch.__version__, "CUDA_ARCHS": archs, "CUDA_VERSION": release}
+            self.extensions[0].extra_compile_args["cxx"] += [f'-DAPT_{name}="{text}"' for name, text in texts.items()]
+            super().run()
+            # Beside the library it describes, and read before the library is loaded: another torch cannot load it.
+            record = Path(self.get_ext_fullpath(self.extensions[0].name)).with_name("_built_for.py")
+            torch_release = ".".join(torch.__version__.split(".")[:2])
+            record.write_text(f'"""Written by setup.py."""\n\nTORCH = "{torch_release}"\nCUDA: str | None = {release or None!r}\n')
+
+    options = ["-O3", "-std=c++20"]
+    extension = (CUDAExtension if cuda else CppExtension)(
+        name="apt_ext._C",
+        sources=sorted(path for pattern in SOURCES + CUDA_SOURCES * cuda for path in glob.glob(pattern)),
+        depends=glob.glob("csrc/**/*.*h", recursive=True),
+        define_macros=[("APT_WITH_CUDA", None)] * cuda,
+        # Without -fopenmp at::parallel_for is silently serial: its header asks for _OPENMP.
+        extra_compile_args={"cxx": [*options, "-fopenmp", "-fvisibility=hidden"], "nvcc": [*options, "-lineinfo"]},
+        extra_link_args=["-fopenmp"],
+    )
+    os.environ["PATH"] += os.pathsep + os.path.dirname(sys.executable)  # ninja, in an environment that is not activated
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+
+
+# Metadata and the source distribution need neither torch nor a compiler.
+compiles = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"} & set(sys.argv)
+setup(**(build_arguments() if compiles else {}))
