@@ -24,7 +24,7 @@ def find_compiler():
     named = os.environ.get("CXX")
     found = named or next(filter(shutil.which, ["c++", "g++"]), "")
     if not shutil.which(found.partition(" ")[0]):
-        stop(f"no C++ compiler was found ({f'CXX={named}' if named else 'c++ or g++'}); install one (Debian: apt install g++) and try again.")
+        stop(f"no C++ compiler was found ({f'CXX={named}' if named else 'c++ or g++'}); install one, on Debian with `apt install g++`.")
     os.environ["CXX"] = found  # setuptools links and torch compiles with the same program
 
 
@@ -40,7 +40,7 @@ def find_torch():
 def why_no_cuda(torch, home):
     nvcc = Path(home or "", "bin", "nvcc")
     if not torch.version.cuda:
-        return f"torch {torch.__version__} is a build without CUDA"
+        return "this torch was built without CUDA"
     if not home or not nvcc.is_file():
         return "nvcc was not found (put it on the PATH or set CUDA_HOME)"
     release = re.search(r"release (\S+),", subprocess.check_output([nvcc, "--version"], text=True))[1]
@@ -66,7 +66,7 @@ def build_arguments():
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(" ", ";") or ARCHITECTURES
     os.environ["TORCH_CUDA_ARCH_LIST"] = asked  # torch turns it into nvcc's flags; unset, it would ask the GPUs of this machine
     archs, release = (asked, torch.version.cuda) if cuda else ("", "")
-    what = f"CUDA {release}, architectures {archs}" if cuda else f"the CPU only, because {obstacle or 'APT_WITH_CUDA=0'}"
+    what = f"CUDA {release}, architectures {archs}" if cuda else f"the CPU only ({obstacle or 'APT_WITH_CUDA=0'})"
     print(f"apt_ext: building for {what}, torch {torch.__version__}", flush=True)
 
     class Build(BuildExtension):
@@ -85,14 +85,14 @@ def build_arguments():
             torch_release = ".".join(torch.__version__.split(".")[:2])
             record.write_text(f'"""Written by setup.py."""\n\nTORCH = "{torch_release}"\nCUDA: str | None = {release or None!r}\n')
 
-    options = ["-O3", "-std=c++20"]
+    # Without -fopenmp at::parallel_for is silently serial: its header asks for _OPENMP. Some Pythons ask for -g: ten times the size.
+    options = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-g0"]
     extension = (CUDAExtension if cuda else CppExtension)(
         name="apt_ext._C",
         sources=sorted(path for pattern in SOURCES + CUDA_SOURCES * cuda for path in glob.glob(pattern)),
         depends=glob.glob("csrc/**/*.*h", recursive=True),
         define_macros=[("APT_WITH_CUDA", None)] * cuda,
-        # Without -fopenmp at::parallel_for is silently serial: its header asks for _OPENMP.
-        extra_compile_args={"cxx": [*options, "-fopenmp", "-fvisibility=hidden"], "nvcc": [*options, "-lineinfo"]},
+        extra_compile_args={"cxx": options, "nvcc": ["-O3", "-std=c++20", "-lineinfo"]},
         extra_link_args=["-fopenmp"],
     )
     os.environ["PATH"] += os.pathsep + os.path.dirname(sys.executable)  # ninja, in an environment that is not activated

@@ -1,2 +1,7 @@
+"""apt_ext: fine-tune with low-rank adapters while pruning, and end with a smaller ordinary model (APT, arXiv 2401.12200)."""
+
+from . import _load  # first: refuses a torch this build does not fit, in words  # isort: skip
 from . import ops, reference
+from ._version import __version__
 from .adapter import APTAdapter
+from .hold import hold_pruned

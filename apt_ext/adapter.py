@@ -84,6 +84,8 @@ class APTAdapter(Merging):
         self.init_std = 1.0 / math.sqrt(3 * max(in_features, 1)) if init_std is None else float(init_std)
         self._mask_stamps: dict[str, int | None] = {}
         self._disabled = False
+        self._mask_epoch = 0  # counts mask changes: a checkpointed forward must be recomputed under the same masks
+        self._forward_epoch = 0
         self.register_module("base_layer", None)
         stored = rank if max_rank is None else max_rank
         with torch.inference_mode(False):  # a tensor born in inference mode could never be trained
@@ -205,10 +207,24 @@ class APTAdapter(Merging):
             low_rank = ops.apt_linear(
                 F.dropout(x, self.dropout), None, None, self.lora_A, self.lora_B, mask_in, mask_out, self._scaling
             )
-            if weight is None:
-                return low_rank
-            return ops.apt_linear(x, weight, bias, none_A, none_B, mask_in, mask_out, 1.0) + low_rank
-        return ops.apt_linear(x, weight, bias, self.lora_A, self.lora_B, mask_in, mask_out, self._scaling)
+            y = low_rank if weight is None else ops.apt_linear(x, weight, bias, none_A, none_B, mask_in, mask_out, 1.0) + low_rank
+        else:
+            y = ops.apt_linear(x, weight, bias, self.lora_A, self.lora_B, mask_in, mask_out, self._scaling)
+        return y if torch.compiler.is_compiling() else self._stamped(y)
+
+    def _stamped(self, y: Tensor) -> Tensor:
+        """Under activation checkpointing the masks must not change before the recomputation: an error, never a wrong gradient.
+
+        Non-reentrant checkpoints compare the shapes of saved tensors, so the epoch is saved as a shape. A reentrant one
+        saves nothing: there a forward that runs inside a backward must find the epoch of the last forward outside it.
+        """
+        if torch._C._current_graph_task_id() == -1:
+            self._forward_epoch = self._mask_epoch
+        elif self._forward_epoch != self._mask_epoch:
+            raise RuntimeError("masks changed between a checkpointed forward and its recomputation; call backward() before set_masks()")
+        if self._mask_epoch and y.requires_grad and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return _Stamp.apply(y, self._mask_epoch)  # type: ignore[no-untyped-call, no-any-return]
+        return y
 
     def _check_override(self, name: str, mask: Tensor, size: int, x: Tensor) -> None:
         if self._merged:
@@ -254,6 +270,7 @@ class APTAdapter(Merging):
 
     def _stamp_mask(self, name: str, ones: bool) -> None:
         buffer = self._buffer(name)
+        self._mask_epoch += 1
         self._mask_stamps[name] = buffer._version if ones and not buffer.is_inference() else None
 
     def _known_ones(self, name: str) -> bool:
@@ -400,6 +417,20 @@ class APTAdapter(Merging):
         for name, ones in dict(self._mask_stamps).items():
             self._stamp_mask(name, bool(ones))
         growth.guard(self.lora_A, self.lora_B)
+
+
+class _Stamp(torch.autograd.Function):
+    """The identity, saving an empty tensor whose shape carries the epoch."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, epoch: int) -> Tensor:
+        ctx.save_for_backward(torch.empty(0, epoch))
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        _ = ctx.saved_tensors  # looked at, so that the checkpoint compares it
+        return grads[0], None
 
 
 def checked_mask(name: str, mask: Any, like: Tensor) -> Tensor:

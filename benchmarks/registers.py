@@ -1,7 +1,6 @@
 """Compiles every kernel for each architecture without a GPU, and fails on a spill, a stack frame or a change of registers.
 
-    python benchmarks/registers.py            compare with registers.txt
-    python benchmarks/registers.py --update   write it
+`--update` writes the table, registers.txt, that it otherwise compares with.
 """
 
 import argparse
@@ -31,7 +30,7 @@ def demangle(name: str) -> str:
     if shutil.which("c++filt"):
         name = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
     name = re.sub(r"_INTERNAL_\w+::|\(anonymous namespace\)::|\bapt::", "", name)  # the first holds a hash of the path
-    return re.sub(r"^void |\(.*", "", name) + ("" if "(" not in name or name.count("(") == 1 else "")
+    return re.sub(r"^void |\(.*", "", name)
 
 
 def compile_kernels(nvcc: str, source: Path, arch: str) -> list[dict[str, str]]:

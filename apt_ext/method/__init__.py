@@ -1,0 +1,9 @@
+"""The method: what is salient, which blocks stay, when masks move and which adapters grow. Everything here works on any model
+whose structure gives blocks and adapters, and knows no architecture."""
+
+from .allocation import AdapterImportance, grown_ranks
+from .salience import Salience
+from .schedule import cubic_density, linear_budget, step_mask
+from .selection import kept_count, top_k
+
+__all__ = ["AdapterImportance", "Salience", "cubic_density", "grown_ranks", "kept_count", "linear_budget", "step_mask", "top_k"]

@@ -1,0 +1,73 @@
+"""The op table, its two doors, and torch's own checks of every op in it."""
+
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Problem
+
+import apt_ext
+from apt_ext import _C
+
+OPS = ["apt_linear", "apt_linear_backward", "apt_linear_forward", "mask_grads_", "merge_"]
+
+
+def test_both_doors_and_the_stub_list_the_same_names():
+    registered = sorted(n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("apt_ext::"))
+    assert registered == OPS
+    assert sorted(n for n in dir(_C) if not n.startswith("__")) == sorted([*OPS, "build_info"])
+    stub = ast.parse(Path(apt_ext.__file__).with_name("_C.pyi").read_text())
+    assert sorted(f.name for f in stub.body if isinstance(f, ast.FunctionDef)) == sorted([*OPS, "build_info"])
+    for function in stub.body:
+        if isinstance(function, ast.FunctionDef) and function.name != "build_info":
+            schema = getattr(torch.ops.apt_ext, function.name).default._schema
+            assert [a.arg for a in function.args.args] == [a.name for a in schema.arguments]
+
+
+def _samples(device):
+    for masks in ("none", "soft"):
+        p = Problem((2, 3), 6, 5, 2, torch.float32, device, masks)
+        both = (p.mask_in, p.mask_out)
+        forward = (p.x, p.weight, p.bias, p.lora_A, p.lora_B, *both, 1.5)
+        leaves = [t if t is p.weight or t is None or not isinstance(t, torch.Tensor) or t in both else t.clone().requires_grad_() for t in forward[:5]]
+        yield "apt_linear", (*leaves, *both, 1.5)
+        yield "apt_linear", forward
+        yield "apt_linear_forward", forward
+        t = torch.randn(2, 3, 2, device=device)
+        yield "apt_linear_backward", (p.grad, p.x, p.weight, p.lora_A, p.lora_B, t, *both, 1.5, [True, True, True, True])
+        yield "apt_linear_backward", (p.grad, p.x, None, p.lora_A, p.lora_B, t, *both, 1.5, [False, True, False, True])
+        yield "merge_", (p.weight.clone(), p.lora_A, p.lora_B, 1.5, *both, True)
+        yield "merge_", (p.weight.clone(), p.lora_A, p.lora_B, 1.5, *both, False)
+    yield "mask_grads_", ([torch.randn(4, 6, device=device), torch.randn(3, 4, device=device)], [torch.rand(6, device=device), torch.rand(3, device=device)], [1, 0])
+
+
+def test_every_op_has_a_sample():
+    assert {name for name, _ in _samples("cpu")} == set(OPS)
+
+
+@pytest.mark.parametrize("index", range(15))
+def test_opcheck(device, index):
+    samples = list(_samples(device))
+    assert len(samples) == 15
+    name, args = samples[index]
+    result = torch.library.opcheck(getattr(torch.ops.apt_ext, name).default, args)
+    assert set(result.values()) == {"SUCCESS"}, result
+
+
+def test_build_info():
+    info = apt_ext.ops.build_info()
+    assert set(info) == {"version", "cuda", "cuda_archs", "torch_version", "cuda_version", "cpu_capability"}
+    assert info["version"] == apt_ext.__version__ and info["torch_version"] == torch.__version__
+    assert info["cuda"] is bool(info["cuda_archs"]) is (info["cuda_version"] is not None)
+
+
+def test_another_torch_is_refused_before_the_library_is_loaded(tmp_path):
+    import shutil
+    import subprocess
+    import sys
+
+    shutil.copytree(Path(apt_ext.__file__).parent, tmp_path / "apt_ext")
+    (tmp_path / "apt_ext" / "_built_for.py").write_text('TORCH = "1.0"\n')
+    done = subprocess.run([sys.executable, "-c", "import apt_ext"], cwd=tmp_path, capture_output=True, text=True)
+    assert "ImportError: apt_ext was built for torch 1.0 and found torch" in done.stderr

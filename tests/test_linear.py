@@ -1,0 +1,236 @@
+"""apt_linear against the float64 reference: forward and all gradients, every device, dtype, shape, layout and mask."""
+
+import pytest
+import torch
+from conftest import Problem, assert_accurate
+
+from apt_ext import ops, reference
+
+# leading shape, N, K, R
+SHAPES = [
+    ((6,), 16, 24, 4),
+    ((0,), 8, 8, 2),
+    ((1,), 9, 7, 1),
+    ((5,), 13, 11, 0),
+    ((2, 3), 33, 17, 5),
+    ((2, 1, 4), 8, 40, 8),
+    ((130,), 72, 136, 16),
+    ((), 12, 10, 3),
+    ((3,), 0, 6, 0),
+    ((3,), 6, 0, 0),
+]
+MASKS = ["none", "hard", "soft", "zero", "one"]
+
+
+@pytest.mark.parametrize("masks", MASKS)
+@pytest.mark.parametrize("shape,N,K,R", SHAPES)
+def test_matches_reference(device, dtype, shape, N, K, R, masks):
+    problem = Problem(shape, N, K, R, dtype, device, masks)
+    got = problem.run(ops.apt_linear)
+    problem.check(got)
+    if masks != "none":
+        pruned_out, pruned_in = problem.mask_out == 0, problem.mask_in == 0
+        assert (got["y"][..., pruned_out] == 0).all() and (got["dx"][..., pruned_in] == 0).all()
+        assert (got["dA"][:, pruned_in] == 0).all() and (got["dB"][pruned_out] == 0).all()
+
+
+@pytest.mark.parametrize("masks", ["hard", "soft", "zero", "one"])
+def test_poisoned_lanes_never_reach_a_kept_one(device, dtype, masks):
+    clean = Problem((2, 9), 24, 33, 5, dtype, device, masks)
+    poisoned = clean.poisoned()
+    assert not torch.isfinite(poisoned.x).all()
+    poisoned.check(poisoned.run(ops.apt_linear), clean)
+
+
+def test_a_nan_in_a_kept_lane_is_not_hidden(device):
+    problem = Problem((4,), 8, 8, 2, torch.float32, device, "hard")
+    kept = int((problem.mask_in != 0).nonzero()[0])
+    problem.x[1, kept] = float("nan")
+    got = problem.run(ops.apt_linear)
+    rows = torch.isnan(got["y"][:, problem.mask_out != 0]).any(1)
+    assert rows.tolist() == [False, True, False, False]
+    assert (got["y"][:, problem.mask_out == 0] == 0).all() and (got["dB"][problem.mask_out == 0] == 0).all()
+
+
+@pytest.mark.parametrize("weight,bias", [(False, False), (False, True), (True, False)])
+def test_weight_and_bias_are_optional(device, dtype, weight, bias):
+    problem = Problem((7,), 10, 12, 3, dtype, device, "soft", weight=weight, bias=bias)
+    problem.check(problem.run(ops.apt_linear))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_float32_factors_over_a_16_bit_base(device, dtype):
+    problem = Problem((9,), 16, 24, 4, dtype, device, "soft", factor_dtype=torch.float32)
+    got = problem.run(ops.apt_linear)
+    assert got["y"].dtype == dtype and got["dA"].dtype == got["dB"].dtype == torch.float32
+    problem.check(got)
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t.contiguous(),
+    "transposed": lambda t: t.t().contiguous().t(),
+    "offset": lambda t: torch.cat([torch.full_like(t[:1], float("nan")), t])[1:],
+    "odd rows": lambda t: torch.nn.functional.pad(t, (0, 3), value=float("nan"))[:, : t.shape[1]],
+    "unaligned": lambda t: torch.nn.functional.pad(t, (1, 0), value=float("nan"))[:, 1:],
+    "every second": lambda t: t.repeat_interleave(2, 1)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(device, dtype, layout):
+    problem = Problem((16,), 24, 32, 8, dtype, device, "soft")
+    contiguous = problem.run(ops.apt_linear)
+    for name in ("x", "grad", "weight", "lora_A", "lora_B"):
+        setattr(problem, name, LAYOUTS[layout](getattr(problem, name)))
+
+    def strided(x, weight, bias, A, B, *rest):
+        return ops.apt_linear(LAYOUTS[layout](x), weight, bias, LAYOUTS[layout](A), LAYOUTS[layout](B), *rest)
+
+    got = problem.run(strided)
+    problem.check(got)
+    assert {n: v.shape for n, v in got.items()} == {n: v.shape for n, v in contiguous.items()}
+
+
+def test_expanded_gradient_and_input(device):
+    x = torch.randn(1, 6, device=device, dtype=torch.float64).expand(5, 6)
+    A, B = torch.randn(2, 6, device=device).double().requires_grad_(), torch.randn(4, 2, device=device).double().requires_grad_()
+    W = torch.randn(4, 6, device=device).double()
+    mask = torch.tensor([1.0, 0, 0.5, 1], device=device)
+    got = torch.autograd.grad(ops.apt_linear(x, W, None, A, B, None, mask, 2.0).sum(), (A, B))
+    want = torch.autograd.grad(reference.apt_linear(x, W, None, A, B, None, mask, 2.0).sum(), (A, B))
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+def test_half_range_of_the_low_rank_path(device):
+    """x A^T leaves float16's range although s times it, or the result, fits."""
+    x = torch.ones(3, 4096, dtype=torch.float16, device=device)
+    A = torch.full((1, 4096), 64.0, dtype=torch.float16, device=device)  # x A^T = 262144
+    for scaling, b in ((0.1, 0.5), (2.0, 0.01)):
+        B = torch.full((8, 1), b, dtype=torch.float16, device=device)
+        A_, B_ = A.clone().requires_grad_(), B.clone().requires_grad_()
+        y = ops.apt_linear(x, None, None, A_, B_, None, None, scaling)
+        expected = scaling * 262144 * B.double().T.expand(3, 8)
+        assert_accurate(y, expected, expected, torch.float16)
+        y.backward(torch.full_like(y, 1e-3))
+        want = 3 * float(torch.tensor(1e-3).half()) * scaling * 262144
+        torch.testing.assert_close(B_.grad.double(), torch.full_like(B_.grad, 0).double() + want, rtol=3e-3, atol=0)
+
+
+def test_bitwise_the_same_twice(device, dtype):
+    problem = Problem((64,), 48, 56, 8, dtype, device, "soft")
+    first, second = problem.run(ops.apt_linear), problem.run(ops.apt_linear)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+def test_gradcheck_and_only_what_is_asked_for():
+    p = Problem((4,), 6, 5, 3, torch.float64, masks="soft")
+    leaves = [t.clone().requires_grad_() for t in (p.x, p.bias, p.lora_A, p.lora_B)]
+    assert torch.autograd.gradcheck(lambda x, b, A, B: ops.apt_linear(x, p.weight, b, A, B, p.mask_in, p.mask_out, 1.3), leaves)
+    x = p.x.clone().requires_grad_()
+    ops.apt_linear(x, p.weight, p.bias, p.lora_A, p.lora_B).sum().backward()
+    assert p.lora_A.grad is None and x.grad is not None
+
+
+def test_autocast(device):
+    p = Problem((5,), 8, 12, 4, torch.float32, device, "soft")
+    A, B = p.lora_A.clone().requires_grad_(), p.lora_B.clone().requires_grad_()
+    with torch.autocast(device, dtype=torch.bfloat16):
+        y = ops.apt_linear(p.x, p.weight, p.bias, A, B, p.mask_in, p.mask_out, p.scaling)
+        double = ops.apt_linear(*(t.double() for t in (p.x, p.weight, p.bias, p.lora_A, p.lora_B)))
+    assert y.dtype == torch.bfloat16 and double.dtype == torch.float64
+    y.sum().backward()
+    assert A.grad.dtype == B.grad.dtype == torch.float32
+    expected, magnitude = p.oracle(), p.magnitudes()
+    assert_accurate(y, expected["y"], magnitude["y"], torch.bfloat16)
+
+
+ERRORS = [
+    ({"x": lambda p: p.x.int()}, TypeError, "x must be float64"),
+    ({"x": lambda p: p.x.to_sparse()}, TypeError, "x must be a dense strided tensor, got layout Sparse"),
+    ({"x": lambda p: p.x[0, 0]}, ValueError, "x must have shape"),
+    ({"x": lambda p: p.x[:, :-1]}, ValueError, r"weight must have shape \[N=6, K=4\], got \[6, 5\]"),
+    ({"x": lambda p: p.x.to("meta")}, ValueError, "must be on x's device meta, got cpu"),
+    ({"weight": lambda p: p.weight.float()}, TypeError, "weight must have x's dtype float64, got float32"),
+    ({"weight": lambda p: p.weight[0]}, ValueError, "weight must have shape"),
+    ({"bias": lambda p: p.bias[1:]}, ValueError, r"bias must have shape \[N=6\], got \[5\]"),
+    ({"lora_A": lambda p: p.lora_A.half()}, TypeError, "lora_A must have dtype float64, got float16"),
+    ({"lora_A": lambda p: p.lora_A[:, 1:]}, ValueError, "lora_A must have shape"),
+    ({"lora_B": lambda p: p.lora_B[:, 1:]}, ValueError, r"lora_B must have shape \[N=6, R=3\], got \[6, 2\]"),
+    ({"mask_in": lambda p: p.mask_in[:1]}, ValueError, r"mask_in must have shape \[K=5\], got \[1\]"),
+    ({"mask_out": lambda p: p.mask_out.half()}, TypeError, "mask_out must have dtype float64 or float32, got float16"),
+    ({"mask_out": lambda p: p.mask_out.bool()}, TypeError, "mask_out must have dtype"),
+    ({"weight": lambda p: p.weight.requires_grad_()}, RuntimeError, "weight is a constant"),
+    ({"mask_in": lambda p: p.mask_in.requires_grad_()}, RuntimeError, "mask_in is a constant"),
+]
+
+
+@pytest.mark.parametrize("change,error,match", ERRORS)
+def test_bad_arguments_are_worded(change, error, match):
+    p = Problem((4,), 6, 5, 3, torch.float64, masks="soft")
+    names = ("x", "weight", "bias", "lora_A", "lora_B", "mask_in", "mask_out")
+    with pytest.raises(error, match=match):
+        ops.apt_linear(*(change[n](p) if n in change else getattr(p, n) for n in names))
+
+
+def test_second_derivatives_and_forward_mode_are_refused_in_words():
+    p = Problem((4,), 6, 5, 3, torch.float64)
+    A = p.lora_A.clone().requires_grad_()
+    y = ops.apt_linear(p.x, p.weight, p.bias, A, p.lora_B)
+    (first,) = torch.autograd.grad(y.square().sum(), A, create_graph=True)
+    with pytest.raises(RuntimeError, match="apt_linear cannot be differentiated twice"):
+        first.sum().backward()
+    with pytest.raises(RuntimeError, match="apt_linear has no forward-mode derivative"):
+        torch.func.jvp(lambda x: ops.apt_linear(x, p.weight, p.bias, p.lora_A, p.lora_B), (p.x,), (p.x,))
+    from torch.autograd import forward_ad
+
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="apt_linear has no forward-mode derivative"):
+        ops.apt_linear(forward_ad.make_dual(p.x, p.x), p.weight, p.bias, p.lora_A, p.lora_B)
+
+
+@pytest.mark.parametrize("name", ["mask_in", "mask_out", "lora_A", "x"])
+def test_a_saved_tensor_changed_before_backward_is_torchs_error(name):
+    p = Problem((4,), 6, 5, 3, torch.float64, masks="soft")
+    for leaf in ("x", "lora_A", "lora_B"):
+        getattr(p, leaf).requires_grad_()
+    y = ops.apt_linear(p.x, p.weight, p.bias, p.lora_A, p.lora_B, p.mask_in, p.mask_out)
+    with torch.no_grad():
+        getattr(p, name).mul_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiles_whole_and_once_across_mask_changes(device, backend):
+    p = Problem((4,), 6, 5, 3, torch.float32, device, "soft")
+    leaves = [t.clone().requires_grad_() for t in (p.x, p.lora_A, p.lora_B)]
+
+    def step(x, A, B):
+        return ops.apt_linear(x, p.weight, p.bias, A, B, p.mask_in, p.mask_out, 1.5).sin().sum()
+
+    compiled = torch.compile(step, fullgraph=True, backend=backend)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for i in range(6):
+            with torch.no_grad():
+                p.mask_in[i % 5], p.mask_out[i] = 0, 0
+            got = torch.autograd.grad(compiled(*leaves), leaves)
+            for g, w in zip(got, torch.autograd.grad(step(*leaves), leaves), strict=True):
+                torch.testing.assert_close(g, w)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16])
+def test_16_bit_never_takes_a_slow_path(dtype):
+    """Without fast 16-bit products the float32 route is taken: same values as the native one within the accuracy."""
+    import os
+    import subprocess
+    import sys
+
+    script = (
+        "import torch; from conftest import Problem; from apt_ext import ops\n"
+        "p = Problem((70,), 96, 2000, 8, torch.bfloat16, masks='soft'); p.check(p.run(ops.apt_linear))\n"
+        "assert not torch.ops.mkldnn._is_mkldnn_bf16_supported()\n"
+    )
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=os.path.dirname(__file__), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
