@@ -1,4 +1,5 @@
-# `make demo` and `make test` need Python with venv, a C++ compiler and make; everything else goes into .venv. Stamps make the second run start at once.
+# `make demo` and `make test` need Python with venv, a C++ compiler and make; everything else goes into .venv.
+# The files without a suffix in .venv are stamps: the second run starts at once.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEMO_ARGS ?=

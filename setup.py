@@ -42,7 +42,7 @@ def why_no_cuda(torch, home):
     if not torch.version.cuda:
         return "this torch was built without CUDA"
     if not home or not nvcc.is_file():
-        return "nvcc was not found (put it on the PATH or set CUDA_HOME)"
+        return "nvcc was not found: put it on the PATH or set CUDA_HOME"
     release = re.search(r"release (\S+),", subprocess.check_output([nvcc, "--version"], text=True))[1]
     if release.split(".")[0] != torch.version.cuda.split(".")[0]:
         return f"nvcc is of CUDA {release} and torch {torch.__version__} of CUDA {torch.version.cuda}"

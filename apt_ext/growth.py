@@ -107,9 +107,9 @@ def resize_parameters(changes: Sequence[Resize], optimizer: object | None = None
     with; of old entries both are kept bitwise, and so is what a Parameter shares (`step`). All of it is checked and allocated before the
     first change. Each resized Parameter is guarded (see `guard`).
 
-    A graph built before and run backward after is refused by torch if it saved the Parameter. If it did not, its gradient has the old shape:
-    the guard refuses the next step, or torch the sum with `.grad`; but a dimension of size 1 broadcasts into a grown `.grad` unseen. So the
-    backward of whatever uses a resizable Parameter saves it.
+    A graph built before and run backward after is refused by torch if it saved the Parameter. If it did not, its gradient has the old
+    shape: the guard refuses the next step, or torch the sum with `.grad`; but a dimension of size 1 broadcasts into a grown `.grad` unseen.
+    So the backward of whatever uses a resizable Parameter saves it.
 
     Raises TypeError (types), ValueError (shapes, dim, keep), RuntimeError (see resizable_state); everything is then as it was.
     """

@@ -86,7 +86,8 @@ def mask_grads_(grads: Sequence[Tensor], masks: Sequence[Tensor], dims: Sequence
     All contiguous gradients of a device go in one launch (one per 600 tensors), which a CUDA graph can capture; two
     gradients may not share memory. ``masks[i]`` has shape [grads[i].shape[dims[i]]] and lies on the gradient's device.
     """
-    _mask_grads_(list(grads), list(masks), list(dims))
+    if len(grads) or len(masks) or len(dims):  # without a tensor there is no device to dispatch on, and nothing to do
+        _mask_grads_(list(grads), list(masks), list(dims))
 
 
 def build_info() -> dict[str, Any]:

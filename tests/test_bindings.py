@@ -30,7 +30,7 @@ def _samples(device):
         p = Problem((2, 3), 6, 5, 2, torch.float32, device, masks)
         both = (p.mask_in, p.mask_out)
         forward = (p.x, p.weight, p.bias, p.lora_A, p.lora_B, *both, 1.5)
-        leaves = [t if t is p.weight or t is None or not isinstance(t, torch.Tensor) or t in both else t.clone().requires_grad_() for t in forward[:5]]
+        leaves = [t if t is p.weight else t.clone().requires_grad_() for t in forward[:5]]
         yield "apt_linear", (*leaves, *both, 1.5)
         yield "apt_linear", forward
         yield "apt_linear_forward", forward
@@ -58,7 +58,7 @@ def test_opcheck(device, index):
 def test_build_info():
     info = apt_ext.ops.build_info()
     assert set(info) == {"version", "cuda", "cuda_archs", "torch_version", "cuda_version", "cpu_capability"}
-    assert info["version"] == apt_ext.__version__ and info["torch_version"] == torch.__version__
+    assert info["version"] == apt_ext.__version__ and torch.__version__.startswith(info["torch_version"])
     assert info["cuda"] is bool(info["cuda_archs"]) is (info["cuda_version"] is not None)
 
 

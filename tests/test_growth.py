@@ -189,6 +189,31 @@ def test_growth_follows_the_float64_model(make, rule, start):
     torch.testing.assert_close(pair.lora_B.detach(), B, rtol=1e-11, atol=1e-13)
 
 
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("options", [{"fused": True}, {"capturable": True}, {"capturable": True, "foreach": True, "amsgrad": True}])
+def test_growth_on_cuda(options):
+    pair = Pair().cuda()
+    pair.loss = lambda: ((torch.ones(3, 6, device="cuda") @ pair.lora_A.T @ pair.lora_B.T - 0.3) ** 2).sum()
+    optimizer = AdamW(pair.parameters(), lr=0.01, **options)
+    pair.train_steps(optimizer)
+    step, moment = optimizer.state[pair.lora_A]["step"], optimizer.state[pair.lora_A]["exp_avg"].clone()
+    A, B = pair.lora_A.detach(), pair.lora_B.detach()
+    rows = draw_rows(3, 6, 0.5, torch.Generator().manual_seed(1), "cuda", A.dtype)  # a CPU generator serves any device
+    changes = [Resize(pair.lora_A, torch.cat([A, rows]), 0), Resize(pair.lora_B, torch.cat([B, B.new_zeros(5, 3)], 1), 1)]
+    resize_parameters(changes, optimizer)
+    state = optimizer.state[pair.lora_A]
+    assert state["step"] is step and state["exp_avg"].is_cuda
+    assert torch.equal(state["exp_avg"][:4], moment) and not state["exp_avg"][4:].any()
+    pair.train_steps(optimizer)
+    assert pair.lora_B[:, 4:].all() and torch.isfinite(pair.lora_A).all()
+    resize_parameters([Resize(pair.lora_A, torch.ones(4096, 6), 0)])
+    pair.lora_A.grad = torch.ones(4096, 6, device="cuda")
+    with pytest.raises(RuntimeError, match=r"expected the Parameter's \(4096, 6\)"):
+        optimizer.step()
+    assert (pair.lora_A == 1).all()
+
+
 def test_frozen_half_and_stateless_parameters():
     pair = Pair(dtype=torch.bfloat16).requires_grad_(False)
     pair.grow(AdamW(pair.parameters()))
@@ -630,6 +655,7 @@ def test_growth_under_ddp_is_refused(process_group):
     optimizer.step()
     refused(pair, [optimizer], RuntimeError, "held by DistributedDataParallel.*max_rank", lambda: pair.grow(optimizer))
     other.grow()
+    wrapped.itself = [wrapped]  # a cycle: deleted, it waits for the collector
     del wrapped
     pair.grow(optimizer)
     pair.train_steps(optimizer)

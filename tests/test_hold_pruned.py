@@ -320,7 +320,9 @@ def test_sharded_by_fsdp(tmp_path):
     assert [rank.returncode for rank in ranks] == [0, 0], errors
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("name", ["sgd_momentum", "adamw_fused_amsgrad", "adagrad", "muon"])
 def test_cuda_waits_for_nothing(name):
     adapter = Adapter().cuda()

@@ -20,7 +20,7 @@ def test_merge_matches_reference(device, dtype, N, K, R, masks):
         bound = reference.merge_(p.weight.double().cpu().abs(), A.double().cpu().abs(), B.double().cpu().abs(), p.scaling, *args)
         for check in (True, False):
             for transposed in (False, True):
-                W = p.weight.t().contiguous().t() if transposed else p.weight.clone()
+                W = p.weight.t().clone(memory_format=torch.contiguous_format).t() if transposed else p.weight.clone()
                 version = W._version
                 assert ops.merge_(W, A, B, p.scaling, p.mask_in, p.mask_out, check) is W
                 assert W._version > version

@@ -79,6 +79,7 @@ def test_backend_sees_installed_packages_through_the_isolation(tmp_path):
     [
         ({"PATH": "", "CXX": ""}, "no C++ compiler was found (c++ or g++)"),
         ({"CXX": "no-such-compiler -m64"}, "no C++ compiler was found (CXX=no-such-compiler -m64)"),
+        # Any program passes for a compiler: these stop before one is run.
         ({"CXX": sys.executable, "APT_WITH_CUDA": "1", "CUDA_HOME": "/nonexistent"}, "APT_WITH_CUDA=1 asks for CUDA, but "),
         ({"CXX": sys.executable, "APT_WITH_CUDA": "yes"}, "APT_WITH_CUDA must be 0, 1 or unset, got 'yes'"),
     ],

@@ -67,8 +67,11 @@ class Salience:
     @torch.no_grad()
     def update(self) -> None:
         """Once an optimizer step, after the last backward: the passes since the last update are one batch, whatever their number."""
-        for name, (activation, gradient) in self._sums.items():
-            now = (activation * gradient).view(self._counts[name], -1).sum(1)
+        for name, count in self._counts.items():
+            if name not in self._sums:
+                continue
+            activation, gradient = self._sums[name]
+            now = (activation * gradient).view(count, -1).sum(1)
             average = self.scores.setdefault(name, torch.zeros_like(now))
             average.mul_(self.decay).add_(now, alpha=1 - self.decay)
         self._sums, self._tokens = {}, None

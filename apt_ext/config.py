@@ -1,0 +1,208 @@
+"""APTConfig: which linears get an adapter, of which rank and scaling, and what else trains. PEFT's names where the meaning is PEFT's."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+Patterns = list[str] | str
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class APTConfig:
+    """What `get_apt_model` builds. Frozen: derive another with `dataclasses.replace`.
+
+    r               rank of each adapter, at least 1
+    lora_alpha      scaling is lora_alpha / r at the start and then constant, also when the rank grows
+    lora_dropout    probability of dropping a low-rank input during training, in [0, 1)
+    target_modules  the linears that get an adapter: names or ends of names ("query", "attention.self.query"), one regular expression for
+                    the whole name, or "all-linear": all but the output layer of a language model and what modules_to_save holds
+    exclude_modules the same, taken out of target_modules
+    modules_to_save names or ends of names of modules that train whole; None: the task head that a stock model has; []: none
+    rank_pattern    {regular expression for the end of a name: rank}; the first that matches replaces r
+    alpha_pattern   the same for lora_alpha
+    max_rank        storage reserved for growth (see APTAdapter), None: growth re-allocates
+    density         share of the blocks to keep, in [0, 1]: with round_to the arguments of `apt_ext.method.kept_count`; building the
+    round_to        model reads neither of them
+
+    Raises TypeError (types) and ValueError (values), naming the field.
+    """
+
+    r: int = 8
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    target_modules: Patterns = ALL_LINEAR
+    exclude_modules: Patterns | None = None
+    modules_to_save: list[str] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    max_rank: int | None = None
+    density: float = 1.0
+    round_to: int = 8
+
+    def __post_init__(self) -> None:
+        _check_int("r", self.r)
+        _check_number("lora_alpha", self.lora_alpha)
+        _check_number("lora_dropout", self.lora_dropout)
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout: expected a probability in [0, 1), got {self.lora_dropout}")
+        _check_number("density", self.density)
+        if not 0.0 <= self.density <= 1.0:
+            raise ValueError(f"density: expected a share in [0, 1], got {self.density}")
+        _check_int("round_to", self.round_to)
+        ranks, alphas = _checked_patterns("rank_pattern", self.rank_pattern), _checked_patterns("alpha_pattern", self.alpha_pattern)
+        for key, rank in ranks.items():
+            _check_int(f"rank_pattern[{key!r}]", rank)
+        for key, alpha in alphas.items():
+            _check_number(f"alpha_pattern[{key!r}]", alpha)
+        if self.max_rank is not None:
+            _check_int("max_rank", self.max_rank)
+            if max(self.r, *ranks.values(), 0) > self.max_rank:
+                raise ValueError(f"max_rank: expected at least r and every rank of rank_pattern, got {self.max_rank}")
+        targets = _checked_names("target_modules", self.target_modules, regex=True)
+        exclude = None if self.exclude_modules is None else _checked_names("exclude_modules", self.exclude_modules, regex=True)
+        save = None if self.modules_to_save is None else _checked_names("modules_to_save", self.modules_to_save, regex=False)
+        if not targets:
+            raise ValueError("target_modules: expected at least one name, got none")
+        # Copies: what the caller's lists and dicts become later is not this configuration.
+        for name, value in (
+            ("target_modules", targets),
+            ("exclude_modules", exclude),
+            ("modules_to_save", save),
+            ("rank_pattern", ranks),
+            ("alpha_pattern", alphas),
+        ):
+            object.__setattr__(self, name, value)
+
+    def rank_of(self, name: str) -> int:
+        """The rank of the adapter of this name."""
+        return next((rank for key, rank in self.rank_pattern.items() if ends_with(key, name)), self.r)
+
+    def scaling_of(self, name: str) -> float:
+        """lora_alpha / r with both taken from the patterns where they match."""
+        alpha = next((alpha for key, alpha in self.alpha_pattern.items() if ends_with(key, name)), self.lora_alpha)
+        return alpha / self.rank_of(name)
+
+    def targets(self, linears: Collection[str], saved: Collection[str], output: str | None) -> list[str]:
+        """The names among `linears` that get an adapter, in their order.
+
+        `saved` are the linears that train whole, `output` is the output layer of a language model; neither gets an adapter by "all-linear",
+        and naming a saved one is an error. So is every name, expression or pattern that matches nothing: ValueError with the nearest names.
+        """
+        free = [name for name in linears if name not in saved]
+        if self.target_modules == ALL_LINEAR:
+            chosen = [name for name in free if name != output]
+        else:
+            chosen = select("target_modules", self.target_modules, free, apart_from=saved)
+        if self.exclude_modules is not None:
+            excluded = set(select("exclude_modules", self.exclude_modules, linears))
+            chosen = [name for name in chosen if name not in excluded]
+        if not chosen:
+            raise ValueError(f"target_modules: expected at least one linear layer, got none of {_listed(linears)}")
+        for argument, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
+            for key in pattern:
+                if not any(ends_with(key, name) for name in chosen):
+                    raise ValueError(f"{argument}: expected the end of a target's name, got {key!r}{nearest(key, chosen)}")
+        return chosen
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that JSON holds; `from_dict` reads them back."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> APTConfig:
+        """The configuration that `to_dict` wrote. An unknown key is a ValueError that names the closest known one."""
+        if not isinstance(values, Mapping):
+            raise TypeError(f"values: expected a dict, got {type(values).__name__}")
+        known = [entry.name for entry in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                raise ValueError(f"values: expected fields of APTConfig, got {key!r}{nearest(str(key), known)}")
+        return cls(**values)
+
+
+def select(argument: str, patterns: Patterns, names: Collection[str], apart_from: Collection[str] = ()) -> list[str]:
+    """The `names` that match: a list holds names or ends of names at a dot, a string is one regular expression for the whole name.
+
+    ValueError for an entry that matches nothing, with the nearest names, or that matches only `apart_from`.
+    """
+    found: set[str] = set()
+    for entry in [patterns] if isinstance(patterns, str) else patterns:
+        if isinstance(patterns, str):
+            matches = re.compile(patterns).fullmatch
+        else:
+            matches = re.compile(rf"(?:.*\.)?{re.escape(entry)}").fullmatch
+        matched = [name for name in names if matches(name)]
+        if not matched:
+            saved = [name for name in apart_from if matches(name)]
+            if saved:
+                why = f" matches only {_listed(saved)} of modules_to_save, which train whole; name other modules to save"
+            else:
+                why = f", which matches none{nearest(entry, names)}"
+            raise ValueError(f"{argument}: expected names of modules of this model, got {entry!r}{why}")
+        found.update(matched)
+    return [name for name in names if name in found]
+
+
+def ends_with(pattern: str, name: str) -> bool:
+    """Whether the regular expression matches the whole name or its end behind a dot (PEFT's rule for rank_pattern)."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+
+
+def nearest(wanted: str, names: Iterable[str]) -> str:
+    """ "; nearest: a, b" for an error message, comparing as many parts of the names as `wanted` has."""
+    parts = wanted.count(".") + 1
+    ends = sorted({".".join(name.split(".")[-parts:]) for name in names})
+    close = get_close_matches(wanted, ends, n=3, cutoff=0.4) or ends[:6]
+    return f"; nearest: {', '.join(close)}" if close else ""
+
+
+def _listed(names: Collection[str]) -> str:
+    shown = ", ".join(list(names)[:4]) or "an empty list"
+    return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _check_int(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name}: expected at least 1, got {value}")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+
+
+def _checked_names(name: str, value: Any, regex: bool) -> Any:
+    if regex and isinstance(value, str):
+        return _checked_regex(name, value)
+    if not isinstance(value, list | tuple | set) or not all(isinstance(entry, str) for entry in value):
+        raise TypeError(f"{name}: expected a list of names{' or a regular expression' if regex else ''}, got {value!r}")
+    if "" in value:
+        raise ValueError(f"{name}: expected names, got an empty one")
+    return sorted(value) if isinstance(value, set) else list(value)
+
+
+def _checked_regex(name: str, value: str) -> str:
+    try:
+        re.compile(value)
+    except re.error as error:
+        raise ValueError(f"{name}: expected a regular expression, got {value!r} ({error})") from None
+    if not value:
+        raise ValueError(f"{name}: expected a regular expression, got an empty string")
+    return value
+
+
+def _checked_patterns(name: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise TypeError(f"{name}: expected a dict with regular expressions as keys, got {value!r}")
+    return {_checked_regex(f"key of {name}", key): entry for key, entry in value.items()}

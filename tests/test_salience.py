@@ -1,0 +1,195 @@
+"""Salience: S~ = product of sums, its moving average, and hooks that hold nothing of the batch's size."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from apt_ext.method import Salience
+
+
+class Layer(nn.Module):
+    """An FFN with a residual: the neurons' activation is the input of `down`."""
+
+    def __init__(self, hidden: int = 6, neurons: int = 8) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(hidden, neurons), nn.Linear(neurons, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Model(nn.Module):
+    def __init__(self, checkpointed: bool | None = None) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Layer(), Layer()])
+        self.reentrant = checkpointed
+
+    def forward(self, x: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        for layer in self.layers:
+            x = layer(x) if self.reentrant is None else checkpoint(layer, x, use_reentrant=self.reentrant)
+        return x
+
+    def sites(self, count: int = 8) -> dict[str, tuple[nn.Module, int]]:
+        return {f"{i}.neurons": (layer.down, count) for i, layer in enumerate(self.layers)}
+
+
+def model_of(**options: bool) -> Model:
+    torch.manual_seed(0)
+    return Model(**options).double()
+
+
+def batch_of(batch: int = 3, length: int = 5) -> Tensor:
+    return torch.randn(batch, length, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(1), requires_grad=True)
+
+
+def loss_of(y: Tensor) -> Tensor:
+    return y.pow(2).sum()
+
+
+def direct(model: Model, x: Tensor, tokens: Tensor | None = None) -> list[Tensor]:
+    """S~ of each layer by keeping every activation and its gradient."""
+    kept = []
+    y = x
+    for layer in model.layers:
+        h = torch.tanh(layer.up(y))
+        kept.append(h)
+        y = y + layer.down(h)
+    grads = torch.autograd.grad(loss_of(y), kept)
+    weight = torch.ones(x.shape[:2], dtype=x.dtype) if tokens is None else tokens.to(x.dtype)
+    sums = [[torch.einsum("blc,bl->c", value.detach().abs(), weight) for value in pair] for pair in zip(kept, grads, strict=True)]
+    return [activation * gradient for activation, gradient in sums]
+
+
+@pytest.mark.parametrize("checkpointed", [None, False, True])
+def test_salience_is_the_product_of_two_sums(checkpointed: bool | None) -> None:
+    model, x = model_of(checkpointed=checkpointed), batch_of()
+    salience = Salience(model, model.sites(), decay=0.0)
+    loss_of(model(x)).backward()
+    salience.update()
+    for score, expected in zip(salience.scores.values(), direct(model, x), strict=True):
+        torch.testing.assert_close(score, expected)
+
+
+def test_a_block_of_several_channels_is_the_sum_of_its_channels() -> None:
+    model, x = model_of(), batch_of()
+    salience = Salience(model, model.sites(count=2), decay=0.0)
+    loss_of(model(x)).backward()
+    salience.update()
+    for score, expected in zip(salience.scores.values(), direct(model, x), strict=True):
+        torch.testing.assert_close(score, expected.view(2, 4).sum(1))
+
+
+def test_padding_tokens_do_not_count() -> None:
+    model, x = model_of(), batch_of()
+    tokens = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
+    salience = Salience(model, model.sites(), decay=0.0)
+    loss_of(model(x, attention_mask=tokens)).backward()  # this loss looks at padding too, so its gradient there is not zero
+    salience.update()
+    for score, expected in zip(salience.scores.values(), direct(model, x, tokens), strict=True):
+        torch.testing.assert_close(score, expected)
+
+
+def test_micro_batches_between_updates_are_one_batch() -> None:
+    model, x = model_of(), batch_of(batch=4)
+    whole, parts = Salience(model, model.sites()), Salience(model, model.sites())
+    loss_of(model(x)).backward()
+    whole.update()
+    whole.remove()
+    parts._sums.clear()  # both listened to the whole batch
+    for part in x.detach().requires_grad_().split(1):
+        loss_of(model(part)).backward()
+    parts.update()
+    for name, score in whole.scores.items():
+        torch.testing.assert_close(parts.scores[name], score)
+
+
+def test_moving_average_of_equal_inputs() -> None:
+    model, x = model_of(), batch_of()
+    salience = Salience(model, model.sites(), decay=0.85)
+    for _ in range(7):
+        loss_of(model(x)).backward()
+        salience.update()
+    for score, expected in zip(salience.scores.values(), direct(model, x), strict=True):
+        torch.testing.assert_close(score, (1 - 0.85**7) * expected)
+
+
+def test_passes_without_a_backward_leave_it_unchanged() -> None:
+    model, x = model_of(), batch_of()
+    salience = Salience(model, model.sites(), decay=0.0)
+    loss_of(model(x)).backward()
+    with torch.no_grad():
+        model(2 * x, attention_mask=torch.zeros(3, 5))
+    with torch.inference_mode():
+        model(3 * x)
+    model(4 * x)  # an evaluation that forgot no_grad
+    salience.update()
+    for score, expected in zip(salience.scores.values(), direct(model, x), strict=True):
+        torch.testing.assert_close(score, expected)
+
+
+def test_update_without_a_backward_changes_nothing() -> None:
+    model, x = model_of(), batch_of()
+    salience = Salience(model, model.sites())
+    salience.update()
+    assert salience.scores == {}
+    loss_of(model(x)).backward()
+    salience.update()
+    before = salience.state_dict()
+    salience.update()
+    assert all(torch.equal(before[name], score) for name, score in salience.scores.items())
+
+
+def test_state_is_independent_of_batch_and_length() -> None:
+    model = model_of()
+    salience = Salience(model, model.sites())
+
+    def held() -> list[tuple[int, ...]]:
+        return [tuple(tensor.shape) for pair in salience._sums.values() for tensor in pair]
+
+    for batch, length in ((1, 1), (7, 33)):
+        loss_of(model(batch_of(batch, length))).backward()
+        assert held() == [(8,)] * 4
+    assert sum(type(thing) is Tensor and thing.shape[:2] == (7, 33) for thing in gc.get_objects()) == 0
+    salience.update()
+    assert salience._tokens is None and held() == []
+
+
+def test_remove_leaves_no_hook() -> None:
+    model = model_of()
+    salience = Salience(model, model.sites())
+    salience.remove()
+    salience.remove()
+    assert not any(module._forward_pre_hooks or module._forward_hooks or module._backward_hooks for module in model.modules())
+    loss_of(model(batch_of())).backward()
+    salience.update()
+    assert salience.scores == {}
+
+
+def test_state_dict_resumes_the_average_and_is_a_copy() -> None:
+    model, x = model_of(), batch_of()
+    first = Salience(model, model.sites())
+    loss_of(model(x)).backward()
+    first.update()
+    state = first.state_dict()
+    resumed = Salience(model, model.sites())
+    resumed.load_state_dict(state)
+    loss_of(model(x)).backward()
+    first.update()
+    resumed.update()
+    for name, score in first.scores.items():
+        assert torch.equal(resumed.scores[name], score)
+        assert not torch.equal(state[name], score)
+
+
+@pytest.mark.parametrize("state", [{"9.neurons": torch.ones(8)}, {"0.neurons": torch.ones(7)}])
+def test_foreign_state_is_refused_in_words(state: dict[str, Tensor]) -> None:
+    model = model_of()
+    salience = Salience(model, model.sites())
+    with pytest.raises(ValueError, match="neurons"):
+        salience.load_state_dict(state)
+    assert salience.scores == {}
