@@ -204,9 +204,7 @@ class APTAdapter(Merging):
         if self.dropout > 0.0 and self.training:
             # Dropping commutes with masking, so the low-rank path is the same op on its own dropped input.
             none_A, none_B = self.lora_A[:0], self.lora_B[:, :0]
-            low_rank = ops.apt_linear(
-                F.dropout(x, self.dropout), None, None, self.lora_A, self.lora_B, mask_in, mask_out, self._scaling
-            )
+            low_rank = ops.apt_linear(F.dropout(x, self.dropout), None, None, self.lora_A, self.lora_B, mask_in, mask_out, self._scaling)
             y = low_rank if weight is None else ops.apt_linear(x, weight, bias, none_A, none_B, mask_in, mask_out, 1.0) + low_rank
         else:
             y = ops.apt_linear(x, weight, bias, self.lora_A, self.lora_B, mask_in, mask_out, self._scaling)
@@ -332,6 +330,8 @@ class APTAdapter(Merging):
         if init_type == "zero":
             warnings.warn("init_type='zero' makes both factors zero: the new ranks have no gradient and cannot learn", stacklevel=2)
         A, B = self.lora_A, self.lora_B
+        if self._max_rank is None:
+            growth.resizable_state([A, B], optimizers)  # refuses before a row is drawn: the generator too is as before
         with torch.inference_mode(False), torch.no_grad():
             std = self.init_std if init_type == "lora" else 0.0
             rows = growth.draw_rows(more, self.in_features, std, generator, A.device, A.dtype)

@@ -116,9 +116,10 @@ def _fit_storage(adapter: APTAdapter, rank: int) -> None:
     """Without max_rank the storage is as large as the rank: re-allocate in place, same Parameter objects."""
     if adapter.max_rank is not None or adapter.lora_A.shape[0] == rank:
         return
+    growth.resizable_state([adapter.lora_A, adapter.lora_B], [])  # refuses what DDP or FSDP holds
     with torch.inference_mode(False), torch.no_grad():
         for param, shape in ((adapter.lora_A, (rank, adapter.in_features)), (adapter.lora_B, (adapter.out_features, rank))):
-            param.set_(torch.empty(shape, dtype=param.dtype, device=param.device))  # type: ignore[no-untyped-call]
+            param.set_(torch.empty(shape, dtype=param.dtype, device=param.device))  # type: ignore[call-overload]
             param.grad = None
 
 
@@ -130,5 +131,3 @@ def _padded(value: Tensor, size: int, dim: int) -> Tensor:
     shape = list(value.shape)
     shape[dim] = missing
     return torch.cat([value, value.new_zeros(shape)], dim)
-
-

@@ -17,7 +17,8 @@ using torch::autograd::variable_list;
 // The dispatcher's handle, looked up once: fake tensors and tracing modes see every inner call.
 template <auto function>
 auto& handle(const char* name) {
-  static auto op = c10::Dispatcher::singleton().findSchemaOrThrow((std::string("apt_ext::") + name).c_str(), "")
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow((std::string("apt_ext::") + name).c_str(), "")
                        .typed<std::remove_pointer_t<decltype(function)>>();
   return op;
 }
@@ -36,16 +37,19 @@ OptTensor or_none(const Tensor& tensor) { return tensor.defined() ? OptTensor(te
 // The gradient formula itself: refuses to be differentiated, in words and only when somebody tries.
 struct Backward : torch::autograd::Function<Backward> {
   static variable_list forward(AutogradContext*, const Tensor& grad, const Tensor& x, const OptTensor& weight,
-                               const Tensor& lora_A, const Tensor& lora_B, const Tensor& t, const OptTensor& mask_in,
-                               const OptTensor& mask_out, double scaling, std::array<bool, 4> output_mask) {
+                               const Tensor& lora_A, const Tensor& lora_B, const Tensor& t,
+                               const OptTensor& mask_in, const OptTensor& mask_out, double scaling,
+                               std::array<bool, 4> output_mask) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [dx, dA, dB, db] = handle<&apt_linear_backward>("apt_linear_backward")
-                                .call(grad, x, weight, lora_A, lora_B, t, mask_in, mask_out, scaling, output_mask);
+    auto [dx, dA, dB, db] =
+        handle<&apt_linear_backward>("apt_linear_backward")
+            .call(grad, x, weight, lora_A, lora_B, t, mask_in, mask_out, scaling, output_mask);
     return {dx, dA, dB, db};
   }
   static variable_list backward(AutogradContext*, const variable_list&) {
     TORCH_CHECK(false,
-                "apt_linear cannot be differentiated twice (create_graph=True); use apt_ext.reference.apt_linear, which "
+                "apt_linear cannot be differentiated twice (create_graph=True); use "
+                "apt_ext.reference.apt_linear, which "
                 "is plain differentiable torch");
   }
 };
@@ -59,9 +63,11 @@ struct Linear : torch::autograd::Function<Linear> {
                       .call(x, weight, bias, lora_A, lora_B, mask_in, mask_out, scaling);
     bool need_bias = bias.has_value() && bias->requires_grad();
     std::array<bool, 4> need{x.requires_grad(), lora_A.requires_grad(), lora_B.requires_grad(), need_bias};
-    // The factors are always saved: growth between forward and backward is then torch's own "modified by an inplace
-    // operation" instead of a gradient of the old shape. The masks likewise: the gradient belongs to this forward's.
-    ctx->save_for_backward({x, or_undefined(weight), lora_A, lora_B, t, or_undefined(mask_in), or_undefined(mask_out)});
+    // The factors are always saved: growth between forward and backward is then torch's own "modified by an
+    // inplace operation" instead of a gradient of the old shape. The masks likewise: the gradient belongs to
+    // this forward's.
+    ctx->save_for_backward(
+        {x, or_undefined(weight), lora_A, lora_B, t, or_undefined(mask_in), or_undefined(mask_out)});
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["need"] = (need[0] ? 1 : 0) | (need[1] ? 2 : 0) | (need[2] ? 4 : 0) | (need[3] ? 8 : 0);
     return y;
@@ -75,15 +81,22 @@ struct Linear : torch::autograd::Function<Linear> {
             .call(grads[0], saved[0], or_none(saved[1]), saved[2], saved[3], saved[4], or_none(saved[5]),
                   or_none(saved[6]), ctx->saved_data["scaling"].toDouble(), need);
     auto wanted = [](bool needed, const Tensor& gradient) { return needed ? gradient : Tensor(); };
-    return {wanted(need[0], dx), Tensor(), wanted(need[3], db), wanted(need[1], dA),
-            wanted(need[2], dB), Tensor(), Tensor(),            Tensor()};
+    return {wanted(need[0], dx),
+            Tensor(),
+            wanted(need[3], db),
+            wanted(need[1], dA),
+            wanted(need[2], dB),
+            Tensor(),
+            Tensor(),
+            Tensor()};
   }
 };
 
 bool wants_grad(const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
 
 Tensor linear_autograd(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const Tensor& lora_A,
-                       const Tensor& lora_B, const OptTensor& mask_in, const OptTensor& mask_out, double scaling) {
+                       const Tensor& lora_B, const OptTensor& mask_in, const OptTensor& mask_out,
+                       double scaling) {
   check_strided(x, "x");
   Tensor b = or_undefined(bias);
   check_no_forward_ad({&x, &lora_A, &lora_B, &b});
@@ -101,20 +114,23 @@ Tensor linear_autograd(const Tensor& x, const OptTensor& weight, const OptTensor
 
 // The two halves are ops of their own so that a compiler can place them; alone they are not differentiable.
 std::tuple<Tensor, Tensor> forward_autograd(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
-                                            const Tensor& lora_A, const Tensor& lora_B, const OptTensor& mask_in,
-                                            const OptTensor& mask_out, double scaling) {
-  TORCH_CHECK(!at::GradMode::is_enabled() ||
-                  !(wants_grad(x) || wants_grad(lora_A) || wants_grad(lora_B) || wants_grad(or_undefined(bias))),
+                                            const Tensor& lora_A, const Tensor& lora_B,
+                                            const OptTensor& mask_in, const OptTensor& mask_out,
+                                            double scaling) {
+  TORCH_CHECK(!at::GradMode::is_enabled() || !(wants_grad(x) || wants_grad(lora_A) || wants_grad(lora_B) ||
+                                               wants_grad(or_undefined(bias))),
               "apt_linear_forward is one half of apt_linear and has no gradient of its own; call apt_linear");
   at::AutoDispatchBelowADInplaceOrView below;
   return handle<&apt_linear_forward>("apt_linear_forward")
       .call(x, weight, bias, lora_A, lora_B, mask_in, mask_out, scaling);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_autograd(
-    const Tensor& grad, const Tensor& x, const OptTensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-    const Tensor& t, const OptTensor& mask_in, const OptTensor& mask_out, double scaling,
-    std::array<bool, 4> output_mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward_autograd(const Tensor& grad, const Tensor& x,
+                                                             const OptTensor& weight, const Tensor& lora_A,
+                                                             const Tensor& lora_B, const Tensor& t,
+                                                             const OptTensor& mask_in,
+                                                             const OptTensor& mask_out, double scaling,
+                                                             std::array<bool, 4> output_mask) {
   auto out = Backward::apply(grad, x, weight, lora_A, lora_B, t, mask_in, mask_out, scaling, output_mask);
   return {out[0], out[1], out[2], out[3]};
 }
@@ -144,12 +160,14 @@ void mask_grads_autograd(at::TensorList grads, at::TensorList masks, at::IntArra
 // Under autocast(T): floating inputs other than float64, and the masks, are cast to T; the output is T.
 template <c10::DeviceType device>
 Tensor linear_autocast(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const Tensor& lora_A,
-                       const Tensor& lora_B, const OptTensor& mask_in, const OptTensor& mask_out, double scaling) {
+                       const Tensor& lora_B, const OptTensor& mask_in, const OptTensor& mask_out,
+                       double scaling) {
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   at::ScalarType to = at::autocast::get_autocast_dtype(device);
   auto cast = [to](const auto& tensor) { return at::autocast::cached_cast(to, tensor, device); };
   return handle<&apt_linear>("apt_linear")
-      .call(cast(x), cast(weight), cast(bias), cast(lora_A), cast(lora_B), cast(mask_in), cast(mask_out), scaling);
+      .call(cast(x), cast(weight), cast(bias), cast(lora_A), cast(lora_B), cast(mask_in), cast(mask_out),
+            scaling);
 }
 
 }  // namespace

@@ -24,15 +24,17 @@ struct Held<at::IntArrayRef> {
   using type = std::vector<int64_t>;
 };
 
-// Binds the op's typed dispatcher handle, so autograd, autocast and fake tensors see the call; the GIL is released.
+// Binds the op's typed dispatcher handle, so autograd, autocast and fake tensors see the call; the GIL is
+// released.
 template <class Return, class... Args, size_t... index>
 void bind_op(py::module& m, const std::string& name, const std::string& schema, Return (*)(Args...),
-          std::index_sequence<index...>) {
-  auto op = c10::Dispatcher::singleton().findSchemaOrThrow(("apt_ext::" + name).c_str(), "").typed<Return(Args...)>();
+             std::index_sequence<index...>) {
+  auto op = c10::Dispatcher::singleton()
+                .findSchemaOrThrow(("apt_ext::" + name).c_str(), "")
+                .typed<Return(Args...)>();
   const auto& arguments = op.schema().arguments();
   m.def(
-      name.c_str(),
-      [op](typename Held<Args>::type... args) -> Return { return op.call(args...); },
+      name.c_str(), [op](typename Held<Args>::type... args) -> Return { return op.call(args...); },
       py::arg(arguments[index].name().c_str())..., py::call_guard<py::gil_scoped_release>(),
       (name + schema).c_str());
 }
@@ -80,7 +82,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       bind_op(m, name, schema, typed, std::index_sequence_for<Args...>{});
     }(function);
   });
-  m.def("build_info", &build_info, "What this build is: version, cuda, cuda_archs, cuda_version, torch_version, cpu_capability.");
+  m.def("build_info", &build_info,
+        "What this build is: version, cuda, cuda_archs, cuda_version, torch_version, cpu_capability.");
 }
 
 }  // namespace apt

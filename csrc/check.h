@@ -34,7 +34,8 @@ inline const char* name_of(at::ScalarType t) {
 }
 
 inline void check_strided(const Tensor& tensor, const char* name) {
-  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided && !tensor.is_nested(), name, " must be a dense strided tensor, got ",
+  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided && !tensor.is_nested(), name,
+                   " must be a dense strided tensor, got ",
                    tensor.is_nested() ? "a nested tensor" : c10::str("layout ", tensor.layout()));
 }
 
@@ -43,41 +44,45 @@ inline void check_floating(const Tensor& tensor, const char* name) {
                    " must be float64, float32, float16 or bfloat16, got ", name_of(tensor.scalar_type()));
 }
 
-inline void check_same_dtype(const Tensor& tensor, const char* name, const Tensor& like, const char* like_name) {
+inline void check_same_dtype(const Tensor& tensor, const char* name, const Tensor& like,
+                             const char* like_name) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == like.scalar_type(), name, " must have ", like_name, "'s dtype ",
                    name_of(like.scalar_type()), ", got ", name_of(tensor.scalar_type()));
 }
 
 // Low-rank factors and masks: the base's dtype, or float32 over a 16-bit base (masks: over any base).
-inline void check_dtype_or_float32(const Tensor& tensor, const char* name, at::ScalarType base, bool over_any) {
+inline void check_dtype_or_float32(const Tensor& tensor, const char* name, at::ScalarType base,
+                                   bool over_any) {
   bool wide_ok = over_any || base == at::kHalf || base == at::kBFloat16;
   TORCH_CHECK_TYPE(tensor.scalar_type() == base || (wide_ok && tensor.scalar_type() == at::kFloat), name,
-                   " must have dtype ", name_of(base), wide_ok && base != at::kFloat ? " or float32" : "", ", got ",
-                   name_of(tensor.scalar_type()));
+                   " must have dtype ", name_of(base), wide_ok && base != at::kFloat ? " or float32" : "",
+                   ", got ", name_of(tensor.scalar_type()));
 }
 
-inline void check_same_device(const Tensor& tensor, const char* name, const Tensor& like, const char* like_name) {
-  TORCH_CHECK_VALUE(tensor.device() == like.device(), name, " must be on ", like_name, "'s device ", like.device(),
-                    ", got ", tensor.device());
+inline void check_same_device(const Tensor& tensor, const char* name, const Tensor& like,
+                              const char* like_name) {
+  TORCH_CHECK_VALUE(tensor.device() == like.device(), name, " must be on ", like_name, "'s device ",
+                    like.device(), ", got ", tensor.device());
 }
 
 // expected reads like "[N=4096, R=8]"
-inline void check_matrix(const Tensor& tensor, const char* name, const char* rows_name, const c10::SymInt& rows,
-                         const char* cols_name, const c10::SymInt& cols) {
+inline void check_matrix(const Tensor& tensor, const char* name, const char* rows_name,
+                         const c10::SymInt& rows, const char* cols_name, const c10::SymInt& cols) {
   bool fits = tensor.dim() == 2;
   fits = fits && tensor.sym_size(0) == rows && tensor.sym_size(1) == cols;
-  TORCH_CHECK_VALUE(fits, name, " must have shape [", rows_name, "=", rows, ", ", cols_name, "=", cols, "], got ",
-                    tensor.sym_sizes());
+  TORCH_CHECK_VALUE(fits, name, " must have shape [", rows_name, "=", rows, ", ", cols_name, "=", cols,
+                    "], got ", tensor.sym_sizes());
 }
 
-inline void check_vector(const Tensor& tensor, const char* name, const char* size_name, const c10::SymInt& size) {
+inline void check_vector(const Tensor& tensor, const char* name, const char* size_name,
+                         const c10::SymInt& size) {
   bool fits = tensor.dim() == 1;
   fits = fits && tensor.sym_size(0) == size;
   TORCH_CHECK_VALUE(fits, name, " must have shape [", size_name, "=", size, "], got ", tensor.sym_sizes());
 }
 
-inline void check_mask(const OptTensor& mask, const char* name, const char* size_name, const c10::SymInt& size,
-                       const Tensor& like, const char* like_name) {
+inline void check_mask(const OptTensor& mask, const char* name, const char* size_name,
+                       const c10::SymInt& size, const Tensor& like, const char* like_name) {
   if (!mask.has_value()) return;
   check_strided(*mask, name);
   check_same_device(*mask, name, like, like_name);

@@ -9,8 +9,7 @@ const Kernels& kernels_for(const at::Tensor& tensor) {
 #ifdef APT_WITH_CUDA
   if (tensor.is_cuda()) return kCudaKernels;
 #endif
-  TORCH_CHECK(!tensor.is_cuda(),
-              "apt_ext was built without CUDA and got a tensor on ", tensor.device(),
+  TORCH_CHECK(!tensor.is_cuda(), "apt_ext was built without CUDA and got a tensor on ", tensor.device(),
               "; rebuild it beside a CUDA torch with nvcc on the PATH: APT_WITH_CUDA=1 python -m pip install "
               "--no-build-isolation --force-reinstall --no-deps .");
   TORCH_CHECK(false, "apt_ext has kernels for cpu and cuda, got a tensor on ", tensor.device());
@@ -41,7 +40,8 @@ DType dtype_of(const at::Tensor& tensor) {
     case at::kBFloat16:
       return DType::kBFloat16;
     default:
-      TORCH_CHECK_TYPE(false, "expected float64, float32, float16 or bfloat16, got ", c10::toString(tensor.scalar_type()));
+      TORCH_CHECK_TYPE(false, "expected float64, float32, float16 or bfloat16, got ",
+                       c10::toString(tensor.scalar_type()));
   }
 }
 

@@ -1,5 +1,5 @@
-// What a kernel may know: pointers, sizes, strides and a stream. Torch does not exist below this line, so every .cu
-// file compiles in seconds and on a machine without a CUDA torch.
+// What a kernel may know: pointers, sizes, strides and a stream. Torch does not exist below this line, so
+// every .cu file compiles in seconds and on a machine without a CUDA torch.
 #pragma once
 
 #include <cstddef>
@@ -28,7 +28,8 @@ struct LanesArgs {
   DType dtype;
 };
 
-// weight <- diag(mask_out) (weight + scaling B A) diag(mask_in), accumulated in float32 (float64), rounded once.
+// weight <- diag(mask_out) (weight + scaling B A) diag(mask_in), accumulated in float32 (float64), rounded
+// once.
 struct MergeArgs {
   void* weight;        // [N, K], strides in elements; one of them is usually 1
   const void* lora_A;  // [R, K] contiguous
@@ -38,7 +39,8 @@ struct MergeArgs {
   Mask mask_in, mask_out;
   double scaling;
   DType dtype, factor_dtype;
-  int32_t* not_finite;  // null: write. Else: write nothing, set *not_finite where a result would not be finite.
+  int32_t*
+      not_finite;  // null: write. Else: write nothing, set *not_finite where a result would not be finite.
 };
 
 // One gradient of mask_grads_, seen as [outer, lanes, inner] contiguous.

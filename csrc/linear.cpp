@@ -17,13 +17,14 @@ struct Scaled {
   OptTensor inverse;  // a power of two >= 1 on the device, or none for 1
 };
 
-// Rounds a float32 low-rank activation to float16 without overflow: divided by the power of two that brings its
-// largest entry to 2^15. Almost always that is 1. Decided on the device, so nothing synchronises.
+// Rounds a float32 low-rank activation to float16 without overflow: divided by the power of two that brings
+// its largest entry to 2^15. Almost always that is 1. Decided on the device, so nothing synchronises.
 Scaled to_half(const Tensor& wide) {
   if (wide.numel() == 0) return {wide.to(at::kHalf), std::nullopt};
   Tensor largest = at::linalg_vector_norm(wide, INFINITY);
   Tensor inverse = at::exp2(at::ceil(at::log2(largest / 32768.0))).clamp_min_(1.0);
-  inverse = at::where(at::isfinite(inverse), inverse, at::ones_like(inverse));  // a NaN or Inf stays where it is
+  inverse =
+      at::where(at::isfinite(inverse), inverse, at::ones_like(inverse));  // a NaN or Inf stays where it is
   return {(wide / inverse).to(at::kHalf), inverse};
 }
 
@@ -35,7 +36,8 @@ Tensor absorb(const Tensor& factor, const OptTensor& inverse) {
 // lhs rhs [M, R] with a skinny result: x's dtype, but float32 for float16 (CUDA only; see widened below).
 Tensor down(const Tensor& lhs, const Tensor& rhs) {
   at::ScalarType dtype = lhs.scalar_type() == at::kHalf ? at::kFloat : lhs.scalar_type();
-  if (lhs.numel() == 0 || rhs.numel() == 0) return at::zeros({lhs.size(0), rhs.size(1)}, lhs.options().dtype(dtype));
+  if (lhs.numel() == 0 || rhs.numel() == 0)
+    return at::zeros({lhs.size(0), rhs.size(1)}, lhs.options().dtype(dtype));
   return dtype == lhs.scalar_type() ? at::mm(lhs, rhs) : at::mm(lhs, rhs, dtype);
 }
 
@@ -51,8 +53,10 @@ void up_(Tensor& out, const Tensor& low, const Tensor& factor, double scaling) {
 }
 
 // scaling * inverse * lhs rhs, the sum over tokens that is the gradient of a factor, in the factor's dtype.
-Tensor factor_grad(const Tensor& lhs, const Tensor& rhs, double scaling, at::ScalarType dtype, const OptTensor& inverse) {
-  if (lhs.numel() == 0 || rhs.numel() == 0) return at::zeros({lhs.size(0), rhs.size(1)}, rhs.options().dtype(dtype));
+Tensor factor_grad(const Tensor& lhs, const Tensor& rhs, double scaling, at::ScalarType dtype,
+                   const OptTensor& inverse) {
+  if (lhs.numel() == 0 || rhs.numel() == 0)
+    return at::zeros({lhs.size(0), rhs.size(1)}, rhs.options().dtype(dtype));
   bool sixteen = rhs.scalar_type() == at::kHalf || rhs.scalar_type() == at::kBFloat16;
   if (sixteen && rhs.is_cuda() && (dtype == at::kFloat || inverse.has_value())) {
     Tensor wide = at::mm(lhs, rhs, at::kFloat).mul_(scaling);
@@ -90,10 +94,11 @@ bool has_fast_bfloat16() {
   return supported && at::globalContext().userEnabledMkldnn();
 }
 
-// 16-bit products a CPU does slowly (float16: always, and there t could overflow) run in float32 instead, W and its
-// gradient side in blocks of rows, so that the extra memory is a block and not a second W.
+// 16-bit products a CPU does slowly (float16: always, and there t could overflow) run in float32 instead, W
+// and its gradient side in blocks of rows, so that the extra memory is a block and not a second W.
 bool is_widened(const Tensor& x) {
-  return x.is_cpu() && (x.scalar_type() == at::kHalf || (x.scalar_type() == at::kBFloat16 && !has_fast_bfloat16()));
+  return x.is_cpu() &&
+         (x.scalar_type() == at::kHalf || (x.scalar_type() == at::kBFloat16 && !has_fast_bfloat16()));
 }
 
 int64_t block_rows(int64_t columns) {
@@ -101,7 +106,8 @@ int64_t block_rows(int64_t columns) {
   return std::max<int64_t>(64, kBlockElements / std::max<int64_t>(1, columns));
 }
 
-OptTensor rows_of(const OptTensor& tensor, int64_t start, int64_t length, std::optional<at::ScalarType> dtype) {
+OptTensor rows_of(const OptTensor& tensor, int64_t start, int64_t length,
+                  std::optional<at::ScalarType> dtype) {
   if (!tensor.has_value()) return std::nullopt;
   Tensor rows = tensor->narrow(0, start, length);
   return dtype.has_value() ? rows.to(*dtype) : rows;
@@ -131,21 +137,26 @@ std::tuple<Tensor, Tensor> widened_forward(const Tensor& x, const Layer& layer) 
   Tensor y = at::empty({x.size(0), N}, x.options());
   for (int64_t start = 0; start < N; start += step) {
     int64_t length = std::min(step, N - start);
-    Layer block{rows_of(layer.weight, start, length, at::kFloat), rows_of(layer.bias, start, length, at::kFloat),
+    Layer block{rows_of(layer.weight, start, length, at::kFloat),
+                rows_of(layer.bias, start, length, at::kFloat),
                 Tensor(),
                 layer.lora_B.narrow(0, start, length).to(x.scalar_type()).to(at::kFloat),
-                std::nullopt, rows_of(layer.mask_out, start, length, at::kFloat), layer.scaling};
+                std::nullopt,
+                rows_of(layer.mask_out, start, length, at::kFloat),
+                layer.scaling};
     y.narrow(1, start, length).copy_(output_of(wide_x, t, block));
   }
   return {y, x.scalar_type() == at::kHalf ? t : t.to(x.scalar_type())};
 }
 
-std::array<Tensor, 4> widened_backward(const Tensor& grad, const Tensor& x, const Tensor& t, const Layer& layer,
-                                       const std::array<bool, 4>& need) {
+std::array<Tensor, 4> widened_backward(const Tensor& grad, const Tensor& x, const Tensor& t,
+                                       const Layer& layer, const std::array<bool, 4>& need) {
   // The weight alone stays narrow, and is widened block by block below.
-  auto wide = [&](const OptTensor& mask) { return mask.has_value() ? OptTensor(mask->to(at::kFloat)) : std::nullopt; };
+  auto wide = [&](const OptTensor& mask) {
+    return mask.has_value() ? OptTensor(mask->to(at::kFloat)) : std::nullopt;
+  };
   auto rounded = [&](const Tensor& factor) { return factor.to(x.scalar_type()).to(at::kFloat); };
-  Layer low_rank{std::nullopt, std::nullopt, rounded(layer.lora_A), rounded(layer.lora_B),
+  Layer low_rank{std::nullopt,        std::nullopt,         rounded(layer.lora_A), rounded(layer.lora_B),
                  wide(layer.mask_in), wide(layer.mask_out), layer.scaling};
   Tensor wide_grad = grad.to(at::kFloat);
   Tensor wide_x = need[1] ? x.to(at::kFloat) : x;
@@ -179,8 +190,8 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Layer& layer) {
   return {output_of(masked, t, layer), t};
 }
 
-std::array<Tensor, 4> linear_backward(const Tensor& grad, const Tensor& x, const Tensor& t, const Layer& layer,
-                                      const std::array<bool, 4>& need) {
+std::array<Tensor, 4> linear_backward(const Tensor& grad, const Tensor& x, const Tensor& t,
+                                      const Layer& layer, const std::array<bool, 4>& need) {
   if (is_widened(x)) return widened_backward(grad, x, t, layer, need);
   auto [need_x, need_A, need_B, need_bias] = need;
   at::ScalarType dtype = grad.scalar_type();
@@ -189,12 +200,15 @@ std::array<Tensor, 4> linear_backward(const Tensor& grad, const Tensor& x, const
   Tensor u;  // [M, R] = g B
   if (need_x || need_A) u = down(g, lanes(layer.lora_B.to(dtype), layer.mask_out, 0, true));
   if (need_x) {
-    Tensor dx = layer.weight.has_value() ? at::mm(g, *layer.weight) : at::zeros({g.size(0), layer.lora_A.size(1)}, g.options());
+    Tensor dx = layer.weight.has_value() ? at::mm(g, *layer.weight)
+                                         : at::zeros({g.size(0), layer.lora_A.size(1)}, g.options());
     up_(dx, u, layer.lora_A.to(dtype), layer.scaling);
     lanes_(dx, layer.mask_in, 1, false);
     out[0] = dx;
   }
-  auto skinny = [&](const Tensor& low) { return low.scalar_type() == dtype ? Scaled{low, std::nullopt} : to_half(low); };
+  auto skinny = [&](const Tensor& low) {
+    return low.scalar_type() == dtype ? Scaled{low, std::nullopt} : to_half(low);
+  };
   if (need_A) {
     // From the unmasked x: the mask is the store factor, so a NaN in a pruned lane ends in a pruned column.
     Scaled low = skinny(u);

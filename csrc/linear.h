@@ -15,9 +15,9 @@ using OptTensor = std::optional<Tensor>;
 
 // What forward and backward have in common. x's dtype is the compute dtype.
 struct Layer {
-  OptTensor weight;           // [N, K]
-  OptTensor bias;             // [N]
-  Tensor lora_A, lora_B;      // [R, K], [N, R], compute dtype or float32
+  OptTensor weight;             // [N, K]
+  OptTensor bias;               // [N]
+  Tensor lora_A, lora_B;        // [R, K], [N, R], compute dtype or float32
   OptTensor mask_in, mask_out;  // [K], [N]
   double scaling;
 };
@@ -26,11 +26,11 @@ struct Layer {
 std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Layer& layer);
 
 // grad [M, N], x [M, K], t [M, R] -> dx [M, K], dA [R, K], dB [N, R], db [N]; undefined where not needed
-std::array<Tensor, 4> linear_backward(const Tensor& grad, const Tensor& x, const Tensor& t, const Layer& layer,
-                                      const std::array<bool, 4>& need);
+std::array<Tensor, 4> linear_backward(const Tensor& grad, const Tensor& x, const Tensor& t,
+                                      const Layer& layer, const std::array<bool, 4>& need);
 
-// matrix [rows, cols] scaled by a mask along `dim` (0: one value a row), zeros selected; select_only: only the zeros
-// act. Without a mask the matrix itself comes back.
+// matrix [rows, cols] scaled by a mask along `dim` (0: one value a row), zeros selected; select_only: only
+// the zeros act. Without a mask the matrix itself comes back.
 Tensor lanes(const Tensor& matrix, const OptTensor& mask, int64_t dim, bool select_only);
 void lanes_(Tensor& matrix, const OptTensor& mask, int64_t dim, bool select_only);
 

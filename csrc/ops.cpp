@@ -1,5 +1,5 @@
-// An op = check, allocate, compute. Device-agnostic; on meta tensors it stops after allocating, so one body serves the
-// real devices, fake tensors and symbolic shapes.
+// An op = check, allocate, compute. Device-agnostic; on meta tensors it stops after allocating, so one body
+// serves the real devices, fake tensors and symbolic shapes.
 #include "ops.h"
 
 #include <ATen/ATen.h>
@@ -25,7 +25,8 @@ struct Sizes {
 // Everything apt_linear promises to refuse, in the order of its arguments.
 Sizes check_linear(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const Tensor& lora_A,
                    const Tensor& lora_B, const OptTensor& mask_in, const OptTensor& mask_out) {
-  for (auto [tensor, name] : {std::pair(&x, "x"), std::pair(&lora_A, "lora_A"), std::pair(&lora_B, "lora_B")}) {
+  for (auto [tensor, name] :
+       {std::pair(&x, "x"), std::pair(&lora_A, "lora_A"), std::pair(&lora_B, "lora_B")}) {
     check_strided(*tensor, name);
     check_floating(*tensor, name);
     check_same_device(*tensor, name, x, "x");
@@ -38,7 +39,8 @@ Sizes check_linear(const Tensor& x, const OptTensor& weight, const OptTensor& bi
     check_strided(*weight, "weight");
     check_same_dtype(*weight, "weight", x, "x");
     check_same_device(*weight, "weight", x, "x");
-    TORCH_CHECK_VALUE(weight->dim() == 2, "weight must have shape [N, K=", size.K, "], got ", weight->sym_sizes());
+    TORCH_CHECK_VALUE(weight->dim() == 2, "weight must have shape [N, K=", size.K, "], got ",
+                      weight->sym_sizes());
     size.N = weight->sym_size(0);
     check_matrix(*weight, "weight", "N", size.N, "K", size.K);
   }
@@ -76,7 +78,8 @@ Tensor flat(const Tensor& x) {
 
 // Kernels run on the tensors' device, and the products inside an op are not autocast a second time.
 struct Scope {
-  explicit Scope(const Tensor& tensor) : device(tensor.is_cuda() ? std::optional(tensor.device()) : std::nullopt) {}
+  explicit Scope(const Tensor& tensor)
+      : device(tensor.is_cuda() ? std::optional(tensor.device()) : std::nullopt) {}
   c10::OptionalDeviceGuard device;
   c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
@@ -89,8 +92,9 @@ Tensor apt_linear(const Tensor& x, const OptTensor& weight, const OptTensor& bia
 }
 
 std::tuple<Tensor, Tensor> apt_linear_forward(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
-                                              const Tensor& lora_A, const Tensor& lora_B, const OptTensor& mask_in,
-                                              const OptTensor& mask_out, double scaling) {
+                                              const Tensor& lora_A, const Tensor& lora_B,
+                                              const OptTensor& mask_in, const OptTensor& mask_out,
+                                              double scaling) {
   Sizes size = check_linear(x, weight, bias, lora_A, lora_B, mask_in, mask_out);
   if (x.is_meta() || x.sym_numel() == 0) {
     Tensor y = at::empty_symint(with_last(x, size.N), x.options());
@@ -102,10 +106,12 @@ std::tuple<Tensor, Tensor> apt_linear_forward(const Tensor& x, const OptTensor& 
   return {y.view_symint(with_last(x, size.N)), t.view_symint(with_last(x, size.R))};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> apt_linear_backward(
-    const Tensor& grad, const Tensor& x, const OptTensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-    const Tensor& t, const OptTensor& mask_in, const OptTensor& mask_out, double scaling,
-    std::array<bool, 4> output_mask) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> apt_linear_backward(const Tensor& grad, const Tensor& x,
+                                                               const OptTensor& weight, const Tensor& lora_A,
+                                                               const Tensor& lora_B, const Tensor& t,
+                                                               const OptTensor& mask_in,
+                                                               const OptTensor& mask_out, double scaling,
+                                                               std::array<bool, 4> output_mask) {
   Sizes size = check_linear(x, weight, std::nullopt, lora_A, lora_B, mask_in, mask_out);
   check_strided(grad, "grad");
   check_same_dtype(grad, "grad", x, "x");
@@ -123,8 +129,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> apt_linear_backward(
     if (need_bias) out[3] = at::empty_symint({size.N}, x.options());
   } else {
     Scope scope(x);
-    out = linear_backward(flat(grad), flat(x), flat(t), {weight, std::nullopt, lora_A, lora_B, mask_in, mask_out, scaling},
-                          output_mask);
+    out = linear_backward(flat(grad), flat(x), flat(t),
+                          {weight, std::nullopt, lora_A, lora_B, mask_in, mask_out, scaling}, output_mask);
     if (need_x) out[0] = out[0].view(x.sizes());
   }
   for (Tensor& gradient : out) {
@@ -133,9 +139,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> apt_linear_backward(
   return {out[0], out[1], out[2], out[3]};
 }
 
-void merge_(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling, const OptTensor& mask_in,
-            const OptTensor& mask_out, bool check) {
-  for (auto [tensor, name] : {std::pair(&weight, "weight"), std::pair(&lora_A, "lora_A"), std::pair(&lora_B, "lora_B")}) {
+void merge_(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
+            const OptTensor& mask_in, const OptTensor& mask_out, bool check) {
+  for (auto [tensor, name] :
+       {std::pair(&weight, "weight"), std::pair(&lora_A, "lora_A"), std::pair(&lora_B, "lora_B")}) {
     check_strided(*tensor, name);
     check_floating(*tensor, name);
     check_same_device(*tensor, name, weight, "weight");
@@ -154,23 +161,27 @@ void merge_(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, do
     TORCH_CHECK_VALUE(overlap != at::MemOverlapStatus::Full && overlap != at::MemOverlapStatus::Partial, name,
                       " must not share memory with weight, which merge_ writes");
   }
-  TORCH_CHECK(!(check && is_capturing(weight)),
-              "merge_: check=True reads its answer back from the device and cannot be captured in a CUDA graph; "
-              "use check=False there");
+  TORCH_CHECK(
+      !(check && is_capturing(weight)),
+      "merge_: check=True reads its answer back from the device and cannot be captured in a CUDA graph; "
+      "use check=False there");
   Scope scope(weight);
-  // Conv1D hands a transposed view: there the roles of the two sides are exchanged, so that rows are contiguous.
+  // Conv1D hands a transposed view: there the roles of the two sides are exchanged, so that rows are
+  // contiguous.
   bool transposed = weight.stride(0) == 1 && weight.stride(1) != 1;
   Tensor W = transposed ? weight.t() : weight;
   Tensor A = (transposed ? lora_B.t() : lora_A).contiguous();
   Tensor B = (transposed ? lora_A.t() : lora_B).contiguous();
   auto contiguous = [](const OptTensor& mask) { return mask.has_value() ? mask->contiguous() : Tensor(); };
-  Tensor m_in = contiguous(transposed ? mask_out : mask_in), m_out = contiguous(transposed ? mask_in : mask_out);
+  Tensor m_in = contiguous(transposed ? mask_out : mask_in),
+         m_out = contiguous(transposed ? mask_in : mask_out);
   auto as_mask = [](const Tensor& mask) {
     return mask.defined() ? Mask{mask.const_data_ptr(), dtype_of(mask)} : Mask{};
   };
-  MergeArgs args{W.mutable_data_ptr(), A.const_data_ptr(), B.const_data_ptr(), W.size(0), W.size(1), A.size(0),
-                 {W.stride(0), W.stride(1)}, as_mask(m_in), as_mask(m_out), scaling, dtype_of(W), dtype_of(A),
-                 /*not_finite=*/nullptr};
+  MergeArgs args{
+      W.mutable_data_ptr(),       A.const_data_ptr(), B.const_data_ptr(), W.size(0), W.size(1),   A.size(0),
+      {W.stride(0), W.stride(1)}, as_mask(m_in),      as_mask(m_out),     scaling,   dtype_of(W), dtype_of(A),
+      /*not_finite=*/nullptr};
   const Kernels& kernels = kernels_for(weight);
   Stream stream = current_stream(weight);
   if (check) {
@@ -216,8 +227,8 @@ void launch_mask_grads(const std::vector<MaskedGrad>& table, const Tensor& like)
 
 void mask_grads_(at::TensorList grads, at::TensorList masks, at::IntArrayRef dims) {
   TORCH_CHECK_VALUE(grads.size() == masks.size() && grads.size() == dims.size(),
-                    "grads, masks and dims must have equal lengths, got ", grads.size(), ", ", masks.size(), " and ",
-                    dims.size());
+                    "grads, masks and dims must have equal lengths, got ", grads.size(), ", ", masks.size(),
+                    " and ", dims.size());
   std::vector<int64_t> wrapped(dims.begin(), dims.end());
   for (size_t i = 0; i < grads.size(); ++i) {
     std::string grad_name = c10::str("grads[", i, "]"), mask_name = c10::str("masks[", i, "]");
@@ -225,8 +236,8 @@ void mask_grads_(at::TensorList grads, at::TensorList masks, at::IntArrayRef dim
     check_strided(grad, grad_name.c_str());
     check_floating(grad, grad_name.c_str());
     int64_t dim = dims[i], rank = grad.dim();
-    TORCH_CHECK_VALUE(-rank <= dim && dim < rank, "dims[", i, "] must lie in [", -rank, ", ", rank - 1, "] for ",
-                      grad_name, " of shape ", grad.sym_sizes(), ", got ", dim);
+    TORCH_CHECK_VALUE(-rank <= dim && dim < rank, "dims[", i, "] must lie in [", -rank, ", ", rank - 1,
+                      "] for ", grad_name, " of shape ", grad.sym_sizes(), ", got ", dim);
     wrapped[i] = dim < 0 ? dim + rank : dim;
     check_mask(mask, mask_name.c_str(), "size", grad.sym_size(wrapped[i]), grad, grad_name.c_str());
   }

@@ -1,11 +1,12 @@
 // The op library: public C++ signatures and the table every binding is generated from.
 //
-// Symbols: M tokens, N out_features, K in_features, R rank. x' = mask_in * x, g = mask_out * grad, selection where a mask is 0.
+// Symbols: M tokens, N out_features, K in_features, R rank. x' = mask_in * x, g = mask_out * grad, selection
+// where a mask is 0.
 //   apt_linear           y = mask_out * (x' W^T + s (x' A^T) B^T + b)
 //   apt_linear_forward   the same and t = x' A^T, which the backward needs
-//   apt_linear_backward  dx = mask_in * (g W + s u A), dA = mask_in * s u^T x, dB = s g^T t, db = sum g;  u = g B
-//   merge_               W <- diag(mask_out) (W + s B A) diag(mask_in), in place
-//   mask_grads_          grads[i] scaled along dims[i] by masks[i], in place
+//   apt_linear_backward  dx = mask_in * (g W + s u A), dA = mask_in * s u^T x, dB = s g^T t, db = sum g;  u =
+//   g B merge_               W <- diag(mask_out) (W + s B A) diag(mask_in), in place mask_grads_ grads[i]
+//   scaled along dims[i] by masks[i], in place
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -22,24 +23,28 @@ using OptTensor = std::optional<Tensor>;
 Tensor apt_linear(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const Tensor& lora_A,
                   const Tensor& lora_B, const OptTensor& mask_in, const OptTensor& mask_out, double scaling);
 
-// t [..., R] has x's dtype, but float32 where x is float16: its 65504 ends before many a low-rank activation does.
+// t [..., R] has x's dtype, but float32 where x is float16: its 65504 ends before many a low-rank activation
+// does.
 std::tuple<Tensor, Tensor> apt_linear_forward(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
-                                              const Tensor& lora_A, const Tensor& lora_B, const OptTensor& mask_in,
-                                              const OptTensor& mask_out, double scaling);
+                                              const Tensor& lora_A, const Tensor& lora_B,
+                                              const OptTensor& mask_in, const OptTensor& mask_out,
+                                              double scaling);
 
 // (dx, dA, dB, db); one that output_mask does not ask for is an empty tensor [0].
-std::tuple<Tensor, Tensor, Tensor, Tensor> apt_linear_backward(
-    const Tensor& grad, const Tensor& x, const OptTensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-    const Tensor& t, const OptTensor& mask_in, const OptTensor& mask_out, double scaling,
-    std::array<bool, 4> output_mask);
+std::tuple<Tensor, Tensor, Tensor, Tensor> apt_linear_backward(const Tensor& grad, const Tensor& x,
+                                                               const OptTensor& weight, const Tensor& lora_A,
+                                                               const Tensor& lora_B, const Tensor& t,
+                                                               const OptTensor& mask_in,
+                                                               const OptTensor& mask_out, double scaling,
+                                                               std::array<bool, 4> output_mask);
 
-void merge_(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling, const OptTensor& mask_in,
-            const OptTensor& mask_out, bool check);
+void merge_(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
+            const OptTensor& mask_in, const OptTensor& mask_out, bool check);
 
 void mask_grads_(at::TensorList grads, at::TensorList masks, at::IntArrayRef dims);
 
-// One line an op: name, schema, function. Schemas, dispatcher registrations and pybind11 bindings all come from here.
-// An op that mutates returns nothing: returning the mutated argument fails opcheck.
+// One line an op: name, schema, function. Schemas, dispatcher registrations and pybind11 bindings all come
+// from here. An op that mutates returns nothing: returning the mutated argument fails opcheck.
 template <class Def>
 void for_each_op(Def&& def) {
   def("apt_linear",
@@ -47,7 +52,8 @@ void for_each_op(Def&& def) {
       "Tensor? mask_out=None, float scaling=1.0) -> Tensor",
       &apt_linear);
   def("apt_linear_forward",
-      "(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? mask_in, Tensor? mask_out, "
+      "(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? mask_in, Tensor? "
+      "mask_out, "
       "float scaling) -> (Tensor y, Tensor t)",
       &apt_linear_forward);
   def("apt_linear_backward",
@@ -55,7 +61,8 @@ void for_each_op(Def&& def) {
       "Tensor? mask_out, float scaling, bool[4] output_mask) -> (Tensor dx, Tensor dA, Tensor dB, Tensor db)",
       &apt_linear_backward);
   def("merge_",
-      "(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? mask_in=None, Tensor? mask_out=None, "
+      "(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? mask_in=None, Tensor? "
+      "mask_out=None, "
       "bool check=True) -> ()",
       &merge_);
   def("mask_grads_", "(Tensor(a!)[] grads, Tensor[] masks, int[] dims) -> ()", &mask_grads_);

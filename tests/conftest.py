@@ -7,7 +7,10 @@ import torch
 
 from apt_ext import reference
 
-DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")])]
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]),
+]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 # |error|_2 <= eps * |sum of magnitudes|_2, so that cancellation asks for no digits that nobody has.

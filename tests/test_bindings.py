@@ -39,7 +39,14 @@ def _samples(device):
         yield "apt_linear_backward", (p.grad, p.x, None, p.lora_A, p.lora_B, t, *both, 1.5, [False, True, False, True])
         yield "merge_", (p.weight.clone(), p.lora_A, p.lora_B, 1.5, *both, True)
         yield "merge_", (p.weight.clone(), p.lora_A, p.lora_B, 1.5, *both, False)
-    yield "mask_grads_", ([torch.randn(4, 6, device=device), torch.randn(3, 4, device=device)], [torch.rand(6, device=device), torch.rand(3, device=device)], [1, 0])
+    yield (
+        "mask_grads_",
+        (
+            [torch.randn(4, 6, device=device), torch.randn(3, 4, device=device)],
+            [torch.rand(6, device=device), torch.rand(3, device=device)],
+            [1, 0],
+        ),
+    )
 
 
 def test_every_op_has_a_sample():

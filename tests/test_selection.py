@@ -11,7 +11,16 @@ from apt_ext.method import AdapterImportance, cubic_density, grown_ranks, kept_c
 
 @pytest.mark.parametrize(
     ("count", "density", "round_to", "expected"),
-    [(1536, 0.5, 8, 768), (1536, 0.51, 8, 776), (1536, 0.501, 8, 768), (10, 0.7, 1, 7), (12, 0.01, 8, 8), (5, 0.2, 8, 5), (13, 1.0, 8, 13), (6, 0.0, 1, 1)],
+    [
+        (1536, 0.5, 8, 768),
+        (1536, 0.51, 8, 776),
+        (1536, 0.501, 8, 768),
+        (10, 0.7, 1, 7),
+        (12, 0.01, 8, 8),
+        (5, 0.2, 8, 5),
+        (13, 1.0, 8, 13),
+        (6, 0.0, 1, 1),
+    ],
 )
 def test_kept_count_is_a_multiple_within_the_density(count: int, density: float, round_to: int, expected: int) -> None:
     assert kept_count(count, density, round_to) == expected
@@ -78,7 +87,9 @@ def test_budget_grows_linearly() -> None:
     assert [linear_budget(step, 0, 4, 100, 3.0) for step in range(6)] == [100, 150, 200, 250, 300, 300]
 
 
-@pytest.mark.parametrize("call", [lambda: cubic_density(0, 5, 5, 0.5), lambda: cubic_density(0, 0, 5, 1.5), lambda: linear_budget(0, 0, 5, 9, 0.5)])
+@pytest.mark.parametrize(
+    "call", [lambda: cubic_density(0, 5, 5, 0.5), lambda: cubic_density(0, 0, 5, 1.5), lambda: linear_budget(0, 0, 5, 9, 0.5)]
+)
 def test_impossible_schedules_are_refused(call: object) -> None:
     with pytest.raises(ValueError, match="expected|must"):
         call()  # type: ignore[operator]

@@ -1,4 +1,5 @@
-// The CPU's table. Loops over pointers with at::parallel_for (never a raw OpenMP region: those hang after fork).
+// The CPU's table. Loops over pointers with at::parallel_for (never a raw OpenMP region: those hang after
+// fork).
 #include "../kernels.h"
 
 #include <ATen/ATen.h>
@@ -11,7 +12,8 @@
 #include <type_traits>
 #include <vector>
 
-// One wheel for every x86-64: the loader picks the widest clone the CPU has. Elsewhere the compiler's default serves.
+// One wheel for every x86-64: the loader picks the widest clone the CPU has. Elsewhere the compiler's default
+// serves.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define APT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -68,7 +70,8 @@ template <class T>
 // weight + delta under both masks, rounded once; returns whether every result is finite.
 template <class T>
 [[gnu::always_inline]] inline bool merge_row_body(T* weight, const Wide<T>* delta, const Wide<T>* mask_in,
-                                                  Wide<T> mask_out, int64_t count, int64_t stride, bool write) {
+                                                  Wide<T> mask_out, int64_t count, int64_t stride,
+                                                  bool write) {
   int bad = 0;
   for (int64_t k = 0; k < count; ++k) {
     Wide<T> kept = (Wide<T>(weight[k * stride]) + delta[k]) * mask_in[k] * mask_out;
@@ -80,14 +83,14 @@ template <class T>
 }
 
 // target_clones takes no templates, so each type gets its overload.
-#define APT_ROWS(T)                                                                                                \
-  APT_CLONES void scale_row(const T* src, T* dst, const Wide<T>* factor, int64_t count, bool select_only) {        \
-    scale_row_body(src, dst, factor, count, select_only);                                                          \
-  }                                                                                                                \
-  APT_CLONES bool merge_row(T* weight, const Wide<T>* delta, const Wide<T>* mask_in, Wide<T> mask_out,             \
-                            int64_t count, int64_t stride, bool write) {                                           \
-    return stride == 1 ? merge_row_body(weight, delta, mask_in, mask_out, count, 1, write)                         \
-                       : merge_row_body(weight, delta, mask_in, mask_out, count, stride, write);                   \
+#define APT_ROWS(T)                                                                                         \
+  APT_CLONES void scale_row(const T* src, T* dst, const Wide<T>* factor, int64_t count, bool select_only) { \
+    scale_row_body(src, dst, factor, count, select_only);                                                   \
+  }                                                                                                         \
+  APT_CLONES bool merge_row(T* weight, const Wide<T>* delta, const Wide<T>* mask_in, Wide<T> mask_out,      \
+                            int64_t count, int64_t stride, bool write) {                                    \
+    return stride == 1 ? merge_row_body(weight, delta, mask_in, mask_out, count, 1, write)                  \
+                       : merge_row_body(weight, delta, mask_in, mask_out, count, stride, write);            \
   }
 APT_ROWS(double)
 APT_ROWS(float)
@@ -131,10 +134,12 @@ void merge(const MergeArgs& args, Stream) {
                                                               : at::kBFloat16;
     auto wide_type = std::is_same_v<T, double> ? at::kDouble : at::kFloat;
     auto view = [&](const void* data, int64_t rows, int64_t cols) {
-      return at::from_blob(const_cast<void*>(data), {rows, cols}, at::TensorOptions(factor_type)).to(wide_type);
+      return at::from_blob(const_cast<void*>(data), {rows, cols}, at::TensorOptions(factor_type))
+          .to(wide_type);
     };
     at::Tensor A = view(args.lora_A, args.R, args.K), B = view(args.lora_B, args.N, args.R).mul(args.scaling);
-    constexpr int64_t kBlockElements = int64_t{1} << 18;  // 1 MiB of float32 stays in cache between product and use
+    constexpr int64_t kBlockElements = int64_t{1}
+                                       << 18;  // 1 MiB of float32 stays in cache between product and use
     int64_t step = std::clamp<int64_t>(kBlockElements / args.K, 1, args.N);
     at::Tensor delta = at::empty({step, args.K}, A.options());
     std::atomic<bool> finite{true};
@@ -146,8 +151,8 @@ void merge(const MergeArgs& args, Stream) {
       T* weight = static_cast<T*>(args.weight) + start * args.stride[0];
       at::parallel_for(0, count, rows_a_task(args.K), [&](int64_t begin, int64_t end) {
         for (int64_t n = begin; n < end; ++n) {
-          bool row_finite = merge_row(weight + n * args.stride[0], values + n * args.K, in.data(), out[start + n], args.K,
-                                      args.stride[1], args.not_finite == nullptr);
+          bool row_finite = merge_row(weight + n * args.stride[0], values + n * args.K, in.data(),
+                                      out[start + n], args.K, args.stride[1], args.not_finite == nullptr);
           if (!row_finite) finite = false;
         }
       });

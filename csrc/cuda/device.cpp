@@ -1,4 +1,5 @@
-// The only file of this folder that knows torch: the current stream, and the table the rest of the library looks up.
+// The only file of this folder that knows torch: the current stream, and the table the rest of the library
+// looks up.
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
 

@@ -1,4 +1,5 @@
-// Scales a matrix by a mask along one side. Memory-bound: one read, one write, 16 bytes an access where the layout allows.
+// Scales a matrix by a mask along one side. Memory-bound: one read, one write, 16 bytes an access where the
+// layout allows.
 #include <algorithm>
 
 #include "kernels.h"
@@ -17,7 +18,8 @@ __global__ void __launch_bounds__(128) apt_lanes(LanesArgs args) {
   Wide<T> factor[kWidth];
   if (!args.along_rows) {
 #pragma unroll
-    for (int j = 0; j < kWidth; ++j) factor[j] = mask_at<Wide<T>>(args.mask.data, args.mask.dtype, column + j);
+    for (int j = 0; j < kWidth; ++j)
+      factor[j] = mask_at<Wide<T>>(args.mask.data, args.mask.dtype, column + j);
   }
 #pragma unroll 4
   for (int64_t row = blockIdx.y; row < args.rows; row += gridDim.y) {

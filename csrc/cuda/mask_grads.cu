@@ -1,5 +1,5 @@
-// Every gradient of a call in one launch: the table of tensors travels by value in the kernel's arguments, so a captured
-// CUDA graph holds it and no copy to the device is needed.
+// Every gradient of a call in one launch: the table of tensors travels by value in the kernel's arguments, so
+// a captured CUDA graph holds it and no copy to the device is needed.
 #include <algorithm>
 
 #include "kernels.h"
@@ -8,7 +8,8 @@
 namespace apt::cuda {
 namespace {
 
-// 32,764 bytes of arguments are allowed from sm_70 on (CUDA 12.1); 640 tensors of 48 bytes and their block counts fit.
+// 32,764 bytes of arguments are allowed from sm_70 on (CUDA 12.1); 640 tensors of 48 bytes and their block
+// counts fit.
 constexpr int kTableSize = 600;
 constexpr int64_t kBlockElements = 16384;  // elements a block owns
 constexpr int kThreads = 256;
@@ -40,7 +41,8 @@ __device__ void mask_span(const MaskedGrad& grad, int64_t begin, int64_t end) {
     }
   } else {
     for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-      data[i] = scaled(data[i], mask_at<Wide<T>>(grad.mask, grad.mask_dtype, i / grad.inner % grad.lanes), false);
+      data[i] =
+          scaled(data[i], mask_at<Wide<T>>(grad.mask, grad.mask_dtype, i / grad.inner % grad.lanes), false);
     }
   }
 }

@@ -1,5 +1,5 @@
-// W <- diag(mask_out) (W + s B A) diag(mask_in) in one pass: W is read once and written once, the product is accumulated
-// in registers in float32 (float64) and rounded once. No temporary of any size.
+// W <- diag(mask_out) (W + s B A) diag(mask_in) in one pass: W is read once and written once, the product is
+// accumulated in registers in float32 (float64) and rounded once. No temporary of any size.
 #include <algorithm>
 
 #include "kernels.h"
@@ -35,18 +35,22 @@ __global__ void __launch_bounds__(kWarps * 32) apt_merge(MergeArgs args) {
     in[j] = column + j < args.K ? mask_at<W>(args.mask_in.data, args.mask_in.dtype, column + j) : W(0);
   }
 
-  for (int64_t row0 = int64_t{blockIdx.y} * kTileRows; row0 < args.N; row0 += int64_t{gridDim.y} * kTileRows) {
+  for (int64_t row0 = int64_t{blockIdx.y} * kTileRows; row0 < args.N;
+       row0 += int64_t{gridDim.y} * kTileRows) {
     W sum[kRowsAWarp][kWidth] = {};
     for (int64_t r0 = 0; r0 < args.R; r0 += kChunk) {
       const int ranks = static_cast<int>(args.R - r0 < kChunk ? args.R - r0 : kChunk);
       __syncthreads();  // the last chunk has been used
       for (int i = threadIdx.x; i < ranks * kTileColumns; i += blockDim.x) {
         int r = i / kTileColumns, c = i % kTileColumns;
-        tile_A[r][c] = column0 + c < args.K ? factor_at<T>(args.lora_A, wide_factors, (r0 + r) * args.K + column0 + c) : W(0);
+        tile_A[r][c] = column0 + c < args.K
+                           ? factor_at<T>(args.lora_A, wide_factors, (r0 + r) * args.K + column0 + c)
+                           : W(0);
       }
       for (int i = threadIdx.x; i < kTileRows * ranks; i += blockDim.x) {
         int n = i / ranks, r = i % ranks;
-        tile_B[n][r] = row0 + n < args.N ? factor_at<T>(args.lora_B, wide_factors, (row0 + n) * args.R + r0 + r) : W(0);
+        tile_B[n][r] =
+            row0 + n < args.N ? factor_at<T>(args.lora_B, wide_factors, (row0 + n) * args.R + r0 + r) : W(0);
       }
       __syncthreads();
       for (int r = 0; r < ranks; ++r) {

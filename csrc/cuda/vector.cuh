@@ -1,4 +1,5 @@
-// What every kernel shares: 16-byte loads and stores, conversions to the accumulation type, and selection by mask.
+// What every kernel shares: 16-byte loads and stores, conversions to the accumulation type, and selection by
+// mask.
 #pragma once
 
 #include <cuda_bf16.h>
