@@ -7,6 +7,7 @@
 #include <c10/util/Exception.h>
 
 #include <optional>
+#include <string>
 
 namespace apt {
 
@@ -15,6 +16,19 @@ using OptTensor = std::optional<Tensor>;
 
 inline bool is_compute_dtype(at::ScalarType t) {
   return t == at::kDouble || t == at::kFloat || t == at::kHalf || t == at::kBFloat16;
+}
+
+// Numbers become text here and not in a stream: a SymInt's own operator<< lives in another library, and a C++
+// runtime linked into this one would hand it a stream it cannot use (seen with a static libstdc++).
+inline std::string text(const c10::SymInt& value) {
+  auto known = value.maybe_as_int();
+  return known.has_value() ? std::to_string(*known) : value.toSymNode()->str();
+}
+
+inline std::string text(c10::SymIntArrayRef sizes) {
+  std::string out = "[";
+  for (const c10::SymInt& size : sizes) out += (out.size() > 1 ? ", " : "") + text(size);
+  return out + "]";
 }
 
 // As Python spells it.
@@ -70,15 +84,16 @@ inline void check_matrix(const Tensor& tensor, const char* name, const char* row
                          const c10::SymInt& rows, const char* cols_name, const c10::SymInt& cols) {
   bool fits = tensor.dim() == 2;
   fits = fits && tensor.sym_size(0) == rows && tensor.sym_size(1) == cols;
-  TORCH_CHECK_VALUE(fits, name, " must have shape [", rows_name, "=", rows, ", ", cols_name, "=", cols,
-                    "], got ", tensor.sym_sizes());
+  TORCH_CHECK_VALUE(fits, name, " must have shape [", rows_name, "=", text(rows), ", ", cols_name, "=",
+                    text(cols), "], got ", text(tensor.sym_sizes()));
 }
 
 inline void check_vector(const Tensor& tensor, const char* name, const char* size_name,
                          const c10::SymInt& size) {
   bool fits = tensor.dim() == 1;
   fits = fits && tensor.sym_size(0) == size;
-  TORCH_CHECK_VALUE(fits, name, " must have shape [", size_name, "=", size, "], got ", tensor.sym_sizes());
+  TORCH_CHECK_VALUE(fits, name, " must have shape [", size_name, "=", text(size), "], got ",
+                    text(tensor.sym_sizes()));
 }
 
 inline void check_mask(const OptTensor& mask, const char* name, const char* size_name,

@@ -32,15 +32,15 @@ Sizes check_linear(const Tensor& x, const OptTensor& weight, const OptTensor& bi
     check_same_device(*tensor, name, x, "x");
   }
   TORCH_CHECK_VALUE(x.dim() >= 1, "x must have shape [..., K], got a 0-dimensional tensor");
-  TORCH_CHECK_VALUE(lora_A.dim() == 2, "lora_A must have shape [R, K], got ", lora_A.sym_sizes());
-  TORCH_CHECK_VALUE(lora_B.dim() == 2, "lora_B must have shape [N, R], got ", lora_B.sym_sizes());
+  TORCH_CHECK_VALUE(lora_A.dim() == 2, "lora_A must have shape [R, K], got ", text(lora_A.sym_sizes()));
+  TORCH_CHECK_VALUE(lora_B.dim() == 2, "lora_B must have shape [N, R], got ", text(lora_B.sym_sizes()));
   Sizes size{lora_B.sym_size(0), x.sym_size(-1), lora_A.sym_size(0)};
   if (weight.has_value()) {
     check_strided(*weight, "weight");
     check_same_dtype(*weight, "weight", x, "x");
     check_same_device(*weight, "weight", x, "x");
-    TORCH_CHECK_VALUE(weight->dim() == 2, "weight must have shape [N, K=", size.K, "], got ",
-                      weight->sym_sizes());
+    TORCH_CHECK_VALUE(weight->dim() == 2, "weight must have shape [N, K=", text(size.K), "], got ",
+                      text(weight->sym_sizes()));
     size.N = weight->sym_size(0);
     check_matrix(*weight, "weight", "N", size.N, "K", size.K);
   }
@@ -117,9 +117,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> apt_linear_backward(const Tensor& gra
   check_same_dtype(grad, "grad", x, "x");
   check_same_device(grad, "grad", x, "x");
   TORCH_CHECK_VALUE(grad.sym_sizes() == c10::SymIntArrayRef(with_last(x, size.N)), "grad must have shape ",
-                    c10::SymIntArrayRef(with_last(x, size.N)), ", got ", grad.sym_sizes());
+                    text(with_last(x, size.N)), ", got ", text(grad.sym_sizes()));
   TORCH_CHECK_VALUE(t.sym_sizes() == c10::SymIntArrayRef(with_last(x, size.R)), "t must have shape ",
-                    c10::SymIntArrayRef(with_last(x, size.R)), ", got ", t.sym_sizes());
+                    text(with_last(x, size.R)), ", got ", text(t.sym_sizes()));
   auto [need_x, need_A, need_B, need_bias] = output_mask;
   std::array<Tensor, 4> out;
   if (x.is_meta()) {
@@ -146,7 +146,7 @@ void merge_(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, do
     check_strided(*tensor, name);
     check_floating(*tensor, name);
     check_same_device(*tensor, name, weight, "weight");
-    TORCH_CHECK_VALUE(tensor->dim() == 2, name, " must be a matrix, got shape ", tensor->sym_sizes());
+    TORCH_CHECK_VALUE(tensor->dim() == 2, name, " must be a matrix, got shape ", text(tensor->sym_sizes()));
   }
   check_dtype_or_float32(lora_A, "lora_A", weight.scalar_type(), /*over_any=*/false);
   check_same_dtype(lora_B, "lora_B", lora_A, "lora_A");
@@ -237,7 +237,7 @@ void mask_grads_(at::TensorList grads, at::TensorList masks, at::IntArrayRef dim
     check_floating(grad, grad_name.c_str());
     int64_t dim = dims[i], rank = grad.dim();
     TORCH_CHECK_VALUE(-rank <= dim && dim < rank, "dims[", i, "] must lie in [", -rank, ", ", rank - 1,
-                      "] for ", grad_name, " of shape ", grad.sym_sizes(), ", got ", dim);
+                      "] for ", grad_name, " of shape ", text(grad.sym_sizes()), ", got ", dim);
     wrapped[i] = dim < 0 ? dim + rank : dim;
     check_mask(mask, mask_name.c_str(), "size", grad.sym_size(wrapped[i]), grad, grad_name.c_str());
   }
