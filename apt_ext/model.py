@@ -169,10 +169,13 @@ class APTModel(nn.Module):
 
         Both are complete on the disk before they take the place of older ones, each in one step; other files there stay. With an unchanged
         configuration an interruption leaves the old state or the new; otherwise the loader notices two files that do not belong together.
+        ValueError where `path` is a file; OSError (disk full) leaves what was there.
         """
         from safetensors.torch import save
 
         directory = Path(path)
+        if directory.exists() and not directory.is_dir():
+            raise ValueError(f"path: expected a directory or a missing one, got a file: {directory}")
         config = json.dumps({"format": _FORMAT, **self.apt_config.to_dict()}, indent=2) + "\n"
         # Copies: safetensors refuses tensors that share memory, as tied weights do.
         tensors = {key: value.detach().cpu().contiguous().clone() for key, value in self._own_state().items()}

@@ -31,6 +31,15 @@ inline std::string text(c10::SymIntArrayRef sizes) {
   return out + "]";
 }
 
+// "grads[3]", put together only when a message needs it.
+struct Indexed {
+  const char* list;
+  size_t index;
+  friend std::ostream& operator<<(std::ostream& out, const Indexed& name) {
+    return out << name.list << '[' << std::to_string(name.index) << ']';
+  }
+};
+
 // As Python spells it.
 inline const char* name_of(at::ScalarType t) {
   switch (t) {
@@ -47,13 +56,15 @@ inline const char* name_of(at::ScalarType t) {
   }
 }
 
-inline void check_strided(const Tensor& tensor, const char* name) {
+template <class Name>
+void check_strided(const Tensor& tensor, const Name& name) {
   TORCH_CHECK_TYPE(tensor.layout() == at::kStrided && !tensor.is_nested(), name,
                    " must be a dense strided tensor, got ",
                    tensor.is_nested() ? "a nested tensor" : c10::str("layout ", tensor.layout()));
 }
 
-inline void check_floating(const Tensor& tensor, const char* name) {
+template <class Name>
+void check_floating(const Tensor& tensor, const Name& name) {
   TORCH_CHECK_TYPE(is_compute_dtype(tensor.scalar_type()), name,
                    " must be float64, float32, float16 or bfloat16, got ", name_of(tensor.scalar_type()));
 }
@@ -65,18 +76,19 @@ inline void check_same_dtype(const Tensor& tensor, const char* name, const Tenso
 }
 
 // Low-rank factors and masks: the base's dtype, or float32 over a 16-bit base (masks: over any base).
-inline void check_dtype_or_float32(const Tensor& tensor, const char* name, at::ScalarType base,
-                                   bool over_any) {
+template <class Name>
+void check_dtype_or_float32(const Tensor& tensor, const Name& name, at::ScalarType base, bool over_any) {
   bool wide_ok = over_any || base == at::kHalf || base == at::kBFloat16;
   TORCH_CHECK_TYPE(tensor.scalar_type() == base || (wide_ok && tensor.scalar_type() == at::kFloat), name,
                    " must have dtype ", name_of(base), wide_ok && base != at::kFloat ? " or float32" : "",
                    ", got ", name_of(tensor.scalar_type()));
 }
 
-inline void check_same_device(const Tensor& tensor, const char* name, const Tensor& like,
-                              const char* like_name) {
+template <class Name, class LikeName>
+void check_same_device(const Tensor& tensor, const Name& name, const Tensor& like,
+                       const LikeName& like_name) {
   TORCH_CHECK_VALUE(tensor.device() == like.device(), name, " must be on ", like_name, "'s device ",
-                    like.device(), ", got ", tensor.device());
+                    like.device().str(), ", got ", tensor.device().str());
 }
 
 // expected reads like "[N=4096, R=8]"
@@ -88,16 +100,17 @@ inline void check_matrix(const Tensor& tensor, const char* name, const char* row
                     text(cols), "], got ", text(tensor.sym_sizes()));
 }
 
-inline void check_vector(const Tensor& tensor, const char* name, const char* size_name,
-                         const c10::SymInt& size) {
+template <class Name>
+void check_vector(const Tensor& tensor, const Name& name, const char* size_name, const c10::SymInt& size) {
   bool fits = tensor.dim() == 1;
   fits = fits && tensor.sym_size(0) == size;
   TORCH_CHECK_VALUE(fits, name, " must have shape [", size_name, "=", text(size), "], got ",
                     text(tensor.sym_sizes()));
 }
 
-inline void check_mask(const OptTensor& mask, const char* name, const char* size_name,
-                       const c10::SymInt& size, const Tensor& like, const char* like_name) {
+template <class Name, class LikeName>
+void check_mask(const OptTensor& mask, const Name& name, const char* size_name, const c10::SymInt& size,
+                const Tensor& like, const LikeName& like_name) {
   if (!mask.has_value()) return;
   check_strided(*mask, name);
   check_same_device(*mask, name, like, like_name);

@@ -9,10 +9,10 @@ const Kernels& kernels_for(const at::Tensor& tensor) {
 #ifdef APT_WITH_CUDA
   if (tensor.is_cuda()) return kCudaKernels;
 #endif
-  TORCH_CHECK(!tensor.is_cuda(), "apt_ext was built without CUDA and got a tensor on ", tensor.device(),
+  TORCH_CHECK(!tensor.is_cuda(), "apt_ext was built without CUDA and got a tensor on ", tensor.device().str(),
               "; rebuild it beside a CUDA torch with nvcc on the PATH: APT_WITH_CUDA=1 python -m pip install "
               "--no-build-isolation --force-reinstall --no-deps .");
-  TORCH_CHECK(false, "apt_ext has kernels for cpu and cuda, got a tensor on ", tensor.device());
+  TORCH_CHECK(false, "apt_ext has kernels for cpu and cuda, got a tensor on ", tensor.device().str());
 }
 
 Stream current_stream(const at::Tensor& tensor) {

@@ -231,15 +231,16 @@ void mask_grads_(at::TensorList grads, at::TensorList masks, at::IntArrayRef dim
                     " and ", dims.size());
   std::vector<int64_t> wrapped(dims.begin(), dims.end());
   for (size_t i = 0; i < grads.size(); ++i) {
-    std::string grad_name = c10::str("grads[", i, "]"), mask_name = c10::str("masks[", i, "]");
+    Indexed grad_name{"grads", i}, mask_name{"masks", i};
     const Tensor &grad = grads[i], &mask = masks[i];
-    check_strided(grad, grad_name.c_str());
-    check_floating(grad, grad_name.c_str());
+    check_strided(grad, grad_name);
+    check_floating(grad, grad_name);
     int64_t dim = dims[i], rank = grad.dim();
-    TORCH_CHECK_VALUE(-rank <= dim && dim < rank, "dims[", i, "] must lie in [", -rank, ", ", rank - 1,
-                      "] for ", grad_name, " of shape ", text(grad.sym_sizes()), ", got ", dim);
+    TORCH_CHECK_VALUE(-rank <= dim && dim < rank, Indexed{"dims", i}, " must lie in [", std::to_string(-rank),
+                      ", ", std::to_string(rank - 1), "] for ", grad_name, " of shape ",
+                      text(grad.sym_sizes()), ", got ", std::to_string(dim));
     wrapped[i] = dim < 0 ? dim + rank : dim;
-    check_mask(mask, mask_name.c_str(), "size", grad.sym_size(wrapped[i]), grad, grad_name.c_str());
+    check_mask(mask, mask_name, "size", grad.sym_size(wrapped[i]), grad, grad_name);
   }
   std::vector<Tensor> live, held;  // held: contiguous masks, alive until the launch
   std::vector<size_t> index;

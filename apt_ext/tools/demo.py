@@ -1,0 +1,81 @@
+"""`apt-ext demo`: dense LoRA against APT on the same data with the same number of optimizer steps, from the encoder to the reloaded model."""
+
+from __future__ import annotations
+
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import apt_ext
+
+from .data import ARCHIVE, encoder_directory, load_reviews
+from .phases import compare, reload, run_apart, train, transformers_offline
+from .recipe import Recipe
+from .report import table, write_json, write_plot
+
+STEPS, QUICK_STEPS = 500, 30
+METHODS = {"lora": "dense LoRA", "apt": "APT"}
+_CLOSE = 1e-4  # how far the logits of the cut model may be from those of the masked one, float32
+
+
+class CheckFailed(Exception):
+    """A result is not what it must be; the message says which, expected and found."""
+
+
+def demo(output: Path, *, seed: int = 0, steps: int | None = None, archive: Path = ARCHIVE, quick: bool = False) -> dict[str, Any]:
+    """Train both models, check the cut and the export, compare, and write report.json and report.png into `output`; returns the report.
+
+    Raises Missing before anything starts if the encoder, the reviews or a library is not there, and CheckFailed.
+    """
+    started = time.perf_counter()
+    transformers = transformers_offline()
+    encoder_directory()
+    load_reviews(archive)
+    output.mkdir(parents=True, exist_ok=True)
+    recipe = Recipe(steps=steps or (QUICK_STEPS if quick else STEPS), seed=seed)
+
+    trained = {method: run_apart(train, method, recipe, archive, output, quick) for method in METHODS}
+    for method in METHODS:
+        check(method, trained[method], reload(output / method, output / f"{method}.check.safetensors"))
+    compared = run_apart(compare, list(METHODS), archive, output, quick)
+
+    report = {
+        "quick": quick,
+        "recipe": vars(recipe),
+        "threads": torch.get_num_threads(),
+        "versions": {
+            "apt_ext": apt_ext.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+        "machine": platform.machine(),
+        "methods": {method: {"name": name, **trained[method], **compared[method]} for method, name in METHODS.items()},
+        "seconds": time.perf_counter() - started,
+    }
+    print(table(report))
+    write_json(report, output / "report.json")
+    write_plot(report, output / "report.png")
+    return report
+
+
+def check(method: str, trained: dict[str, Any], reloaded: dict[str, Any]) -> None:
+    """Print what was checked of one model; CheckFailed at the first thing that does not hold."""
+    name = METHODS[method]
+    if "error" in reloaded:
+        raise CheckFailed(f"{name}: stock transformers does not load the exported model: {reloaded['error']}")
+    facts = [
+        ("every mask ended at exactly 0 or 1", trained["masks_are_binary"], ""),
+        (f"cut model = masked model within {_CLOSE:g}", trained["cut_minus_masked"] <= _CLOSE, f"{trained['cut_minus_masked']:.1e}"),
+        (f"reloaded in a fresh process as {reloaded['class']}", reloaded["class"].startswith("transformers."), ""),
+        ("apt_ext not imported there", not reloaded["apt_ext_imported"], ""),
+        ("reloaded logits = saved logits, bitwise", reloaded["bitwise"], f"{reloaded['difference']:.1e}"),
+    ]
+    for fact, holds, difference in facts:
+        found = f" (largest difference {difference})" if difference else ""
+        if not holds:
+            raise CheckFailed(f"{name}: expected: {fact}, but it does not hold{found}")
+        print(f"ok  {name}: {fact}{found}")

@@ -1,0 +1,156 @@
+"""The parts of the demo that run in a process of their own, so that each has its own peak memory and starts from nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from tqdm import tqdm
+
+import apt_ext
+
+from .data import Batch, Example, Missing, batch_of, encode, encoder_directory, load_reviews, sorted_batches, split_reviews, training_batches
+from .recipe import PruneAndGrow, Recipe, accuracy, fit, logits_of
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def run_apart(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    """Call `function` in a new process and return, or raise, what it does."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args, **kwargs).result()
+
+
+def peak_memory() -> int:
+    """The most resident memory this process has had, in bytes: torch and transformers themselves included."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage counts on Linux what the parent held when it started this process
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def transformers_offline() -> Any:
+    """The transformers library, told to fetch nothing and to keep its bars and notices to itself."""
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    try:
+        import transformers
+    except ImportError as error:
+        raise Missing('the demo needs transformers; run: python -m pip install "apt_ext[demo]"') from error
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers
+
+
+def load_examples(archive: Path, quick: bool) -> tuple[dict[str, list[Example]], int]:
+    """The three splits as token ids, and the id that pads; quick: the first few sentences of each."""
+    tokenizer = transformers_offline().AutoTokenizer.from_pretrained(encoder_directory(), local_files_only=True)
+    split = split_reviews(load_reviews(archive))
+    few = {"train": 640, "validation": 128, "test": 256}
+    return {name: encode(tokenizer, getattr(split, name)[: few[name] if quick else None]) for name in few}, tokenizer.pad_token_id
+
+
+def train(method: str, recipe: Recipe, archive: Path, output: Path, quick: bool) -> dict[str, Any]:
+    """Fine-tune one model ("lora" or "apt"), export it to output/method, and say how it went.
+
+    Also written: output/method.check.safetensors, a batch with the logits that the exported model must give.
+    """
+    examples, pad = load_examples(archive, quick)
+    torch.manual_seed(recipe.seed)
+    stock = transformers_offline().AutoModelForSequenceClassification.from_pretrained(
+        encoder_directory(), num_labels=2, local_files_only=True, dtype=torch.float32
+    )
+    model = apt_ext.get_apt_model(stock, recipe.config())
+    apt = PruneAndGrow(model, recipe) if method == "apt" else None
+    before = adapter_parameter_count(model)
+    batches = training_batches(examples["train"], pad, recipe.batch, recipe.seed)
+    seconds = fit(model, batches, recipe, apt, method)
+    result: dict[str, Any] = {
+        "training_seconds": seconds,
+        "peak_memory_bytes": peak_memory(),
+        "adapter_parameters": [before, adapter_parameter_count(model)],
+        "ranks": {name: adapter.rank for name, adapter in apt_ext.adapters(model) if adapter.rank},
+        "kept": {name: int((model.get_block_mask(name) != 0).sum()) for name in model.blocks},
+        "counts": {name: block.count for name, block in model.blocks.items()},
+        "masks_are_binary": all(bool((mask * (1 - mask) == 0).all()) for mask in map(model.get_block_mask, model.blocks)),
+    }
+    batch = batch_of(examples["validation"][:32], pad)
+    masked = logits_of(model, [batch])[0]
+    small = model.merge_and_unload() if apt is None else apt_ext.shrink(model)
+    apt_ext.export(small, output / method)
+    logits = logits_of(small, [batch])[0]
+    _save_check(output / f"{method}.check.safetensors", batch, logits)
+    return {
+        **result,
+        "cut_minus_masked": (logits - masked).abs().max().item(),
+        "validation_accuracy": accuracy(small, sorted_batches(examples["validation"], pad)),
+    }
+
+
+def adapter_parameter_count(model: apt_ext.APTModel) -> int:
+    return sum(adapter.get_parameter_count() for _, adapter in apt_ext.adapters(model))
+
+
+def _save_check(path: Path, batch: Batch, logits: torch.Tensor) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "logits": logits.contiguous()}, path)
+
+
+def reload(directory: Path, check: Path) -> dict[str, Any]:
+    """What stock transformers makes of an exported directory, in a fresh interpreter that never sees this package (see reload.py)."""
+    script = Path(__file__).with_name("reload.py")
+    # -P: the script's folder stays off the path, where its neighbours would pass for top-level modules
+    command = [sys.executable, "-P", str(script), str(directory), str(check), str(torch.get_num_threads())]
+    done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603  # our own interpreter and script
+    if done.returncode:
+        return {"error": done.stderr.strip().splitlines()[-1:]}
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def compare(methods: list[str], archive: Path, output: Path, quick: bool, rounds: int = 7) -> dict[str, dict[str, Any]]:
+    """Test accuracy, size and speed of the exported models, loaded as stock ones; `rounds` rounds in turn, so that both meet the same machine.
+
+    Throughput: sentences a second over up to 512 test sentences in batches of 64, sorted by length.
+    """
+    examples, pad = load_examples(archive, quick)
+    auto = transformers_offline().AutoModelForSequenceClassification
+    models = {method: auto.from_pretrained(output / method, local_files_only=True) for method in methods}
+    timed = examples["test"][:512]
+    batches = sorted_batches(timed, pad)
+    speeds: dict[str, list[float]] = {method: [] for method in methods}
+    for _ in tqdm(range(rounds), desc="throughput", unit="round"):
+        for method, model in models.items():
+            started = time.perf_counter()
+            logits_of(model, batches)
+            speeds[method].append(len(timed) / (time.perf_counter() - started))
+    test = sorted_batches(examples["test"], pad)
+    return {
+        method: {
+            "test_accuracy": accuracy(model, test),
+            "encoder_parameters": sum(parameter.numel() for parameter in model.base_model.encoder.parameters()),
+            "parameters": sum(parameter.numel() for parameter in model.parameters()),
+            "disk_bytes": sum(file.stat().st_size for file in (output / method).iterdir()),
+            "sentences_per_second": {
+                "median": statistics.median(speeds[method]),
+                "min": min(speeds[method]),
+                "max": max(speeds[method]),
+                "rounds": speeds[method],
+            },
+        }
+        for method, model in models.items()
+    }
