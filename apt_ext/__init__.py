@@ -4,4 +4,8 @@ from . import _load  # first: refuses a torch this build does not fit, in words 
 from . import ops, reference
 from ._version import __version__
 from .adapter import APTAdapter
+from .config import APTConfig
 from .hold import hold_pruned
+from .model import APTModel, adapter_parameters, adapters, get_apt_model
+from .structure.export import export
+from .structure.shrink import shrink

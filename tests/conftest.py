@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -120,6 +122,16 @@ def device(request):
 @pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 def dtype(request):
     return request.param
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cuda_context():
+    """torch warns once where the first thing its backward thread does is a cuBLAS call; let that be here."""
+    if torch.cuda.is_available():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            leaf = torch.ones(2, 2, device="cuda", requires_grad=True)
+            (leaf @ leaf).sum().backward()
 
 
 @pytest.fixture(autouse=True)

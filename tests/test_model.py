@@ -256,6 +256,16 @@ def test_generate_is_forwarded():
     assert tokens.shape[1] > 3 and not apt.cls.predictions.decoder.weight.requires_grad
 
 
+def test_a_models_own_copying_does_not_stand_for_the_wrappers():
+    class Own(nn.Sequential):
+        def __deepcopy__(self, memo):
+            return Own(*copy.deepcopy(list(self), memo))
+
+    apt = get_apt_model(Own(nn.Linear(4, 4)), APTConfig(r=2))
+    other = copy.deepcopy(apt)
+    assert type(other) is APTModel and type(other.model) is Own and other.model is not apt.model
+
+
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_a_copy_is_complete_and_its_own(way):
     apt = trained(tiny_bert())
@@ -557,6 +567,19 @@ def test_a_bad_file_is_named_and_the_base_model_left_alone(tmp_path, damage, fil
     base = tiny_bert()
     before = snapshot(base)
     with pytest.raises(ValueError, match=f"(?s){file}: .*{words}"):
+        APTModel.from_pretrained(base, tmp_path)
+    assert_same(before, snapshot(base))
+
+
+def test_a_refused_value_takes_back_what_was_loaded_before_it(tmp_path):
+    apt = everything(tmp_path, modules_to_save=["embeddings"])
+    with torch.no_grad():
+        apt.bert.embeddings.LayerNorm.weight.zero_()
+    apt.save_pretrained(tmp_path)
+    tensors_with(f"{DOWN}.mask_in", torch.full((48,), 2.0))(tmp_path)  # the embeddings come first
+    base = tiny_bert()
+    before = snapshot(base)
+    with pytest.raises(ValueError, match="mask_in must hold values"):
         APTModel.from_pretrained(base, tmp_path)
     assert_same(before, snapshot(base))
 

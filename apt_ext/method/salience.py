@@ -97,7 +97,10 @@ class Salience:
 
 @torch.no_grad()
 def _channel_sums(values: Tensor, tokens: Tensor | None) -> Tensor:
-    """Sum of |values| over all but the last dimension, [..., channels] -> [channels] in float32 (float64 for float64); masked tokens selected out."""
+    """Sum of |values| over all but the last dimension, [..., channels] -> [channels], without the tokens [...] that are 0.
+
+    In float32 (float64 for float64). Selected, not multiplied: what padding holds, NaN included, does not count.
+    """
     if tokens is not None:
         values = torch.where((tokens != 0).unsqueeze(-1), values, 0)
     dtype = torch.promote_types(values.dtype, torch.float32)

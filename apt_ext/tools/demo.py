@@ -1,4 +1,4 @@
-"""`apt-ext demo`: dense LoRA against APT on the same data with the same number of optimizer steps, from the encoder to the reloaded model."""
+"""`apt-ext demo`: dense LoRA against APT, same data and number of optimizer steps, from the encoder to the reloaded model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import apt_ext
 from .data import ARCHIVE, encoder_directory, load_reviews
 from .phases import compare, reload, run_apart, train, transformers_offline
 from .recipe import Recipe
-from .report import table, write_json, write_plot
+from .report import figure_class, table, write_json, write_plot
 
 STEPS, QUICK_STEPS = 500, 30
 METHODS = {"lora": "dense LoRA", "apt": "APT"}
@@ -32,6 +32,7 @@ def demo(output: Path, *, seed: int = 0, steps: int | None = None, archive: Path
     """
     started = time.perf_counter()
     transformers = transformers_offline()
+    figure_class()
     encoder_directory()
     load_reviews(archive)
     output.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,18 @@ from tqdm import tqdm
 
 import apt_ext
 
-from .data import Batch, Example, Missing, batch_of, encode, encoder_directory, load_reviews, sorted_batches, split_reviews, training_batches
+from .data import (
+    Batch,
+    Example,
+    Missing,
+    batch_of,
+    encode,
+    encoder_directory,
+    load_reviews,
+    sorted_batches,
+    split_reviews,
+    training_batches,
+)
 from .recipe import PruneAndGrow, Recipe, accuracy, fit, logits_of
 
 _P = ParamSpec("_P")
@@ -50,8 +61,9 @@ def transformers_offline() -> Any:
         import transformers
     except ImportError as error:
         raise Missing('the demo needs transformers; run: python -m pip install "apt_ext[demo]"') from error
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    logging: Any = transformers.utils.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
     return transformers
 
 
@@ -123,7 +135,9 @@ def reload(directory: Path, check: Path) -> dict[str, Any]:
 
 
 def compare(methods: list[str], archive: Path, output: Path, quick: bool, rounds: int = 7) -> dict[str, dict[str, Any]]:
-    """Test accuracy, size and speed of the exported models, loaded as stock ones; `rounds` rounds in turn, so that both meet the same machine.
+    """Test accuracy, size and speed of the exported models, loaded as stock ones.
+
+    Speed is timed in `rounds` rounds, the models in turn, so that all of them meet the same machine.
 
     Throughput: sentences a second over up to 512 test sentences in batches of 64, sorted by length.
     """

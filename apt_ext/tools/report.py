@@ -29,10 +29,12 @@ def table(report: dict[str, Any]) -> str:
     rows = [["", *(method["name"] for method in methods)]]
     rows += [[title, *(cell(method) for method in methods)] for title, cell in _ROWS]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [" | ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))) for row in rows]
+    lines = [" | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     lines.insert(1, "-+-".join("-" * width for width in widths))
     recipe = report["recipe"]
-    notes = f"{recipe['steps']} optimizer steps each, seed {recipe['seed']}, {report['threads']} threads, {report['seconds']:.0f} s in all. "
+    notes = (
+        f"{recipe['steps']} optimizer steps each, seed {recipe['seed']}, {report['threads']} threads, {report['seconds']:.0f} s in all. "
+    )
     notes += "Speed: the exported models in turn. Memory: resident high-water mark of each training's own process, libraries included."
     if report["quick"]:
         notes += " Quick run: its accuracies mean nothing."
@@ -43,16 +45,19 @@ def write_json(report: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
-def write_plot(report: dict[str, Any], path: Path) -> None:
-    """Kept neurons and adapter ranks of each layer after APT, as a PNG."""
+def figure_class() -> Any:
+    """matplotlib's Figure, which draws without a display."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise Missing('the picture needs matplotlib; run: python -m pip install "apt_ext[demo]"') from error
+        raise Missing('the demo needs matplotlib; run: python -m pip install "apt_ext[demo]"') from error
+    return Figure
+
+
+def write_plot(report: dict[str, Any], path: Path) -> None:
+    """Kept neurons and adapter ranks of each layer after APT, as a PNG."""
     apt = report["methods"]["apt"]
-    figure = Figure(figsize=(10, 3.5), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = figure_class()(figsize=(10, 3.5), layout="constrained")
     neurons, ranks = figure.subplots(1, 2)
     layers = [name.partition(".")[0] for name in apt["counts"]]
     neurons.bar(layers, apt["counts"].values(), color="0.88", label="before")
