@@ -200,19 +200,8 @@ def test_the_whole_path(tmp_path: Path) -> None:
         assert len(data.load_reviews(archive)) == 10_568
     except Missing as error:
         pytest.skip(str(error))
-    command = [
-        sys.executable,
-        "-m",
-        "apt_ext",
-        "demo",
-        "--quick",
-        "--steps",
-        "8",
-        "--data",
-        str(archive),
-        "--output",
-        str(tmp_path / "out"),
-    ]
+    command = [sys.executable, "-m", "apt_ext", "demo", "--quick", "--steps", "8"]
+    command += ["--data", str(archive), "--output", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
     assert done.returncode == 0, done.stderr
     written = json.loads((tmp_path / "out" / "report.json").read_text())

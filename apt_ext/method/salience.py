@@ -104,4 +104,5 @@ def _channel_sums(values: Tensor, tokens: Tensor | None) -> Tensor:
     if tokens is not None:
         values = torch.where((tokens != 0).unsqueeze(-1), values, 0)
     dtype = torch.promote_types(values.dtype, torch.float32)
-    return torch.linalg.vector_norm(values.flatten(0, -2), ord=1, dim=0, dtype=dtype)
+    sums: Tensor = torch.linalg.vector_norm(values.flatten(0, -2), ord=1, dim=0, dtype=dtype)
+    return sums

@@ -32,9 +32,7 @@ def table(report: dict[str, Any]) -> str:
     lines = [" | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     lines.insert(1, "-+-".join("-" * width for width in widths))
     recipe = report["recipe"]
-    notes = (
-        f"{recipe['steps']} optimizer steps each, seed {recipe['seed']}, {report['threads']} threads, {report['seconds']:.0f} s in all. "
-    )
+    notes = f"{recipe['steps']} optimizer steps each, seed {recipe['seed']}, {report['threads']} threads, {report['seconds']:.0f} s. "
     notes += "Speed: the exported models in turn. Memory: resident high-water mark of each training's own process, libraries included."
     if report["quick"]:
         notes += " Quick run: its accuracies mean nothing."
