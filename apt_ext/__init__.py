@@ -9,3 +9,18 @@ from .hold import hold_pruned
 from .model import APTModel, adapter_parameters, adapters, get_apt_model
 from .structure.export import export
 from .structure.shrink import shrink
+
+__all__ = [
+    "APTAdapter",
+    "APTConfig",
+    "APTModel",
+    "__version__",
+    "adapter_parameters",
+    "adapters",
+    "export",
+    "get_apt_model",
+    "hold_pruned",
+    "ops",
+    "reference",
+    "shrink",
+]

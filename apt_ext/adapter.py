@@ -400,7 +400,7 @@ class APTAdapter(Merging):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> APTAdapter:
         before = {name: (self._buffer(name), self._known_ones(name)) for name in ("mask_in", "mask_out")}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for name, (old, ones) in before.items():
             if self._buffer(name).dtype != torch.float32:  # .half() and friends: masks keep every digit
                 self._buffers[name] = old.to(self._buffer(name).device)
@@ -413,7 +413,7 @@ class APTAdapter(Merging):
         return {**self.__dict__, "_mask_stamps": {name: self._known_ones(name) for name in self._mask_stamps}}
 
     def __setstate__(self, state_: dict[str, Any]) -> None:
-        super().__setstate__(state_)  # type: ignore[no-untyped-call]
+        super().__setstate__(state_)
         for name, ones in dict(self._mask_stamps).items():
             self._stamp_mask(name, bool(ones))
         growth.guard(self.lora_A, self.lora_B)
@@ -475,5 +475,6 @@ def _linear_shape(linear: nn.Module) -> tuple[int, int, bool]:
             f"linear must be an nn.Linear or transformers' Conv1D with a plain floating weight (quantised layers cannot be "
             f"merged or cut), got {type(linear).__module__}.{kind}{held}"
         )
+    assert weight is not None
     rows, columns = weight.shape
     return (columns, rows, True) if is_conv1d else (rows, columns, False)

@@ -18,9 +18,9 @@ _SEED_NAMES = {"Wa": "lora_A", "Wb": "lora_B"}
 
 def install(adapter: APTAdapter) -> None:
     """Register the hooks that save and load ``adapter``; torch's own recursion calls them in any model."""
-    adapter._register_state_dict_hook(_save)
-    adapter._register_load_state_dict_pre_hook(_load, with_module=True)
-    adapter.register_load_state_dict_post_hook(_after_load)
+    adapter._register_state_dict_hook(_save)  # type: ignore[no-untyped-call]
+    adapter._register_load_state_dict_pre_hook(_load, with_module=True)  # type: ignore[no-untyped-call]
+    adapter.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
 
 def _save(adapter: APTAdapter, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
@@ -67,20 +67,21 @@ def _load(
         merged = False
 
     # Nothing above changed anything; from here on the adapter takes the saved form.
+    if A is not None:
+        _fit_storage(adapter, rank)  # the one step that can still refuse
     if adapter.merged:
         adapter.unmerge_weights()
-    adapter._merge_after_load = merged and adapter.base_layer is not None
+    adapter.__dict__["_merge_after_load"] = merged and adapter.base_layer is not None
     for name in ("rank", "merged", *_SEED_NAMES):
         state.pop(prefix + name, None)
     if A is not None and B is not None:
-        _fit_storage(adapter, rank)
         stored = adapter.lora_A.shape[0]
         state[prefix + "lora_A"] = _padded(A.detach()[:rank], stored, 0)
         state[prefix + "lora_B"] = _padded(B.detach()[:, :rank], stored, 1)
         adapter._rank = rank
     for name, mask in masks.items():
         state[prefix + name] = mask
-    adapter._ones_after_load = {name: all_ones(mask) for name, mask in masks.items()}
+    adapter.__dict__["_ones_after_load"] = {name: all_ones(mask) for name, mask in masks.items()}
 
 
 def _after_load(adapter: APTAdapter, _incompatible: Any) -> None:
