@@ -29,15 +29,15 @@ def _parser() -> argparse.ArgumentParser:
         "demo",
         help="dense LoRA against APT on movie reviews, on the CPU",
         description="Fine-tune MiniLM-L6 on human-rated movie-review sentences, as dense LoRA and as APT with half of the FFN neurons; "
-        "cut, export and reload the smaller model; compare. About 7 minutes on 2 CPU cores.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        "cut, export and reload the smaller model; compare. Minutes on 2 CPU cores, with a progress bar.",
     )
     command.add_argument("--quick", action="store_true", help=f"few sentences, {QUICK_STEPS} steps: shows that the path works, no more")
-    command.add_argument("--output", type=Path, default=Path("demo-output"), metavar="DIR", help="for models, report.json and report.png")
-    command.add_argument("--seed", type=int, default=0, help="of the task head, adapters, dropout and batches; the split stays")
-    command.add_argument("--steps", type=_positive, help=f"optimizer steps of each run (default: {STEPS})", default=argparse.SUPPRESS)
-    command.add_argument("--data", type=Path, default=ARCHIVE, metavar="PATH", help="vaderSentiment's source distribution")
-    command.set_defaults(steps=None)
+    command.add_argument(
+        "--output", type=Path, default=Path("demo-output"), metavar="DIR", help="models, report.json and report.png (%(default)s)"
+    )
+    command.add_argument("--seed", type=int, default=0, help="of head, adapters, dropout, batches (%(default)s); the split stays")
+    command.add_argument("--steps", type=_positive, help=f"optimizer steps of each run ({STEPS})")
+    command.add_argument("--data", type=Path, default=ARCHIVE, metavar="PATH", help="vaderSentiment's source archive (%(default)s)")
     return parser
 
 

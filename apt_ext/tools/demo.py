@@ -16,7 +16,7 @@ from .phases import compare, reload, run_apart, train, transformers_offline
 from .recipe import Recipe
 from .report import figure_class, table, write_json, write_plot
 
-STEPS, QUICK_STEPS = 500, 30
+STEPS, QUICK_STEPS = 500, 20
 METHODS = {"lora": "dense LoRA", "apt": "APT"}
 _CLOSE = 1e-4  # how far the logits of the cut model may be from those of the masked one, float32
 

@@ -144,6 +144,8 @@ def compare(methods: list[str], archive: Path, output: Path, quick: bool, rounds
     examples, pad = load_examples(archive, quick)
     auto = transformers_offline().AutoModelForSequenceClassification
     models = {method: auto.from_pretrained(output / method, local_files_only=True) for method in methods}
+    test = sorted_batches(examples["test"], pad)
+    accuracies = {method: accuracy(model, test) for method, model in models.items()}
     timed = examples["test"][:512]
     batches = sorted_batches(timed, pad)
     speeds: dict[str, list[float]] = {method: [] for method in methods}
@@ -152,10 +154,9 @@ def compare(methods: list[str], archive: Path, output: Path, quick: bool, rounds
             started = time.perf_counter()
             logits_of(model, batches)
             speeds[method].append(len(timed) / (time.perf_counter() - started))
-    test = sorted_batches(examples["test"], pad)
     return {
         method: {
-            "test_accuracy": accuracy(model, test),
+            "test_accuracy": accuracies[method],
             "encoder_parameters": sum(parameter.numel() for parameter in model.base_model.encoder.parameters()),
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             "disk_bytes": sum(file.stat().st_size for file in (output / method).iterdir()),

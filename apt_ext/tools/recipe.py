@@ -135,7 +135,8 @@ def fit(model: apt_ext.APTModel, batches: Iterable[Batch], recipe: Recipe, apt: 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     model.train()
     started = time.perf_counter()
-    for _, batch in zip(bar := tqdm(range(recipe.steps), desc=label, unit="step", mininterval=1), batches):  # noqa: B905  # batches have no end
+    bar = tqdm(range(recipe.steps), desc=label, unit="step", mininterval=1)
+    for _, batch in zip(bar, batches):  # noqa: B905  # the batches have no end
         loss = model(**batch).loss
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, recipe.max_norm)
