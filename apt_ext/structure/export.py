@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from .._version import __version__
-from ..model import APTModel, adapters, sibling_directory, sync
+from ..checkpoint import sibling_directory, sync
+from ..model import APTModel, adapters
 from .architectures import widths
 from .shrink import shrink
 

@@ -7,7 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ..model import APTModel, adapters, naming
+from ..errors import naming
+from ..model import APTModel, adapters
 from .architectures import Side, weight_dim, widths
 from .blocks import merged_linear
 
