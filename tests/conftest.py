@@ -9,6 +9,8 @@ import torch
 
 from apt_ext import reference
 
+pytest.register_assert_rewrite("low_rank_pair")
+
 DEVICES = [
     "cpu",
     pytest.param("cuda", marks=[pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]),
