@@ -157,11 +157,12 @@ class APTModel(nn.Module):
     # -- save and load -----------------------------------------------------------------------------------------------
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write apt_config.json and apt_model.safetensors into the directory `path`: adapters, masks and the modules that train whole.
+        """Write adapters, masks and the modules that train whole into the directory `path`, which is made if it is missing.
 
-        Both are complete on the disk before they take the place of older ones, each in one step; other files there stay. With an unchanged
-        configuration an interruption leaves the old state or the new; otherwise the loader notices two files that do not belong together.
-        ValueError where `path` is a file; OSError (disk full) leaves what was there.
+        Three files: apt_config.json, apt_model.safetensors, and apt_manifest.json with their sizes and hashes; other files there stay.
+        They are complete on the disk before anything changes, and take the place of older ones in one step: whenever the process is killed,
+        `from_pretrained` finds the old state or the new, whole, and the next save removes what was left over.
+        ValueError where `path`, or a directory of such a name in it, is in the way; OSError (disk full, read-only) leaves what was there.
         """
         checkpoint.save(path, self.apt_config, self._own_state())
 
@@ -169,11 +170,11 @@ class APTModel(nn.Module):
     def from_pretrained(cls, base_model: nn.Module, path: str | os.PathLike[str]) -> APTModel:
         """`base_model` with the adapters that `save_pretrained` wrote to the directory `path`, in place as in `get_apt_model`.
 
-        The files are read into memory, no larger than this model explains; pickle is never read. Raises ValueError naming the file when it
-        is missing, damaged or made for another model; `base_model` is then as before.
+        The files are read into memory, no larger than this model explains; pickle is never read, links are not followed. Raises ValueError
+        naming the file when it is missing, damaged or made for another model; `base_model` is then as before.
         """
-        text, config = checkpoint.load_config(path)
-        return _build(base_model, config, lambda apt: checkpoint.load_tensors(path, apt._own_state(), text, apt._load))
+        with checkpoint.opened(path) as saved:
+            return _build(base_model, saved.config(), lambda apt: saved.load(apt._own_state(), apt._load))
 
     def _own_state(self) -> dict[str, Tensor]:
         """What belongs in a checkpoint, with the keys of the model's state_dict: adapters without their frozen bases, and `saved`."""

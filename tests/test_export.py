@@ -12,6 +12,7 @@ import torch
 from test_model import batch, half, tiny_bert, trained
 from test_shrink import MASKS, first, masked
 
+from apt_ext import disk
 from apt_ext.config import APTConfig
 from apt_ext.structure import export as export_module
 from apt_ext.structure.export import export
@@ -98,7 +99,7 @@ def test_an_unchanged_earlier_export_is_replaced_and_nothing_else(tmp_path):
         export(masked(MASKS["half"]), file)
 
 
-@pytest.mark.parametrize("fails", ["save", "compare", "sync", "rename"])
+@pytest.mark.parametrize("fails", ["save", "compare", "seal", "place", "sync"])
 def test_a_failure_leaves_the_old_export(tmp_path, monkeypatch, fails):
     target = tmp_path / "small"
     export(masked(MASKS["half"]), target)
@@ -111,16 +112,13 @@ def test_a_failure_leaves_the_old_export(tmp_path, monkeypatch, fails):
         monkeypatch.setattr(transformers.PreTrainedModel, "save_pretrained", broken)
     elif fails == "compare":
         monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", broken)
-    elif fails == "sync":
-        monkeypatch.setattr(export_module, "sync", broken)
     else:
-        rename, calls = export_module.os.rename, []
+        real = getattr(disk, fails)
 
-        def second_fails(*args):
-            calls.append(args)
-            return broken() if len(calls) == 2 else rename(*args)
+        def last_fails(*args):
+            return broken() if args[0] == tmp_path or fails != "sync" else real(*args)
 
-        monkeypatch.setattr(export_module.os, "rename", second_fails)
+        monkeypatch.setattr(disk, fails, last_fails)
     with pytest.raises(OSError, match="No space"):
         export(masked(MASKS["none"]), target)
     assert content(target) == before and [file.name for file in tmp_path.iterdir()] == ["small"]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import warnings
 from collections.abc import Iterator
@@ -13,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._version import __version__
-from ..checkpoint import sibling_directory, sync
+from .. import disk
 from ..model import APTModel, adapters
 from .architectures import widths
 from .shrink import shrink
@@ -26,8 +23,8 @@ def export(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write an APTModel, which is shrunk, or what `shrink` returned into the directory `path`, for `from_pretrained` of its stock class.
 
     It is written beside `path`, loaded from there by the stock class and compared bit for bit, and takes its place in one step only then;
-    whatever raises, `path` is as before. It may be missing, empty, or hold an earlier export that nobody changed (apt_export.json lists the
-    files), which is replaced.
+    whatever raises, or kills the process, leaves `path` as it was. It may be missing, empty, or hold an earlier export that nobody changed
+    (apt_export.json lists the files), which is replaced.
 
     Raises ValueError saying which constraint fails: layers of different widths, which no stock config says; a class that is not
     transformers' own; a directory with other content; a tensor that does not come back as it was. TypeError for another kind of model.
@@ -48,8 +45,8 @@ def export(model: nn.Module, path: str | os.PathLike[str]) -> None:
     if kind.__module__.partition(".")[0] != "transformers":
         raise ValueError(f"model: expected a class of transformers, which others can load, got {kind.__module__}.{kind.__name__}")
     _check_widths(small)
-    with sibling_directory(target) as beside:
-        new, old = beside / "new", beside / "old"
+    with disk.made(target.parent), disk.stage(target.parent, target.name) as beside:
+        new = beside / "new"
         small.save_pretrained(new)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of layers without neurons, which are meant
@@ -57,18 +54,8 @@ def export(model: nn.Module, path: str | os.PathLike[str]) -> None:
         difference = _difference(small, loaded)
         if difference:
             raise ValueError(f"model: expected {kind.__name__} to load the same values again, but {difference}")
-        files = {file.name: _digest(file) for file in sorted(new.iterdir())}
-        (new / MANIFEST).write_text(json.dumps({"apt_ext": __version__, "files": files}, indent=2) + "\n", encoding="utf-8")
-        sync(new)
-        if target.exists():
-            os.rename(target, old)
-        try:
-            os.rename(new, target)
-        except BaseException:
-            if old.exists():
-                os.rename(old, target)
-            raise
-        sync(target.parent, files=False)
+        disk.seal(new, MANIFEST)
+        disk.place(new, target)
 
 
 def _check_widths(model: Any) -> None:
@@ -86,25 +73,11 @@ def _check_widths(model: Any) -> None:
 def _check_target(target: Path) -> None:
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ValueError(f"path: expected a directory, a missing or an empty one, got another kind of file: {target}")
-    if target.exists() and any(target.iterdir()) and not _is_export(target):
+    if target.exists() and any(target.iterdir()) and not disk.unchanged(target, MANIFEST):
         raise ValueError(
             f"path: expected a missing or empty directory, or an unchanged earlier export, got one with other content: {target}; "
             "choose another or empty it"
         )
-
-
-def _is_export(directory: Path) -> bool:
-    """Whether the directory holds what its manifest lists, unchanged, and nothing else: only then can it go."""
-    try:
-        files: dict[str, str] = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["files"]
-        return {file.name: _digest(file) for file in directory.iterdir() if file.name != MANIFEST} == files
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _difference(model: nn.Module, loaded: nn.Module) -> str | None:
