@@ -7,6 +7,7 @@ from .adapter import APTAdapter
 from .config import APTConfig
 from .hold import hold_pruned
 from .model import APTModel, adapter_parameters, adapters, get_apt_model
+from .structure.architectures import Architecture, BlockRule, Layers, Side, Stream, register_architecture
 from .structure.export import export
 from .structure.shrink import shrink
 
@@ -14,6 +15,11 @@ __all__ = [
     "APTAdapter",
     "APTConfig",
     "APTModel",
+    "Architecture",
+    "BlockRule",
+    "Layers",
+    "Side",
+    "Stream",
     "__version__",
     "adapter_parameters",
     "adapters",
@@ -22,5 +28,6 @@ __all__ = [
     "hold_pruned",
     "ops",
     "reference",
+    "register_architecture",
     "shrink",
 ]

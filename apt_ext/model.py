@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import checkpoint
@@ -14,7 +15,9 @@ from .adapter import APTAdapter
 from .config import APTConfig, nearest, select
 from .errors import naming
 from .structure.architectures import Block, find_blocks, is_linear, output_layer, task_heads
-from .structure.blocks import MaskedLinear, get_mask, merged_linear, set_mask
+from .structure.blocks import get_mask, merged_linear, missing_block, set_mask
+from .structure.carriers import MaskedLinear, StreamCarrier
+from .structure.cutting import folded
 
 # They hand the weights of their linears to a fused function, so an adapter's forward would never be called.
 _READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -41,7 +44,8 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 def get_apt_model(model: nn.Module, config: APTConfig) -> APTModel:
     """Put adapters into `model`, in place, and freeze everything but them and `config.modules_to_save`.
 
-    Every linear of a prunable block is wrapped as well, with rank 0 if it is no target: masks change later without changing the modules.
+    Every linear of heads and neurons is wrapped as well, with rank 0 if it is no target: their masks change later without changing the
+    modules. What only the hidden dimensions touch (embeddings, norms, output layers) is wrapped when they are first masked.
 
     Raises TypeError (not a module, a quantised or fused linear), ValueError (a name that matches nothing, with the nearest names; a rank
     that does not fit; a weight that is tied or not finite; a model with adapters), naming the module; the model is then as before.
@@ -54,7 +58,8 @@ class APTModel(nn.Module):
 
     model       the model itself, with adapters in the place of linears
     apt_config  the APTConfig that it was built with
-    blocks      {name: Block}: what can be pruned; "<layer>.neurons" are the neurons of one feed-forward layer
+    blocks      {name: Block}: what can be pruned: "<layer>.heads", "<layer>.neurons" ("encoder.<layer>..." and "decoder.<layer>...", with
+                "decoder.<layer>.cross_heads", in encoder-decoders), and "hidden", the dimensions of the residual stream
     saved       the names of the modules that train whole
     """
 
@@ -81,7 +86,7 @@ class APTModel(nn.Module):
     # -- blocks ------------------------------------------------------------------------------------------------------
 
     def set_block_mask(self, name: str, mask: Tensor) -> None:
-        """Mask block `name` consistently on every linear that it touches; a fractional value acts once.
+        """Mask block `name` consistently on everything that it touches; a fractional value acts once.
 
         mask [count], floating, values in [0, 1], any device. Nothing has changed when this raises ValueError (unknown name, shape, value),
         TypeError, or RuntimeError (an adapter of the block is merged).
@@ -94,8 +99,7 @@ class APTModel(nn.Module):
 
     def _block(self, name: str) -> Block:
         if name not in self.blocks:
-            near = nearest(str(name), self.blocks) or "; this model has none: its architecture is not in the table"
-            raise ValueError(f"name: expected a block of this model, got {name!r}{near}")
+            raise ValueError(missing_block(self.model, name, list(self.blocks), nearest(str(name), self.blocks)))
         return self.blocks[name]
 
     # -- counting ----------------------------------------------------------------------------------------------------
@@ -120,12 +124,17 @@ class APTModel(nn.Module):
         Modules that train whole (modules_to_save) stay as they are trained.
         """
         entered = [(adapter, adapter._disabled, adapter.merged, adapter._keep) for _, adapter in adapters(self)]
+        stream = [(module, module._disabled) for module in self.modules() if isinstance(module, StreamCarrier)]
         try:
             for adapter, _, _, _ in entered:
                 adapter.unmerge_weights()
                 adapter._disabled = True
+            for module, _ in stream:
+                module._disabled = True
             yield
         finally:
+            for module, disabled in stream:
+                module._disabled = disabled
             for adapter, disabled, _, _ in entered:
                 adapter._disabled = disabled
             for adapter, _, merged, keep in entered:
@@ -135,10 +144,14 @@ class APTModel(nn.Module):
     def merge_and_unload(self) -> nn.Module:
         """The model itself with adapters and masks merged into its linears, which are back in their places; full shapes, frozen as it was.
 
-        This APTModel has no adapters and no blocks afterwards. RuntimeError where a merged weight would not be finite; all is then as
+        This APTModel has no adapters and no blocks afterwards. RuntimeError where a merged weight would not be finite, and where dimensions
+        of the residual stream are pruned (a stock norm over all of them computes something else; `shrink` cuts them); all is then as
         before. The original weights are held in host memory meanwhile.
         """
+        if "hidden" in self.blocks and not bool(self.get_block_mask("hidden").all()):
+            raise RuntimeError("merge_and_unload: hidden dimensions are pruned, which no full-size model computes; use apt_ext.shrink")
         found = list(adapters(self))
+        values = folded(self.model)
         merged_before = [adapter.merged for _, adapter in found]
         try:
             for name, adapter in found:
@@ -151,6 +164,12 @@ class APTModel(nn.Module):
             raise
         for name, adapter in found:
             self.model.set_submodule(name, merged_linear(adapter))
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, StreamCarrier):
+                self.model.set_submodule(name, module.base_layer)
+        with torch.no_grad():
+            for parameter, value in values:
+                parameter.copy_(value)
         self.blocks = {}
         return self.model
 
@@ -178,7 +197,8 @@ class APTModel(nn.Module):
 
     def _own_state(self) -> dict[str, Tensor]:
         """What belongs in a checkpoint, with the keys of the model's state_dict: adapters without their frozen bases, and `saved`."""
-        own = tuple(f"{name}." for name, _ in adapters(self))
+        stream = [name for name, module in self.model.named_modules() if isinstance(module, StreamCarrier)]
+        own = tuple(f"{name}." for name in (*(name for name, _ in adapters(self)), *stream))
         saved = tuple(f"{name}." for name in self.saved)
         state = self.model.state_dict()
         return {key: value for key, value in state.items() if key.startswith(saved) or (key.startswith(own) and ".base_layer." not in key)}
@@ -211,7 +231,7 @@ def _build(model: nn.Module, config: APTConfig, then: Callable[[APTModel], None]
     whole = {name for name in linears if name in saved or name.startswith(inside)}
     targets = config.targets(linears, whole, output_layer(model))
     blocks = find_blocks(model)
-    touched = {linear for block in blocks.values() for linear in block.linears}
+    touched = {linear for block in blocks.values() if block.kind != "hidden" for linear in block.linears}
     _check_targets(model, targets)
 
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -236,7 +256,7 @@ def _build(model: nn.Module, config: APTConfig, then: Callable[[APTModel], None]
                 model.set_submodule(name, adapter)
         then(apt)
     except BaseException:
-        for name in linears:
+        for name in dict.fromkeys((*linears, *(side.module for block in blocks.values() for side in block.sides))):
             model.set_submodule(name, modules[name])
         for parameter, flag in flags:
             parameter.requires_grad_(flag)

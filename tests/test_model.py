@@ -74,7 +74,8 @@ def test_wrapped_model_computes_the_same_and_trains_only_what_it_should():
     assert torch.allclose(apt(**batch()).logits, expected, rtol=0, atol=1e-12)
     ranks = {name: adapter.rank for name, adapter in adapters(apt)}
     layers = [f"bert.encoder.layer.{i}" for i in range(2)]
-    rest = {"attention.self.query": 4, "attention.self.value": 4, "intermediate.dense": 0, "output.dense": 0}
+    carriers = {"attention.self.key": 0, "attention.output.dense": 0, "intermediate.dense": 0, "output.dense": 0}
+    rest = {"attention.self.query": 4, "attention.self.value": 4, **carriers}
     assert ranks == {f"{layer}.{name}": rank for layer in layers for name, rank in rest.items()}
     trainable = {name for name, p in apt.named_parameters() if p.requires_grad and p.numel()}
     factors = {f"model.{name}.{factor}" for name, rank in ranks.items() if rank for factor in ("lora_A", "lora_B")}
@@ -130,7 +131,7 @@ def test_the_task_head_is_detected(kind, head):
     extra = {"num_labels": 2} if head == "qa_outputs" else {}
     apt = get_apt_model(tiny_bert(kind, **extra), QUERY_VALUE)
     assert apt.saved == ([head] if head else [])
-    assert list(apt.blocks) == ["0.neurons", "1.neurons"]
+    assert list(apt.blocks) == ["0.heads", "0.neurons", "1.heads", "1.neurons", "hidden"]
     assert {name for name, p in apt.named_parameters() if p.requires_grad and "lora" not in name} == (
         {f"model.{head}.weight", f"model.{head}.bias"} if head else set()
     )

@@ -1,12 +1,16 @@
 """shrink: the cut model is the masked model, smaller and stock."""
 
+import dataclasses
+
 import pytest
 import torch
+from families import DECODERS, EVERY, FAMILIES, adapted, close, generated, mask_all, outputs, some, tolerance
 from test_model import assert_same, batch, half, snapshot, tiny_bert, trained
 
 from apt_ext.adapter import APTAdapter
 from apt_ext.config import APTConfig
-from apt_ext.model import adapters
+from apt_ext.model import adapters, get_apt_model
+from apt_ext.structure.architectures import find_blocks
 from apt_ext.structure.shrink import shrink
 
 ALL = APTConfig(r=4)
@@ -107,13 +111,11 @@ def test_merge_then_cut_is_cut_of_the_merged():
 
 
 def test_shrinking_twice_is_shrinking_once_by_both_masks():
-    from apt_ext.model import get_apt_model
-
     once = masked({"0.neurons": first(8), "1.neurons": first(8)}, config=APTConfig(r=4, target_modules=["query"]))
     small = shrink(masked({"0.neurons": first(24), "1.neurons": first(24)}, config=APTConfig(r=4, target_modules=["query"])))
     again = get_apt_model(small, APTConfig(r=4, target_modules=["query"]))
     assert again.blocks["0.neurons"].count == 24
-    for name in again.blocks:
+    for name in ("0.neurons", "1.neurons"):
         again.set_block_mask(name, first(8, 24))
     expected, got = shrink(once).state_dict(), shrink(again).state_dict()
     assert all(torch.equal(value, got[name]) for name, value in expected.items())
@@ -138,3 +140,165 @@ def test_it_refuses_by_name_and_leaves_the_model():
     assert_same(before, snapshot(apt))
     with pytest.raises(TypeError, match="model: expected an APTModel, got BertForSequenceClassification"):
         shrink(tiny_bert())
+
+
+# -- every architecture --------------------------------------------------------------------------------------------------
+
+KINDS = [("heads",), ("neurons",), ("hidden",), ("heads", "neurons", "hidden")]
+
+
+def is_stock(model):
+    return all(type(module).__module__.split(".")[0] in ("torch", "transformers") for module in model.modules())
+
+
+@EVERY
+@pytest.mark.parametrize("kinds", KINDS, ids="+".join)
+@pytest.mark.parametrize("how", ["hard", "soft", "empty", "one"])
+def test_every_family_computes_the_same_when_cut(family, kinds, how, caplog):
+    apt = adapted(family)
+    dense = outputs(apt, family.inputs())
+    masks = some(family, apt.blocks, kinds, how)
+    if how == "empty" and "hidden" in masks:
+        masks["hidden"] = torch.arange(24).clamp(max=1).float()
+    expected = outputs(mask_all(apt, masks), family.inputs())
+    state = {name: value.clone() for name, value in apt.state_dict().items()}
+    small = shrink(apt)
+    close(outputs(small, family.inputs()), expected, tolerance(family, kinds))
+    if any(bool((mask != 1).any()) for mask in masks.values()):
+        assert (dense[0] - expected[0]).abs().max() > 1e-4
+    assert is_stock(small) and type(small) is type(apt.model)
+    for name, block in find_blocks(small).items():
+        kept = int((masks.get(name, torch.ones(apt.blocks[name].count)) != 0).sum())
+        assert block.count == kept or (kept == 0 and block.count == 1 and f"{name}" in caplog.text)
+    assert all(torch.equal(value, state[name]) for name, value in apt.state_dict().items())
+
+
+@DECODERS
+@pytest.mark.parametrize("how", ["hard", "empty"])
+@pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
+def test_generation_with_and_without_cache(family, how, dropout):
+    rates = {"gpt2": "resid_pdrop", "t5": "dropout_rate"}
+    name = rates.get(family.model().config.model_type, "attention_dropout")
+    apt = adapted(family, APTConfig(r=2, lora_dropout=0.5 if dropout else 0.0), **{name: 0.5 if dropout else 0.0})
+    mask_all(apt, some(family, apt.blocks, ("heads", "neurons"), how))
+    if how == "hard":
+        apt.set_block_mask("hidden", (torch.arange(24) % 4 > 0).float())
+    expected = generated(apt.model, family.inputs(), use_cache=False)
+    small = shrink(apt)
+    within = tolerance(family, ("hidden",))
+    close(generated(apt.model, family.inputs(), use_cache=True), expected, within)
+    close(generated(small, family.inputs(), use_cache=False), expected, within)
+    close(generated(small, family.inputs(), use_cache=True), expected, within)
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "gpt2", "llama"])
+def test_training_with_dropout_is_the_same_too(name):
+    """Where a cut leaves the shapes of what dropout draws, the same generator gives the same outputs."""
+    rates = {"gpt2": "resid_pdrop", "llama": "attention_dropout", "bert": "hidden_dropout_prob", "distilbert": "dropout"}
+    family = FAMILIES[name]
+    apt = adapted(family, **{rates[name]: 0.3})
+    mask_all(apt, some(family, apt.blocks, ("neurons",), "soft"))
+    small = shrink(apt).train()
+    apt.train()
+    found = []
+    for model in (apt, small):
+        torch.manual_seed(7)
+        found.append(outputs(model, family.inputs()))
+    close(*found)
+    assert (found[0][0] - outputs(apt.eval(), family.inputs())[0]).abs().max() > 1e-3
+
+
+@EVERY
+def test_cutting_twice_is_cutting_once_by_both_masks(family):
+    every = ("heads", "neurons", "hidden")
+    once = adapted(family)
+    first_masks = some(family, once.blocks, every, "soft", seed=5)
+    fresh = APTConfig(r=1, target_modules=r".*\.(query|q_lin|q_proj|c_attn|q)")
+    again = get_apt_model(shrink(mask_all(once, first_masks)), fresh).eval()
+    second_masks = some(family, again.blocks, every, "hard", seed=6)
+    small = shrink(mask_all(again, second_masks))
+    both = {}
+    for name, mask in first_masks.items():
+        both[name] = mask.clone()
+        both[name][mask != 0] *= second_masks[name]
+    direct = shrink(mask_all(once, both))
+    close(outputs(small, family.inputs()), outputs(direct, family.inputs()), tolerance(family, every))
+    assert {n: b.count for n, b in find_blocks(small).items()} == {n: b.count for n, b in find_blocks(direct).items()}
+
+
+@EVERY
+def test_merging_first_changes_nothing(family):
+    apt = adapted(family)
+    mask_all(apt, some(family, apt.blocks, ("heads", "neurons"), "soft"))
+    small = shrink(apt).state_dict()
+    kept = {name: apt.get_block_mask(name) for name in apt.blocks}
+    plain = get_apt_model(apt.merge_and_unload(), APTConfig(r=1, target_modules=r".*\.(query|q_lin|q_proj|c_attn|q)"))
+    again = shrink(mask_all(plain, {name: (mask != 0).float() for name, mask in kept.items()})).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in small.items())
+
+
+@EVERY
+def test_ties_are_kept(family):
+    small = shrink(mask_all(apt := adapted(family), some(family, apt.blocks, ("hidden",), "soft")))
+    tied = {name for name, p in family.model().named_parameters(remove_duplicate=False)} - {n for n, _ in family.model().named_parameters()}
+    assert tied == {n for n, _ in small.named_parameters(remove_duplicate=False)} - {n for n, _ in small.named_parameters()}
+
+
+@EVERY
+def test_the_size_is_what_the_blocks_say(family):
+    """Parameters of the cut model are those of a stock model with the cut's config, where one can say it."""
+    apt = adapted(family)
+    masks = {name: mask for name, mask in some(family, apt.blocks, ("neurons",), "one").items()}
+    small = shrink(mask_all(apt, masks))
+    stock = type(small)(small.config)
+    assert {n: p.shape for n, p in stock.named_parameters()} == {n: p.shape for n, p in small.named_parameters()}
+
+
+def test_layers_that_share_a_position_bias_must_be_alike():
+    family = FAMILIES["t5"]
+    apt = adapted(family)
+    apt.set_block_mask("encoder.0.heads", torch.tensor([1.0, 1, 0]))
+    with pytest.raises(ValueError, match=r"encoder.1.heads: expected the same heads of encoder.0.heads.* \[0, 1, 2\] of 3"):
+        shrink(apt)
+    apt.set_block_mask("encoder.1.heads", torch.tensor([1.0, 0, 1]))
+    with pytest.raises(ValueError, match="encoder.1.heads: expected the same heads"):
+        shrink(apt)
+    apt.set_block_mask("encoder.1.heads", torch.tensor([1.0, 1, 0]))
+    apt.set_block_mask("decoder.1.cross_heads", torch.tensor([0.0, 1, 0]))
+    with pytest.raises(ValueError, match="decoder.1.cross_heads: expected the number of heads"):
+        shrink(apt)
+    apt.set_block_mask("decoder.0.cross_heads", torch.tensor([1.0, 0, 0]))
+    close(outputs(shrink(apt), family.inputs()), outputs(apt, family.inputs()))
+
+
+def test_no_dimension_left_is_refused():
+    apt = adapted(FAMILIES["bert"])
+    apt.set_block_mask("hidden", torch.zeros(24))
+    with pytest.raises(ValueError, match="hidden: expected a mask that keeps at least one dimension"):
+        shrink(apt)
+
+
+@pytest.mark.parametrize("name", ["roberta", "roberta-mlm", "llama", "gpt2", "t5"])
+@pytest.mark.parametrize("kind", ["bare", "ForTokenClassification", "ForQuestionAnswering", "ForSequenceClassification"])
+def test_other_heads_of_the_same_architecture(name, kind):
+    family = FAMILIES[name]
+    base = family.kind.split("For")[0].removesuffix("LMHeadModel")
+    sizes = {**family.sizes, "pad_token_id": 0, "num_labels": 2 if kind == "ForQuestionAnswering" else 3}
+    other = dataclasses.replace(family, kind=base + ("Model" if kind == "bare" else kind), sizes=sizes)
+    model = other.model()
+    inputs = family.inputs()
+    if name == "t5" and kind == "ForTokenClassification":
+        del inputs["decoder_input_ids"]
+    elif name == "t5" and kind == "ForSequenceClassification":
+        inputs["input_ids"][:, -3], inputs["attention_mask"] = 1, torch.ones_like(inputs["attention_mask"])
+        model.config.eos_token_id = 1
+        inputs["decoder_input_ids"] = inputs["input_ids"].clone()
+    apt = get_apt_model(model, APTConfig(r=2)).eval()
+    mask_all(apt, some(family, apt.blocks, ("heads", "neurons", "hidden"), "hard"))
+    with torch.no_grad():
+        expected, got = apt(**inputs), shrink(apt)(**inputs)
+    for ours, theirs in zip(got.to_tuple(), expected.to_tuple(), strict=True):
+        if isinstance(ours, torch.Tensor):
+            if ours.shape != theirs.shape:  # a bare model hands on the residual stream
+                theirs = theirs[..., apt.get_block_mask("hidden") != 0]
+            assert torch.allclose(ours, theirs, rtol=0, atol=1e-10)

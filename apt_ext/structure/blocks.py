@@ -1,4 +1,4 @@
-"""What carries the mask of a block, and how it is set and read: adapters, also of rank 0, and linears that train whole."""
+"""How the mask of a block is set, read, and made part of the weights for good."""
 
 from __future__ import annotations
 
@@ -6,67 +6,72 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import APTAdapter, checked_mask
-from ..reference import scale_lanes
-from .architectures import Block
-
-
-class MaskedLinear(APTAdapter):
-    """A linear that trains whole (modules_to_save) and lies in a block: the masks select its input and output, it is otherwise ordinary.
-
-    y = mask_out * ((mask_in * x) W^T + b). Rank 0 for life. `base_layer` is the linear, with its own gradients.
-    """
-
-    @classmethod
-    def around(cls, linear: nn.Module) -> MaskedLinear:
-        """Wrap a linear; it keeps its requires_grad."""
-        flags = [(parameter, parameter.requires_grad) for parameter in linear.parameters()]
-        masked = cls.from_linear(linear, 0, max_rank=0)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        return masked  # type: ignore[return-value]  # from_linear builds a cls
-
-    def forward(self, x: Tensor, mask_in: Tensor | None = None, mask_out: Tensor | None = None) -> Tensor:
-        """x [..., K] -> y [..., N], with gradients for the weight and bias too."""
-        if self.merged or self._disabled or self.base_layer is None:
-            return super().forward(x, mask_in, mask_out)
-        for name, mask, size in (("mask_in", mask_in, self.in_features), ("mask_out", mask_out, self.out_features)):
-            if mask is not None:
-                self._check_override(name, mask, size, x)
-        mask_in = self._effective_mask("mask_in") if mask_in is None else mask_in
-        mask_out = self._effective_mask("mask_out") if mask_out is None else mask_out
-        return scale_lanes(self.base_layer(scale_lanes(x, mask_in)), mask_out)
-
-
-def carriers(model: nn.Module, block: Block) -> list[APTAdapter]:
-    """The adapter on each side of the block, in the order of `block.sides`."""
-    found = [model.get_submodule(side.linear) for side in block.sides]
-    return [module for module in found if isinstance(module, APTAdapter)]
+from .architectures import Block, Side, architecture_of, is_linear, side_width, stored, unknown_modules
+from .carriers import StreamCarrier, carrier_for, is_carrier
 
 
 def set_mask(model: nn.Module, name: str, block: Block, mask: Tensor) -> None:
     """Give every side of the block its mask: all of `mask` where the side scales, else its exact zeros alone.
 
     mask [count], floating, values in [0, 1], any device. TypeError, ValueError and, while an adapter of the block is merged, RuntimeError;
-    no mask has then changed.
+    no mask has then changed. What the block touches and carries no mask yet is wrapped, once there is something to carry.
     """
-    adapters = carriers(model, block)
-    merged = next((side.linear for side, adapter in zip(block.sides, adapters, strict=True) if adapter.merged), None)
+    merged = next((side.module for side in block.sides if getattr(model.get_submodule(side.module), "merged", False)), None)
     if merged is not None:
         raise RuntimeError(f"set_block_mask: {merged} of block {name!r} is merged under its present masks; unmerge it first")
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask of block {name!r} must be a Tensor, got {type(mask).__name__}")
     values = checked_mask(f"mask of block {name!r}", mask, torch.empty(block.count, device=mask.device))
+    if bool((values == 1).all()) and any(not is_carrier(model.get_submodule(side.module)) for side in block.sides):
+        return  # nothing to carry, and nothing was carried
+    place_carriers(model, block)
     kept = (values != 0).to(values.dtype)
-    for side, adapter in zip(block.sides, adapters, strict=True):
-        own = (values if side.scales else kept).to(adapter.mask_in.device)
-        adapter.set_masks(**{f"mask_{side.side}": own})
+    new: dict[tuple[str, str], Tensor] = {}
+    for side in block.sides:
+        carrier = model.get_submodule(side.module)
+        key = (side.module, side.side)
+        lanes = new.setdefault(key, carrier.get_buffer(f"mask_{side.side}").detach().clone())
+        stretch(lanes, side).copy_(expand(values if side.scales else kept, side, len(lanes)))
+    for (module, direction), lanes in new.items():
+        carrier = model.get_submodule(module)
+        assert isinstance(carrier, APTAdapter | StreamCarrier)
+        carrier.set_masks(**{f"mask_{direction}": lanes})
+
+
+def place_carriers(model: nn.Module, block: Block) -> None:
+    """Wrap what the block touches and cannot carry a mask yet: embeddings, norms and heads of the residual stream. All or nothing."""
+    bare = {side.module: side.of for side in block.sides if not is_carrier(model.get_submodule(side.module))}
+    made = {name: carrier_for(model.get_submodule(name), of) for name, of in bare.items()}
+    for name, carrier in made.items():
+        model.set_submodule(name, carrier)
 
 
 def get_mask(model: nn.Module, block: Block) -> Tensor:
     """A copy of the block's mask [count], float32: what its scaling side carries."""
-    adapter = model.get_submodule(block.scaling_side.linear)
-    mask = adapter.get_buffer(f"mask_{block.scaling_side.side}")
-    return mask.detach().clone()
+    side = block.scaling_side
+    carrier = model.get_submodule(side.module)
+    if not is_carrier(carrier):
+        return torch.ones(block.count, device=next(carrier.parameters()).device)
+    lanes = stretch(carrier.get_buffer(f"mask_{side.side}").detach(), side)
+    return lanes[:: max(len(lanes) // max(block.count, 1), 1)].clone()
+
+
+def stretch(lanes: Tensor, side: Side) -> Tensor:
+    """The part of the lanes of a whole module side that belongs to `side`; a view."""
+    width = len(lanes) // side.parts
+    return lanes.narrow(0, side.part * width, width)
+
+
+def expand(mask: Tensor, side: Side, width: int) -> Tensor:
+    """A block's mask [count], each entry repeated for its adjacent channels of a module side of `width` channels."""
+    return mask.repeat_interleave(width // side.parts // max(len(mask), 1)).to(mask.device)
+
+
+def lanes_of(block: Block, kept: Tensor, side: Side, width: int) -> Tensor:
+    """[width] bool: the channels of a module side that stay when the blocks `kept` [count] (bool) do."""
+    lanes = torch.ones(width, dtype=torch.bool)
+    stretch(lanes, side).copy_(expand(kept.cpu(), side, width))
+    return lanes
 
 
 def merged_linear(adapter: APTAdapter) -> nn.Module:
@@ -80,3 +85,28 @@ def merged_linear(adapter: APTAdapter) -> nn.Module:
         raise RuntimeError("merged_linear: this APTAdapter has no base layer")
     linear.weight._apt_merged = False  # type: ignore[union-attr]  # an ordinary weight again, which another adapter may merge into
     return linear
+
+
+def missing_block(model: nn.Module, name: str, known: list[str], near: str) -> str:
+    """The error for a name that is no block of the model: what there is, or what to declare, with the modules that were seen."""
+    if known and name != "hidden":
+        return f"name: expected a block of this model, got {name!r}{near}"
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    modules = dict(model.named_modules())
+    if architecture_of(model) is None:
+        linears = {name: m for name, m in modules.items() if is_linear(stored(m)) and not name.endswith(".base_layer")}
+        seen = [f"{name} [{side_width(m, 'out')}, {side_width(m, 'in')}]" for name, m in linears.items()]
+        return (
+            f"name: expected a block of this model, got {name!r}, but its architecture is not in the table; declare it with "
+            f"apt_ext.register_architecture(Architecture(({model_type!r},), (Layers(pattern, (BlockRule(kind, width_field, sides),)),), "
+            f"Stream(...))); the linears of this {type(model).__name__}, [out, in]: {_listed(seen)}"
+        )
+    unknown = unknown_modules(model)
+    return (
+        f"name: expected a block of this model, got {name!r}; the row of {model_type!r} does not say how these modules touch the residual "
+        f"stream: {_listed(unknown) or 'all are known, but their widths differ'}"
+    )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .. import disk
 from ..model import APTModel, adapters
-from .architectures import widths
+from .cutting import widths
 from .shrink import shrink
 
 MANIFEST = "apt_export.json"

@@ -5,52 +5,57 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..errors import naming
 from ..model import APTModel, adapters
-from .architectures import Side, weight_dim, widths
 from .blocks import merged_linear
+from .carriers import StreamCarrier
+from .cutting import folded, parameter_changes, removal, report_spared, selected, tell_blocks, tell_constants, tell_modules
 
 
 def shrink(model: APTModel) -> nn.Module:
     """A new model of the stock class, with stock modules only: adapters merged, and cut where a block's mask is exactly zero.
 
-    Rows of the linears that produce a removed channel go, with their bias, and columns of those that consume it; fractional values are
-    merged into the weights. It computes what the masked model computes. Where all layers have one width the config says it; different
-    widths run as well, but no stock config can say them. A block with nothing left keeps the output bias and norm of its layer.
+    Rows of the linears that produce a removed channel go, with their bias, and columns of those that consume it; embeddings and norms
+    follow the residual stream; fractional values are merged into the weights. It computes what the masked model computes. Where all layers
+    have one width the config says it; different widths run as well, but no stock config can say them.
+
+    A sub-layer with nothing left keeps its output bias and its norm. Where the stock class cannot run with nothing left (GPT-2's heads and
+    neurons, the heads of the layer in which a decoder's cache is asked for its length) one stays, with output weights of zero, and the
+    logger "apt_ext" says so.
+    Where the output layer shares the embedding's weight, the last norm takes back what a fraction scales there.
+
     `model` is untouched. Every Parameter of the result is trainable, as in a model that was just loaded.
 
-    Raises TypeError (not an APTModel) and RuntimeError (a merged weight would not be finite), naming it.
+    Raises TypeError (not an APTModel), ValueError (layers that have to keep the same heads and do not; nothing kept of the residual
+    stream) and RuntimeError (a merged weight would not be finite), naming it.
     """
     if not isinstance(model, APTModel):
         raise TypeError(f"model: expected an APTModel, got {type(model).__name__}")
-    kept = {name: model.get_block_mask(name).nonzero().flatten() for name in model.blocks}
+    gone = removal(model.model, model.blocks)
     small = copy.deepcopy(model)
-    for name, adapter in list(adapters(small)):
-        with naming(name):
-            small.model.set_submodule(name, merged_linear(adapter))
     result: nn.Module = small.model
+    hidden = gone.kept.get("hidden")
+    width = None if hidden is None else int(hidden.sum())
     with torch.no_grad():
-        for name, block in model.blocks.items():
-            if len(kept[name]) < block.count:
-                for side in block.sides:
-                    _cut(result.get_submodule(side.linear), side, kept[name])
-    for field, sizes in widths(result).items():
-        if len(set(sizes.values())) == 1:
-            setattr(result.config, field, next(iter(sizes.values())))
+        values = folded(result, width)  # before the merge, which zeroes columns of a tied weight
+        for name, adapter in list(adapters(small)):
+            with naming(name):
+                result.set_submodule(name, merged_linear(adapter))
+        for name, module in list(result.named_modules()):
+            if isinstance(module, StreamCarrier):
+                result.set_submodule(name, module.base_layer)
+        for parameter, value in values:
+            parameter.copy_(value)
+        cut = {old: nn.Parameter(selected(old.detach(), dims)) for old, dims in parameter_changes(result, gone.lanes).items()}
+        for module in result.modules():
+            module._parameters.update({name: cut[old] for name, old in module._parameters.items() if old in cut})
+        tell_modules(result, gone.lanes)
+        tell_blocks(result)
+        if width is not None:
+            tell_constants(result, width)
+    report_spared(gone.spared)
     for parameter in result.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     return result
-
-
-def _cut(linear: nn.Module, side: Side, kept: Tensor) -> None:
-    """Keep the lanes `kept` [count] of one side, in their order."""
-    for name, parameter in list(linear.named_parameters(recurse=False)):
-        if name == "weight" or side.side == "out":
-            dim = weight_dim(linear, side.side) if name == "weight" else 0
-            setattr(linear, name, nn.Parameter(parameter.index_select(dim, kept.to(parameter.device))))
-    # What nn.Linear and Conv1D say about themselves
-    for attribute in ("out_features", "nf") if side.side == "out" else ("in_features", "nx"):
-        if hasattr(linear, attribute):
-            setattr(linear, attribute, len(kept))

@@ -75,7 +75,7 @@ class PruneAndGrow:
         self.window = max(int(recipe.window * recipe.steps), 1)
         self.growth_steps = {self.start + (self.end - self.start) * i // recipe.growths for i in range(1, recipe.growths + 1)}
         self.blocks = {name: block for name, block in model.blocks.items() if block.kind == "neurons"}
-        modules = {name: model.model.get_submodule(block.scaling_side.linear) for name, block in self.blocks.items()}
+        modules = {name: model.model.get_submodule(block.reader) for name, block in self.blocks.items()}
         self.salience = Salience(model, {name: (modules[name], block.count) for name, block in self.blocks.items()})
         self.importance = AdapterImportance(apt_ext.adapters(model))
         self.keep = {name: torch.ones(block.count, dtype=torch.bool) for name, block in self.blocks.items()}

@@ -1,0 +1,143 @@
+"""What carries a block's mask beside the adapters: other linears, embeddings, and norms over the residual stream."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..adapter import APTAdapter
+from ..reference import scale_lanes
+
+
+class MaskedLinear(APTAdapter):
+    """A linear that keeps training as it did and lies in a block: the masks select its input and output, it is otherwise ordinary.
+
+    y = mask_out * ((mask_in * x) W^T + b). Rank 0 for life. `base_layer` is the linear, with its own gradients.
+    """
+
+    @classmethod
+    def around(cls, linear: nn.Module) -> MaskedLinear:
+        """Wrap a linear; it keeps its requires_grad."""
+        flags = [(parameter, parameter.requires_grad) for parameter in linear.parameters()]
+        masked = cls.from_linear(linear, 0, max_rank=0)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        return masked  # type: ignore[return-value]  # from_linear builds a cls
+
+    def forward(self, x: Tensor, mask_in: Tensor | None = None, mask_out: Tensor | None = None) -> Tensor:
+        """x [..., K] -> y [..., N], with gradients for the weight and bias too."""
+        if self.merged or self._disabled or self.base_layer is None:
+            return super().forward(x, mask_in, mask_out)
+        for name, mask, size in (("mask_in", mask_in, self.in_features), ("mask_out", mask_out, self.out_features)):
+            if mask is not None:
+                self._check_override(name, mask, size, x)
+        mask_in = self._effective_mask("mask_in") if mask_in is None else mask_in
+        mask_out = self._effective_mask("mask_out") if mask_out is None else mask_out
+        return scale_lanes(self.base_layer(scale_lanes(x, mask_in)), mask_out)
+
+
+class StreamCarrier(nn.Module):
+    """A module with one mask over its output channels, mask_out [width] float32; unknown attributes are those of `base_layer`."""
+
+    mask_out: Tensor
+
+    def __init__(self, base_layer: nn.Module, width: int) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.merged = self._disabled = False
+        self.train(base_layer.training)
+        device = next(base_layer.parameters()).device
+        self.register_buffer("mask_out", torch.ones(width, dtype=torch.float32, device=device))
+        self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer" or name.startswith("__"):
+                raise
+            return getattr(super().__getattr__("base_layer"), name)
+
+    def set_masks(self, mask_out: Tensor) -> None:
+        """A mask that was checked; it may have another length than the present one, after a cut."""
+        with torch.inference_mode(False), torch.no_grad():
+            self._buffers["mask_out"] = mask_out.detach().to(device=self.mask_out.device, dtype=torch.float32, copy=True)
+        self._changed()
+
+    def _changed(self) -> None:
+        """The mask has other values."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> StreamCarrier:
+        mask = self.mask_out
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.mask_out.dtype != torch.float32:  # .half() and friends: masks keep every digit
+            self._buffers["mask_out"] = mask.to(self.mask_out.device)
+        return self
+
+
+def _after_load(carrier: StreamCarrier, _incompatible: Any) -> None:
+    carrier._changed()
+
+
+class MaskedEmbedding(StreamCarrier):
+    """An embedding whose output is scaled by mask_out [embedding_dim]; zeros select."""
+
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__(embedding, int(embedding.weight.shape[1]))  # type: ignore[index]
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] -> [..., embedding_dim]."""
+        found: Tensor = self.base_layer(ids)
+        return found if self._disabled else scale_lanes(found, self.mask_out)
+
+
+class MaskedNorm(StreamCarrier):
+    """A norm over the dimensions that mask_out [width] keeps: they are gathered, normed by the stock module, and scattered into zeros.
+
+    A masked sum would not do: stock RMSNorm adds up in float32, and the cut model adds other terms.
+    """
+
+    kept: Tensor | None  # [kept] int64; None where all are
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__(norm, int(norm.weight.shape[0]))  # type: ignore[index]
+        self.register_buffer("kept", None, persistent=False)
+
+    def _changed(self) -> None:
+        kept = self.mask_out.nonzero().flatten()
+        self._buffers["kept"] = None if len(kept) == len(self.mask_out) else kept
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., width] -> the same shape, 0 in pruned dimensions."""
+        kept = self.kept
+        if kept is None or self._disabled:
+            return self.base_layer(x)  # type: ignore[no-any-return]
+        narrow = narrowed(self.base_layer, len(kept))
+        parameters = {name: parameter.index_select(0, kept) for name, parameter in self.base_layer.named_parameters()}
+        y: Tensor = functional_call(narrow, parameters, (x.index_select(-1, kept),))
+        return y.new_zeros(x.shape).index_copy(-1, kept, y)
+
+
+def narrowed(norm: nn.Module, width: int) -> nn.Module:
+    """A copy of the norm that says it is `width` wide; its Parameters are those of `norm`, for `functional_call` to replace."""
+    twin = copy.copy(norm)
+    twin._parameters = dict(norm._parameters)
+    if isinstance(twin, nn.LayerNorm):
+        twin.normalized_shape = (width,)
+    return twin
+
+
+def carrier_for(module: nn.Module, of: str) -> nn.Module:
+    """What carries masks for a module that has none yet; `of` is "linear", "embedding" or "norm"."""
+    if of == "linear":
+        return MaskedLinear.around(module)
+    return MaskedEmbedding(module) if of == "embedding" else MaskedNorm(module)
+
+
+def is_carrier(module: nn.Module) -> bool:
+    """Whether a block's mask can be set on the module."""
+    return isinstance(module, APTAdapter | StreamCarrier)

@@ -1,0 +1,292 @@
+"""What a cut removes, and how modules and config say their new sizes: shared by `shrink` (a stock copy) and `APTModel.cut` (in place)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import APTAdapter
+from .architectures import Architecture, Block, architecture_of, ends_with, find_blocks, output_layer, side_width, stored, weight_dim
+from .blocks import get_mask, lanes_of
+from .carriers import MaskedEmbedding
+
+logger = logging.getLogger("apt_ext")
+
+# {module: {"in" or "out": [kept] int64, the channels that stay}}; sides that lose nothing are not in it
+Lanes = dict[str, dict[str, Tensor]]
+# {Parameter: {dimension: [kept] int64}}
+Changes = dict[nn.Parameter, dict[int, Tensor]]
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What stays: `kept` {block: [count] bool} and `lanes`; `spared` names the blocks of which one stays with output weights of zero."""
+
+    kept: dict[str, Tensor]
+    lanes: Lanes
+    spared: tuple[str, ...] = ()
+
+
+def removal(model: nn.Module, blocks: dict[str, Block]) -> Removal:
+    """What the exact zeros of the masks remove; nothing is changed.
+
+    Where stock classes cannot run with nothing left one head or neuron stays, under its mask of zero. ValueError where layers would not be
+    alike that have to be, or no dimension of the residual stream is kept.
+    """
+    kept = {name: get_mask(model, block).cpu() != 0 for name, block in blocks.items()}
+    row = architecture_of(model)
+    spared = () if row is None else tuple(_spare(row, model, blocks, kept))
+    if row is not None and row.alike:
+        _check_alike(blocks, kept)
+    if "hidden" in kept and not bool(kept["hidden"].any()):
+        raise ValueError("hidden: expected a mask that keeps at least one dimension, got one of zeros")
+    lanes: dict[tuple[str, str], Tensor] = {}
+    for name, block in blocks.items():
+        if bool(kept[name].all()):
+            continue
+        for side in block.sides:
+            width = side_width(model.get_submodule(side.module), side.side)
+            here = lanes_of(block, kept[name], side, width)
+            before = lanes.get((side.module, side.side))
+            lanes[side.module, side.side] = here if before is None else before & here
+    found: Lanes = {}
+    for (module, direction), stay in lanes.items():
+        found.setdefault(module, {})[direction] = stay.nonzero().flatten()
+    return Removal(kept, found, spared)
+
+
+def _spare(row: Architecture, model: nn.Module, blocks: dict[str, Block], kept: dict[str, Tensor]) -> Iterable[str]:
+    """Let one head or neuron stay where the stock class needs one."""
+    for name in never_empty(row, model, blocks):
+        if blocks[name].count and not bool(kept[name].any()):
+            alike = _stack(name, blocks) if row.alike else [name]
+            for other in alike:
+                if blocks[other].count and not bool(kept[other].any()):
+                    kept[other][0] = True
+                    yield other
+
+
+def never_empty(row: Architecture, model: nn.Module, blocks: dict[str, Block]) -> list[str]:
+    """The blocks that have to keep one: all, or the heads where a decoder's cache is asked for its length."""
+    if row.never_empty:
+        return [name for name, block in blocks.items() if block.kind != "hidden"]
+    heads = [name for name, block in blocks.items() if block.kind == "heads" and name.endswith(".heads")]
+    config = getattr(model, "config", None)
+    if not (row.decoder or (row.decoder is None and getattr(config, "is_decoder", False))):
+        return []
+    own = [name for name in heads if not name.startswith("encoder.")]
+    types = getattr(config, "layer_types", None) or [None] * len(own)
+    return [name for i, name in enumerate(own) if types[i] not in types[:i]]  # a cache has one length for each type of layer
+
+
+def _stack(name: str, blocks: dict[str, Block]) -> list[str]:
+    """The blocks of the same part of every layer of the stack that `name` is in."""
+    first, last = name.split(".")[0], name.rpartition(".")[2]
+    return [other for other in blocks if other.split(".")[0] == first and other.rpartition(".")[2] == last]
+
+
+def _check_alike(blocks: dict[str, Block], kept: dict[str, Tensor]) -> None:
+    for name, block in blocks.items():
+        if block.kind != "heads":
+            continue
+        first = _stack(name, blocks)[0]
+        same = torch.equal(kept[name], kept[first]) if name.endswith(".heads") else int(kept[name].sum()) == int(kept[first].sum())
+        if not same:
+            raise ValueError(
+                f"{name}: expected the {'same heads' if name.endswith('.heads') else 'number of heads'} of {first}, because the layers of "
+                f"this stack share one position bias, got {_shown(kept[name])} and {_shown(kept[first])}; give them one mask"
+            )
+
+
+def _shown(kept: Tensor) -> str:
+    return f"heads {kept.nonzero().flatten().tolist()} of {len(kept)}"
+
+
+def report_spared(spared: tuple[str, ...]) -> None:
+    """Say which blocks keep a head or neuron that computes nothing."""
+    if spared:
+        logger.warning("%s: one stays, with output weights of zero: the stock class cannot run with nothing there", ", ".join(spared))
+
+
+# -- Parameters --------------------------------------------------------------------------------------------------------
+
+
+def parameter_changes(model: nn.Module, lanes: Lanes) -> Changes:
+    """Which entries of which Parameters stay; of adapters the factors too. A tied Parameter is there once."""
+    changes: Changes = {}
+    for name, sides in lanes.items():
+        module = model.get_submodule(name)
+        for direction, kept in sides.items():
+            for parameter, dim in _touched(module, direction):
+                changes.setdefault(parameter, {})[dim] = kept
+    return changes
+
+
+def _touched(module: nn.Module, direction: str) -> Iterable[tuple[nn.Parameter, int]]:
+    """(Parameter, dimension) of everything that runs along one side of a module."""
+    base = stored(module)
+    for name, parameter in base.named_parameters(recurse=False):
+        if parameter.dim() == 2 and name == "weight":
+            yield parameter, weight_dim(base, direction)
+        elif direction == "out":
+            yield parameter, 0
+    if isinstance(module, APTAdapter):
+        yield (module.lora_A, 1) if direction == "in" else (module.lora_B, 0)
+
+
+def selected(value: Tensor, dims: dict[int, Tensor]) -> Tensor:
+    """The entries of `value` that stay, a new tensor."""
+    for dim, kept in dims.items():
+        value = value.index_select(dim, kept.to(value.device))
+    return value
+
+
+# -- what modules and config say about themselves ----------------------------------------------------------------------
+
+
+def tell_modules(model: nn.Module, lanes: Lanes) -> None:
+    """Set the sizes that linears, embeddings and norms say they have."""
+    for name, sides in lanes.items():
+        module = model.get_submodule(name)
+        base = stored(module)
+        for direction, kept in sides.items():
+            names = ("in_features", "nx") if direction == "in" else ("out_features", "nf", "embedding_dim")
+            for one in {id(base): base, id(module): module}.values():
+                for attribute in names:
+                    if attribute in vars(one):
+                        setattr(one, attribute, len(kept))
+            if isinstance(base, nn.LayerNorm):
+                base.normalized_shape = (len(kept),)
+
+
+def tell_blocks(model: nn.Module) -> dict[str, Block]:
+    """Set what attention modules say about their heads, and the config where all layers agree; returns the blocks as they are now."""
+    blocks = find_blocks(model)
+    for block in blocks.values():
+        if block.rule is not None and block.owner:
+            owner, heads = model.get_submodule(block.owner), _query_heads(model, block)
+            for attribute in block.rule.counts:
+                setattr(owner, attribute, heads)
+            for attribute in block.rule.totals:
+                setattr(owner, attribute, heads * block.size)
+    said = {field: next(iter(set(sizes.values()))) for field, sizes in widths(model).items() if len(set(sizes.values())) == 1}
+    sizes = {block.size for block in blocks.values() if block.kind == "heads"}
+    for config in configs(model):
+        for field, width in said.items():
+            setattr(config, field, width)
+        row = architecture_of(model)
+        if len(sizes) == 1 and row is not None and not row.derives_head_size and not hasattr(config, "d_kv"):
+            config.head_dim = next(iter(sizes))  # stock classes fall back to hidden_size / heads
+    return blocks
+
+
+def configs(model: nn.Module) -> list[Any]:
+    """Every config in the model, each once: the stacks of an encoder-decoder have copies."""
+    found = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
+    return list(found.values())
+
+
+def widths(model: nn.Module) -> dict[str, dict[str, int]]:
+    """{entry of the config: {block: its width in this model}}: a stock config can say it only where all widths of an entry are equal."""
+    found: dict[str, dict[str, int]] = {}
+    for name, block in find_blocks(model).items():
+        if block.kind == "heads":
+            found.setdefault(block.width_field, {})[name] = _query_heads(model, block)
+            if hasattr(getattr(model, "config", None), "num_key_value_heads"):
+                found.setdefault("num_key_value_heads", {})[name] = block.count
+        else:
+            found.setdefault(block.width_field, {})[name] = block.count
+    return found
+
+
+def _query_heads(model: nn.Module, block: Block) -> int:
+    """A block of heads is a KV group: the input of the output projection counts the query heads."""
+    return side_width(model.get_submodule(block.reader), "in") // block.size
+
+
+# -- what hidden_size scales -------------------------------------------------------------------------------------------
+
+
+def folded(model: nn.Module, width: int | None = None) -> list[tuple[nn.Parameter, Tensor]]:
+    """New values of Parameters that take over what the hidden mask scales, and constants that stock code derives from a hidden size.
+
+    An embedding is multiplied by its mask. Where the output layer shares its weight the last norm is divided by the same. With `width`, the
+    hidden size to be, Gemma's embedding scale and T5's output scale of the present size go the same way. Nothing is changed here.
+    RuntimeError where a value would not be finite.
+    """
+    row = architecture_of(model)
+    if row is None or row.stream is None:
+        return []
+    scales: dict[nn.Parameter, Tensor] = {}
+    for module in model.modules():
+        embedding = stored(module)
+        weight = _weight(embedding)
+        if not isinstance(embedding, nn.Embedding) or weight is None or weight in scales:
+            continue
+        factor = torch.ones(weight.shape[1], dtype=torch.float64, device=weight.device)
+        if isinstance(module, MaskedEmbedding):
+            factor *= module.mask_out
+        root = getattr(embedding, "embed_scale", None)
+        if width is not None and isinstance(root, Tensor) and round(float(root) ** 2) != width:
+            factor *= root.double() / torch.tensor(width**0.5, dtype=root.dtype, device=root.device).double()
+        if not bool((factor == 1).all()):
+            scales[weight] = factor
+    values = [(weight, _scaled(weight, factor)) for weight, factor in scales.items()]
+    gain = _output_gain(model, width, scales)
+    if gain is not None:
+        norms = [stored(module) for name, module in model.named_modules() if ends_with(row.stream.last_norm, name)]
+        for norm in norms[-1:]:
+            for name, parameter in norm.named_parameters(recurse=False):
+                offset = row.stream.norm_offset if name == "weight" else 0.0
+                value = ((parameter.detach().double() + offset) * gain - offset).to(parameter.dtype)
+                values.append((parameter, torch.where(gain == 0, 0, value)))
+    for parameter, value in values:
+        if not bool(torch.isfinite(value).all()):
+            raise RuntimeError(
+                f"hidden: the mask's fractions cannot be folded into a Parameter of shape {list(parameter.shape)}: not finite"
+            )
+    return values
+
+
+def tell_constants(model: nn.Module, width: int) -> None:
+    """Set what stock modules derived from the hidden size when they were made, to what they would derive from `width`."""
+    for module in model.modules():
+        root = getattr(module, "embed_scale", None)
+        if isinstance(root, Tensor) and round(float(root) ** 2) != width:
+            root.fill_(width**0.5)
+            module.scalar_embed_scale = width**0.5
+        if isinstance(getattr(module, "model_dim", None), int):
+            setattr(module, "model_dim", width)  # noqa: B010  # which mypy takes for a submodule
+
+
+def _scaled(weight: nn.Parameter, factor: Tensor) -> Tensor:
+    """weight [rows, width] times factor [width], zeros selected; a block of rows at a time, for an embedding is large."""
+    value = torch.empty_like(weight)
+    for start in range(0, len(weight), 4096):
+        rows = weight.detach()[start : start + 4096]
+        value[start : start + 4096] = torch.where(factor == 0, 0, rows.double() * factor).to(weight.dtype)
+    return value
+
+
+def _output_gain(model: nn.Module, width: int | None, scales: dict[nn.Parameter, Tensor]) -> Tensor | None:
+    """What the last norm has to be multiplied by [width], so that the output layer finds what it would have found; None: nothing."""
+    name = output_layer(model)
+    weight = None if name is None else _weight(stored(model.get_submodule(name)))
+    if weight is None:
+        return None
+    scale = scales.get(weight)
+    gain = None if scale is None else torch.where(scale == 0, 0, 1 / scale)
+    old = getattr(model, "model_dim", None)
+    if width is not None and isinstance(old, int) and old != width and getattr(model.config, "scale_decoder_outputs", False):
+        ratio = (width / old) ** 0.5
+        gain = (torch.ones(weight.shape[1], dtype=torch.float64, device=weight.device) if gain is None else gain) * ratio
+    return gain
+
+
+def _weight(module: nn.Module) -> nn.Parameter | None:
+    return module._parameters.get("weight")

@@ -1,0 +1,229 @@
+"""Block masks: what they mean in each architecture, checked against hooks on the stock model, and what they refuse."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from families import EVERY, FAMILIES, adapted, close, mask_all, outputs, some
+from torch import nn
+
+import apt_ext
+from apt_ext import APTConfig, Architecture, adapters, get_apt_model, register_architecture, shrink
+from apt_ext.structure import architectures
+from apt_ext.structure.architectures import BlockRule, Layers, Side
+
+PLAIN = APTConfig(r=1, target_modules=r".*\.(query|q_lin|q_proj|c_attn|q)")
+
+
+def hooked(model, blocks, masks):
+    """The stock model with each block's mask multiplied where its meaning is plain: before O, before down, on what is added."""
+    hidden = masks.get("hidden")
+    for name, block in blocks.items():
+        if name not in masks or name == "hidden":
+            continue
+        reader = model.get_submodule(block.reader)
+        width = reader.weight.shape[0 if type(reader).__name__ == "Conv1D" else 1]
+        lanes = masks[name].repeat_interleave(width // block.count).double()
+        reader.register_forward_pre_hook(lambda module, args, lanes=lanes: (args[0] * lanes, *args[1:]))
+    if hidden is not None:
+        for side in blocks["hidden"].sides:
+            if side.scales:
+                model.get_submodule(side.module).register_forward_hook(lambda module, args, y: y * hidden.double())
+    return model
+
+
+@EVERY
+@pytest.mark.parametrize("kinds", [("heads",), ("neurons",), ("hidden",), ("heads", "neurons", "hidden")], ids="+".join)
+def test_a_mask_acts_once_where_it_should(family, kinds):
+    apt = get_apt_model(family.model(), PLAIN).eval()  # fresh adapters change nothing
+    before = outputs(apt, family.inputs())
+    how = "soft" if "hidden" not in kinds else "none"
+    masks = some(family, apt.blocks, kinds, how)
+    if "hidden" in kinds:  # zeros change norms, which hooks cannot show; the cut shows them
+        masks = {name: (torch.rand(len(mask)) * 0.9 + 0.1) for name, mask in masks.items()}
+    got = outputs(mask_all(apt, masks), family.inputs())
+    expected = outputs(hooked(family.model(), apt.blocks, masks), family.inputs())
+    # stock norms work in float32: what differs by one rounding before them may differ by one float32 rounding after
+    close(got, expected, 1e-10 if any(word in family.kind for word in ("Bert", "Roberta", "GPT2")) else 1e-6)
+    assert (got[0] - before[0]).abs().max() > 1e-3
+    for name, mask in masks.items():
+        assert torch.equal(apt.get_block_mask(name), mask)
+    close(outputs(mask_all(apt, some(family, apt.blocks, kinds, "none")), family.inputs()), before)
+
+
+@EVERY
+def test_names_kinds_and_linears(family):
+    apt = adapted(family)
+    for stack in family.stacks:
+        for layer in range(2):
+            names = ["heads", "neurons", *(["cross_heads"] if stack == "decoder." else [])]
+            for name in names:
+                block = apt.blocks[f"{stack}{layer}.{name}"]
+                assert block.kind == name.removeprefix("cross_") and block.count == len(apt.get_block_mask(f"{stack}{layer}.{name}"))
+                assert all(isinstance(apt.model.get_submodule(linear), apt_ext.APTAdapter) for linear in block.linears)
+    assert apt.blocks["hidden"].kind == "hidden" and apt.blocks["hidden"].count == 24
+    assert {block.kind for block in apt.blocks.values()} == {"heads", "neurons", "hidden"}
+
+
+def test_a_head_under_gqa_is_a_kv_group():
+    block = adapted(FAMILIES["llama"]).blocks["1.heads"]
+    assert (block.count, block.size) == (3, 4)
+    assert block.linears == tuple(f"model.layers.1.self_attn.{name}_proj" for name in "vqko")
+
+
+def test_hidden_masks_select():
+    """Whatever pruned dimensions hold stays out, in embeddings and norms too."""
+    family = FAMILIES["bert-mlm"]
+    apt = adapted(family)
+    masks = some(family, apt.blocks, ("hidden",), "hard")
+    clean = outputs(mask_all(apt, masks), family.inputs())
+    gone = masks["hidden"] == 0
+    with torch.no_grad():
+        for side in apt.blocks["hidden"].sides:
+            module = apt.model.get_submodule(side.module)
+            if side.of == "norm":
+                module.base_layer.weight[gone] = float("nan")
+            elif side.module.endswith("position_embeddings"):
+                module.base_layer.weight[:, gone] = float("inf")
+    close(outputs(apt, family.inputs()), clean, 0)
+
+
+def test_the_residual_stream_is_wrapped_when_it_is_first_masked_and_not_before():
+    family = FAMILIES["llama-tied"]
+    apt = adapted(family)
+    assert type(apt.model.model.norm).__module__.startswith("transformers.")
+    apt.set_block_mask("hidden", torch.ones(24))
+    assert type(apt.model.model.norm).__module__.startswith("transformers.")
+    apt.set_block_mask("hidden", torch.arange(24).clamp(max=1).float())
+    assert not type(apt.model.model.norm).__module__.startswith("transformers.")
+    tied = apt.model.get_input_embeddings().weight
+    assert apt.model.get_submodule("lm_head").weight is tied
+    assert not any(name.endswith("embed_tokens") for name, _ in adapters(apt))
+
+
+@EVERY
+def test_masks_survive_copies_dtypes_and_training(family):
+    apt = adapted(family)
+    masks = some(family, apt.blocks, ("heads", "neurons", "hidden"), "soft")
+    expected = outputs(mask_all(apt, masks), family.inputs())
+    twins = [copy.deepcopy(apt), pickle.loads(pickle.dumps(apt))]  # noqa: S301  # our own
+    for twin in twins:
+        close(outputs(twin, family.inputs()), expected, 0)
+    half = twins[0].bfloat16()
+    assert all(torch.equal(half.get_block_mask(name), mask) for name, mask in masks.items())
+    state = {name: value.clone() for name, value in apt.state_dict().items()}
+    with torch.no_grad():
+        mask_all(apt, some(family, apt.blocks, ("heads", "neurons", "hidden"), "one"))
+        apt.load_state_dict(state)
+    close(outputs(apt, family.inputs()), expected, 0)
+    apt.train()
+    apt(**family.inputs()).logits.square().mean().backward()
+    for name, adapter in adapters(apt):
+        if adapter.rank:
+            assert adapter.lora_A.grad is not None and bool((adapter.lora_A.grad[:, adapter.mask_in == 0] == 0).all()), name
+            assert bool((adapter.lora_B.grad[adapter.mask_out == 0] == 0).all()), name
+
+
+def test_disabling_gives_the_base_model_and_merging_refuses_pruned_dimensions():
+    family = FAMILIES["gpt2"]
+    base = outputs(family.model(), family.inputs())
+    apt = adapted(family)
+    mask_all(apt, some(family, apt.blocks, ("heads", "hidden"), "hard"))
+    with apt.disable_adapter():
+        close(outputs(apt, family.inputs()), base, 1e-12)
+    with pytest.raises(RuntimeError, match="merge_and_unload: hidden dimensions are pruned"):
+        apt.merge_and_unload()
+    apt.set_block_mask("hidden", torch.linspace(0.5, 1, 24))
+    expected = outputs(apt, family.inputs())
+    plain = apt.merge_and_unload()
+    assert all(type(module).__module__.split(".")[0] in ("torch", "transformers") for module in plain.modules())
+    close(outputs(plain, family.inputs()), expected, 1e-12)
+
+
+def test_it_refuses_in_words_and_changes_nothing():
+    family = FAMILIES["llama"]
+    apt = adapted(family)
+    mask_all(apt, some(family, apt.blocks, ("heads", "hidden"), "soft"))
+    before = {name: apt.get_block_mask(name) for name in apt.blocks}
+    for name, mask, error, words in [
+        ("hidden", torch.ones(23), ValueError, r"mask of block 'hidden' must have shape \[24\], got \[23\]"),
+        ("0.heads", torch.full((3,), 1.5), ValueError, r"must hold values in \[0, 1\]"),
+        ("0.heads", [1, 1, 1], TypeError, "must be a Tensor"),
+        ("0.head", torch.ones(3), ValueError, "got '0.head'; nearest: 0.heads"),
+    ]:
+        with pytest.raises(error, match=words):
+            apt.set_block_mask(name, mask)
+    dict(adapters(apt))["model.layers.0.self_attn.o_proj"].merge_weights()
+    for name in ("0.heads", "hidden"):
+        with pytest.raises(RuntimeError, match="o_proj of block .* is merged"):
+            apt.set_block_mask(name, torch.ones(apt.blocks[name].count))
+    assert all(torch.equal(apt.get_block_mask(name), mask) for name, mask in before.items())
+
+
+# -- other architectures -------------------------------------------------------------------------------------------------
+
+
+class Mine(nn.Module):
+    """A model that no table knows."""
+
+    class config:
+        model_type = "mine"
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(6, 10), "down": nn.Linear(10, 6)}) for _ in range(2))
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer["down"](layer["up"](x).relu())
+        return x
+
+
+ROW = Architecture(
+    ("mine",), (Layers(r"layers\.(\d+)", (BlockRule("neurons", "width", (Side("up", "out"), Side("down", "in", scales=True))),)),)
+)
+
+
+@pytest.fixture
+def table(monkeypatch):
+    monkeypatch.setattr(architectures, "ARCHITECTURES", list(architectures.ARCHITECTURES))
+
+
+def test_an_unknown_model_says_what_to_declare():
+    apt = get_apt_model(Mine(), APTConfig(r=2))
+    assert apt.blocks == {}
+    with pytest.raises(
+        ValueError, match=r"register_architecture\(Architecture\(\('mine',\).*layers.0.up \[10, 6\], layers.0.down \[6, 10\]"
+    ):
+        apt.set_block_mask("0.neurons", torch.ones(10))
+
+
+def test_a_row_of_ones_own(table):
+    register_architecture(ROW)
+    apt = get_apt_model(Mine().double(), APTConfig(r=2))
+    assert list(apt.blocks) == ["0.neurons", "1.neurons"]
+    mask = (torch.arange(10) < 4).float()
+    apt.set_block_mask("1.neurons", mask)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    expected = apt(x)
+    small = shrink(apt)
+    assert small.layers[1]["up"].out_features == 4
+    assert torch.allclose(small(x), expected, rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="row of 'mine' does not say .* residual stream: layers.0.up, layers.0.down"):
+        apt.set_block_mask("hidden", torch.ones(6))
+
+
+def test_a_bad_row_is_refused(table):
+    before = list(architectures.ARCHITECTURES)
+    for layers, words in [
+        (Layers(r"layers\.\d+", ()), "pattern: expected one group"),
+        (Layers(r"layers\.(\d+", ()), "pattern: expected a regular expression"),
+        (Layers(r"layers\.(\d+)", (BlockRule("neurons", "w", (Side("up", "out"),)),)), "sides: expected one that scales"),
+        (Layers(r"layers\.(\d+)", (BlockRule("lanes", "w", ()),)), "kind: expected 'heads' or 'neurons', got 'lanes'"),
+    ]:
+        with pytest.raises(ValueError, match=words):
+            register_architecture(Architecture(("mine",), (layers,)))
+    with pytest.raises(TypeError, match="row: expected an Architecture, got dict"):
+        register_architecture({})
+    assert before == architectures.ARCHITECTURES
