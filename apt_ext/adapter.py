@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import growth, ops, state
+from . import agreement, growth, ops, state
+from .arguments import FLOATING, all_ones, checked_int, checked_mask, linear_shape
 from .merging import Merging
-
-_FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+from .sharding import is_sharded, replicated
 
 
 class APTAdapter(Merging):
@@ -59,13 +59,13 @@ class APTAdapter(Merging):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.in_features = _checked_int("in_features", in_features, 0)
-        self.out_features = _checked_int("out_features", out_features, 0)
+        self.in_features = checked_int("in_features", in_features, 0)
+        self.out_features = checked_int("out_features", out_features, 0)
         limit = min(in_features, out_features)
-        if _checked_int("rank", rank, 0) > limit:
+        if checked_int("rank", rank, 0) > limit:
             raise ValueError(f"rank must be at most min(out_features, in_features) = {limit}, got {rank}")
         if max_rank is not None:
-            max_rank = min(_checked_int("max_rank", max_rank, 0), limit)
+            max_rank = min(checked_int("max_rank", max_rank, 0), limit)
             if rank > max_rank:
                 raise ValueError(f"rank must be at most max_rank = {max_rank}, got {rank}")
         if not math.isfinite(scaling):
@@ -75,13 +75,14 @@ class APTAdapter(Merging):
         if init_std is not None and not (math.isfinite(init_std) and init_std >= 0):
             raise ValueError(f"init_std must be a finite number of at least 0, got {init_std}")
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        if dtype not in _FLOATING:
+        if dtype not in FLOATING:
             raise TypeError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
         self._rank = rank
         self._max_rank = max_rank
         self._scaling = float(scaling)
         self.dropout = float(dropout)
         self.init_std = 1.0 / math.sqrt(3 * max(in_features, 1)) if init_std is None else float(init_std)
+        self._label = ""  # its name in the model, for messages
         self._mask_stamps: dict[str, int | None] = {}
         self._disabled = False
         self._mask_epoch = 0  # counts mask changes: a checkpointed forward must be recomputed under the same masks
@@ -117,7 +118,7 @@ class APTAdapter(Merging):
             TypeError: another module type (quantised layers are named), or a dtype that does not fit.
             ValueError: a rank that does not fit, or a weight or bias that is not finite (not looked at on meta).
         """
-        out_features, in_features, transposed = _linear_shape(linear)
+        out_features, in_features, transposed = linear_shape(linear)
         weight, bias = linear.weight, linear.bias
         assert isinstance(weight, nn.Parameter)
         dtype = weight.dtype if dtype is None else dtype
@@ -246,20 +247,29 @@ class APTAdapter(Merging):
 
         Raises:
             TypeError: not a floating tensor. ValueError: wrong shape or device, a value outside [0, 1] or NaN.
-            RuntimeError: while merged. Both masks are then as before.
+            RuntimeError: while merged; ranks of a process group that disagree. Both masks are then as before.
         """
-        if self._merged:
-            raise RuntimeError("set_masks: the weight is merged under the present masks; call unmerge_weights() first")
-        given = {name: mask for name, mask in (("mask_in", mask_in), ("mask_out", mask_out)) if mask is not None}
-        checked = {name: checked_mask(name, mask, self._buffer(name)) for name, mask in given.items()}
-        with torch.no_grad():
-            for name, mask in checked.items():
-                self._buffer(name).copy_(mask)
-                self._stamp_mask(name, all_ones(mask))
+        with agreement.change(self._what("set_masks")) as agree:
+            if self._merged:
+                raise RuntimeError("set_masks: the weight is merged under the present masks; call unmerge_weights() first")
+            given = {name: mask for name, mask in (("mask_in", mask_in), ("mask_out", mask_out)) if mask is not None}
+            checked = {name: checked_mask(name, mask, self._buffer(name)) for name, mask in given.items()}
+            agree(list(checked), list(checked.values()), self.shared_state())
+            with torch.no_grad():
+                for name, mask in checked.items():
+                    self._buffer(name).copy_(mask)
+                    self._stamp_mask(name, all_ones(mask))
 
     def get_masks(self) -> tuple[Tensor, Tensor]:
         """Copies of (mask_in, mask_out)."""
         return self.mask_in.detach().clone(), self.mask_out.detach().clone()
+
+    def shared_state(self) -> tuple[int, Tensor, Tensor]:
+        """What every rank of a process group must hold alike, and DDP and FSDP do not look at: (rank, mask_in, mask_out)."""
+        return self._rank, self.mask_in, self.mask_out
+
+    def _what(self, call: str) -> str:
+        return f"{call} of {self._label or f'APTAdapter({self.in_features}, {self.out_features})'}"
 
     def _buffer(self, name: str) -> Tensor:
         buffer = self._buffers[name]
@@ -311,45 +321,54 @@ class APTAdapter(Merging):
 
         Raises:
             ValueError: lower than rank, above min(N, K) or max_rank. RuntimeError: merged; optimizer state that cannot
-            be resized; a Parameter held by DDP or FSDP. Everything is then as before.
+            be resized; a Parameter held by DDP or FSDP; ranks of a process group that disagree. Everything is then as before.
         """
-        _checked_int("new_rank", new_rank, 0)
-        if init_type not in ("lora", "zero"):
-            raise ValueError(f"init_type must be 'lora' or 'zero', got {init_type!r}")
-        if self._merged:
-            raise RuntimeError("increase_rank: the weight is merged; call unmerge_weights() first")
-        limit = min(self.in_features, self.out_features)
-        if self._max_rank is not None:
-            limit = min(limit, self._max_rank)
-        if not self._rank <= new_rank <= limit:
-            raise ValueError(f"new_rank must lie between rank = {self._rank} and {limit}, got {new_rank}")
-        optimizers = growth.optimizers_of(optimizer)
-        old, more = self._rank, new_rank - self._rank
-        if more == 0:
-            return
-        if init_type == "zero":
-            warnings.warn("init_type='zero' makes both factors zero: the new ranks have no gradient and cannot learn", stacklevel=2)
+        with agreement.change(self._what(f"increase_rank({new_rank!r})")) as agree:
+            checked_int("new_rank", new_rank, 0)
+            if init_type not in ("lora", "zero"):
+                raise ValueError(f"init_type must be 'lora' or 'zero', got {init_type!r}")
+            if self._merged:
+                raise RuntimeError("increase_rank: the weight is merged; call unmerge_weights() first")
+            limit = min(self.in_features, self.out_features)
+            if self._max_rank is not None:
+                limit = min(limit, self._max_rank)
+            if not self._rank <= new_rank <= limit:
+                raise ValueError(f"new_rank must lie between rank = {self._rank} and {limit}, got {new_rank}")
+            optimizers = growth.optimizers_of(optimizer)
+            if new_rank > self._rank and self._max_rank is None:
+                growth.resizable_state([self.lora_A, self.lora_B], optimizers)
+            elif new_rank > self._rank:
+                growth.refuse_pieces(self.lora_A, (self._max_rank or 0, self.in_features))
+                growth.refuse_gathered(self.lora_A, "increase_rank")
+            agree(init_type, self.shared_state())
+            if new_rank > self._rank:
+                if init_type == "zero":
+                    warnings.warn("init_type='zero' makes both factors zero: the new ranks have no gradient and cannot learn", stacklevel=2)
+                self._grow(new_rank, self.init_std if init_type == "lora" else 0.0, optimizers, generator)
+
+    def _grow(self, new_rank: int, std: float, optimizers: list[torch.optim.Optimizer], generator: torch.Generator | None) -> None:
         A, B = self.lora_A, self.lora_B
-        if self._max_rank is None:
-            growth.resizable_state([A, B], optimizers)  # refuses before a row is drawn: the generator too is as before
+        old, more = self._rank, new_rank - self._rank
         with torch.inference_mode(False), torch.no_grad():
-            std = self.init_std if init_type == "lora" else 0.0
             rows = growth.draw_rows(more, self.in_features, std, generator, A.device, A.dtype)
             if self._max_rank is None:
                 grown_A = torch.cat([A.detach(), rows])
                 grown_B = torch.cat([B.detach(), B.new_zeros(self.out_features, more)], dim=1)
                 growth.resize_parameters([growth.Resize(A, grown_A, 0), growth.Resize(B, grown_B, 1)], optimizers)
             else:
-                A[old:new_rank].copy_(rows)
+                growth.write_rows(A, rows, old)
         self._rank = new_rank
 
     def apply_grad_mask(self) -> None:
         """Make the gradients of pruned rows and columns exactly zero (NaN included). Fractions do not scale."""
         entries = ((self.lora_A.grad, self.mask_in, 1), (self.lora_B.grad, self.mask_out, 0))
-        held = [(grad, (mask != 0).to(torch.float32), dim) for grad, mask, dim in entries if grad is not None]
+        held = [(grad, (mask != 0).to(torch.float32), dim) for grad, mask, dim in entries if grad is not None and not is_sharded(grad)]
         if held:
             grads, masks, dims = zip(*held, strict=True)
             ops.mask_grads_(list(grads), list(masks), list(dims))
+        for grad, mask, dim in entries:
+            if grad is not None and is_sharded(grad):
+                grad.masked_fill_(replicated(mask == 0, grad).unsqueeze(1 - dim), 0.0)
 
     # -- counting ----------------------------------------------------------------------------------------------------
 
@@ -431,50 +450,3 @@ class _Stamp(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         _ = ctx.saved_tensors  # looked at, so that the checkpoint compares it
         return grads[0], None
-
-
-def checked_mask(name: str, mask: Any, like: Tensor) -> Tensor:
-    """``mask`` as a detached float32 tensor of ``like``'s shape and device, values in [0, 1]; else a worded error."""
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(mask).__name__}")
-    if mask.dtype not in _FLOATING:
-        raise TypeError(f"{name} must be floating (float64, float32, float16 or bfloat16), got {mask.dtype}")
-    if mask.shape != like.shape:
-        raise ValueError(f"{name} must have shape {list(like.shape)}, got {list(mask.shape)}")
-    if mask.device != like.device:
-        raise ValueError(f"{name} must be on the module's device {like.device}, got {mask.device}")
-    value = mask.detach().to(torch.float32)
-    if not value.is_meta and not bool(((value >= 0) & (value <= 1)).all()):  # false for NaN as well
-        low, high = value.min().item(), value.max().item()
-        raise ValueError(f"{name} must hold values in [0, 1], got values from {low} to {high}")
-    return value
-
-
-def all_ones(mask: Tensor) -> bool:
-    return not mask.is_meta and bool((mask == 1).all())
-
-
-def _checked_int(name: str, value: Any, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
-    if value < least:
-        raise ValueError(f"{name} must be at least {least}, got {value}")
-    return value
-
-
-def _linear_shape(linear: nn.Module) -> tuple[int, int, bool]:
-    """(out_features, in_features, weight is stored [K, N]), or TypeError for what is no plain linear layer."""
-    kind = type(linear).__name__
-    is_linear = isinstance(linear, nn.Linear) and type(linear).forward is nn.Linear.forward
-    is_conv1d = kind == "Conv1D" and type(linear).__module__.startswith("transformers.")
-    weight = getattr(linear, "weight", None)
-    plain = type(weight) is nn.Parameter and weight.dtype in _FLOATING
-    if not (is_linear or is_conv1d) or not plain:
-        held = "" if plain or weight is None else f" with a weight of type {type(weight).__name__} and dtype {weight.dtype}"
-        raise TypeError(
-            f"linear must be an nn.Linear or transformers' Conv1D with a plain floating weight (quantised layers cannot be "
-            f"merged or cut), got {type(linear).__module__}.{kind}{held}"
-        )
-    assert weight is not None
-    rows, columns = weight.shape
-    return (columns, rows, True) if is_conv1d else (rows, columns, False)

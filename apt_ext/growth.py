@@ -3,7 +3,9 @@
     resize_parameters    values, gradients and optimizer state change size together, or nothing changes
     resizable_state      the optimizer state that this changes; every refusal that does not depend on the new size
     guard                an optimizer whose state has another shape than its Parameter refuses to step
+    refuse_gathered      and refuse_pieces: a Parameter that a wrapper has put in the place of the adapter's own
     draw_rows            Gaussian rows, the same on every rank of a process group
+    write_rows           puts them into reserved storage, also where FSDP2 has sharded it
 
 Why `Tensor.set_`: it keeps the Parameter's identity, hooks and requires_grad, gives the next graph the new shape, and moves the version
 counter, so that a backward through a graph that saved the old value is an error in words. Assigning `.data` moves nothing: gradients of
@@ -22,6 +24,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from . import agreement
+from .sharding import is_sharded, replicated
 
 # One optimizer, accelerate's wrapper (it has `.optimizer`), or a list or tuple of them, nested or not.
 OptimizerLike = Optimizer | Sequence[Any]
@@ -215,7 +220,25 @@ def resizable_state(params: Sequence[nn.Parameter], optimizer: object | None = N
     return entries
 
 
-def _wrapper_of(params: Sequence[nn.Parameter]) -> str | None:
+def refuse_gathered(param: Tensor, call: str) -> None:
+    """RuntimeError where `param` stands in for FSDP2's sharded one (from all-gather to reshard), as writes there are lost."""
+    # Every Parameter that an adapter made is marked, so only what somebody else put there is searched for.
+    if not hasattr(param, _FORMER) and not is_sharded(param) and (wrapper := _wrapper_of([param])) is not None:
+        raise RuntimeError(
+            f"{call}: {wrapper} has the Parameter gathered at present, and what is written into it would be lost; "
+            "do it after backward(), or call reshard() on the module given to fully_shard first"
+        )
+
+
+def refuse_pieces(param: Tensor, shape: tuple[int, ...]) -> None:
+    """RuntimeError unless `param` has the shape that its adapter reserved: FSDP1 and ZeRO put pieces in its place."""
+    if tuple(param.shape) != shape:
+        raise RuntimeError(
+            f"increase_rank: expected reserved storage of shape {shape}, got {tuple(param.shape)}: a wrapper holds it in pieces"
+        )
+
+
+def _wrapper_of(params: Sequence[Tensor]) -> str | None:
     """The class name of a living data-parallel wrapper that holds one of `params`, or None.
 
     A wrapper leaves no mark on a Parameter that Python can see, so the living objects are searched: some 0.1 s, for a rare event, and only
@@ -223,13 +246,12 @@ def _wrapper_of(params: Sequence[nn.Parameter]) -> str | None:
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return None
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.nn.parallel import DistributedDataParallel
 
-    if any(isinstance(param, DTensor) for param in params):
+    if any(map(is_sharded, params)):
         return "FSDP or tensor parallelism (a DTensor)"
-    wrappers: tuple[type, ...] = (DistributedDataParallel, FullyShardedDataParallel)
+    wrappers: tuple[type, ...] = (DistributedDataParallel, FullyShardedDataParallel, FSDPModule)
     if (engine := getattr(sys.modules.get("deepspeed"), "DeepSpeedEngine", None)) is not None:
         wrappers += (engine,)
     wanted = set(map(id, params))
@@ -306,19 +328,32 @@ def _stale(optimizer: Optimizer, key: str, value: Any, param: nn.Parameter) -> s
     return f"{type(optimizer).__name__}: {what} has shape {shape}, expected the Parameter's {tuple(param.shape)}; {remedy}"
 
 
+def write_rows(param: nn.Parameter, rows: Tensor, start: int) -> None:
+    """param[start : start + len(rows)] = rows, in place; of a DTensor every rank gives the same rows and writes what it holds of them."""
+    if not is_sharded(param):
+        param[start : start + len(rows)].copy_(rows)
+        return
+    new = torch.zeros(param.shape[0], 1, dtype=torch.bool, device=rows.device)
+    new[start : start + len(rows)] = True
+    whole = rows.new_zeros(param.shape)
+    whole[start : start + len(rows)] = rows
+    # A slice of a DTensor along its sharded dimension is a copy, so a write into it would be lost.
+    param.copy_(torch.where(replicated(new, param), replicated(whole, param), param))
+
+
 def draw_rows(
     rows: int, columns: int, std: float, generator: torch.Generator | None, device: torch.device | str, dtype: torch.dtype
 ) -> Tensor:
     """Gaussian [rows, columns] of standard deviation `std`, drawn in float32 (float64 for float64) and rounded once to `dtype`.
 
     Drawn where the generator lives. In a process group every rank draws, so that generators stay in step, and takes rank 0's rows: it is
-    then a collective, and every rank must call it with one shape.
+    then a collective, and every rank must call it with one shape, which `agreement` sees to.
     """
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     source = torch.device(device) if generator is None else generator.device
     drawn = torch.empty(rows, columns, device=source, dtype=exact).normal_(0.0, std, generator=generator)
     distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1 and not drawn.is_meta:
+    if agreement.ranks() > 1 and not drawn.is_meta:
         # "cpu:gloo,cuda:nccl": the devices that the group can send from
         able = [part.split(":")[0] for part in distributed.get_backend_config().split(",")]
         drawn = drawn.to(drawn.device if drawn.device.type in able else able[0])

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .growth import optimizers_of, start_value, state_starts
+from .sharding import replicated
 
 
 class HoldHandle:
@@ -37,7 +38,8 @@ def hold_pruned(optimizer: object, adapters: object) -> HoldHandle:
     that Parameter. After the step their state is what the optimizer starts with (zero momentum), whatever the weight decay; of an optimizer
     unknown here, each floating state tensor of the Parameter's shape is zero there. It costs a copy of the factors during the step and
     about five small launches a factor, and waits for no device. Registered once for each optimizer and adapter: a second call adds nothing.
-    A deepcopy of the optimizer does not hold.
+    A deepcopy of the optimizer does not hold. Under DDP and FSDP2 as without; a step while FSDP2 has a factor gathered raises RuntimeError
+    before anything moves, and so does one of FSDP1 or ZeRO, which step pieces.
 
     optimizer  a torch optimizer, accelerate's wrapper, or a list of them
     adapters   an adapter (`lora_A` [R, K], `lora_B` [N, R], `mask_in` [K], `mask_out` [N]), an iterable of them, or of (name, adapter)
@@ -54,7 +56,7 @@ def hold_pruned(optimizer: object, adapters: object) -> HoldHandle:
         if hold is None:
             hold = _holds[one] = _Hold(one)
         for adapter in found:
-            hold.adapters[adapter] = None
+            hold.add(adapter, one)
             pairs.append((hold, adapter))
     return HoldHandle(pairs)
 
@@ -80,10 +82,14 @@ class _Hold:
     """The two hooks of one optimizer. It does not refer to the optimizer, so that `_holds` does not keep it alive."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.adapters: dict[Any, None] = {}  # an ordered set of modules
+        self.adapters: dict[Any, set[str]] = {}  # which of an adapter's factors the optimizer holds
         self._before: list[tuple[nn.Parameter, dict[str, Any], Tensor, Tensor]] = []
         optimizer.register_step_pre_hook(self.copy_pruned)
         optimizer.register_step_post_hook(self.put_back)
+
+    def add(self, adapter: nn.Module, optimizer: Optimizer) -> None:
+        held = {param for group in optimizer.param_groups for param in group["params"]}
+        self.adapters.setdefault(adapter, set()).update(name for name in ("lora_A", "lora_B") if getattr(adapter, name) in held)
 
     @torch.no_grad()
     def copy_pruned(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -92,11 +98,25 @@ class _Hold:
         if not self.adapters:
             return
         groups: dict[Tensor, dict[str, Any]] = {param: group for group in optimizer.param_groups for param in group["params"]}
-        for adapter in self.adapters:
-            for param, mask, dim in ((adapter.lora_A, adapter.mask_in, 1), (adapter.lora_B, adapter.mask_out, 0)):
+        before = []
+        for adapter, held in self.adapters.items():
+            for name, mask, dim in (("lora_A", adapter.mask_in, 1), ("lora_B", adapter.mask_out, 0)):
+                param = getattr(adapter, name)
                 if param in groups:
-                    pruned = _like(mask == 0, param).unsqueeze(1 - dim)
-                    self._before.append((param, groups[param], pruned, param.detach().clone()))
+                    if param.dim() != 2 or param.shape[dim] != len(mask):
+                        raise RuntimeError(
+                            f"hold_pruned: {name} has shape {tuple(param.shape)}, expected {len(mask)} entries along dimension {dim}: "
+                            "a wrapper steps pieces of it, which masks do not fit"
+                        )
+                    held.add(name)
+                    pruned = replicated(mask == 0, param).unsqueeze(1 - dim)
+                    before.append((param, groups[param], pruned, param.detach().clone()))
+                elif name in held:
+                    raise RuntimeError(
+                        f"hold_pruned: {type(optimizer).__name__} does not hold the present {name}; if FSDP2 has it gathered, call "
+                        "reshard() before step(), and if it was replaced, make a new optimizer and hold that"
+                    )
+        self._before = before
 
     @torch.no_grad()
     def put_back(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -109,16 +129,6 @@ class _Hold:
                     start = start_value(starts.get(key, 0.0), group)
                     value.masked_fill_(pruned, start.reshape(()) if isinstance(start, Tensor) else start)
         self._before = []
-
-
-def _like(mask: Tensor, param: Tensor) -> Tensor:
-    """`mask` as it stands, or replicated over the mesh of a sharded Parameter (FSDP), which then selects shard by shard."""
-    mesh = getattr(param, "device_mesh", None)
-    if mesh is None:
-        return mask
-    from torch.distributed.tensor import DTensor, Replicate
-
-    return DTensor.from_local(mask, mesh, [Replicate()] * mesh.ndim, run_check=False)
 
 
 _holds: WeakKeyDictionary[Optimizer, _Hold] = WeakKeyDictionary()

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import ops
+from . import growth, ops
 from .reference import scale_lanes
+from .sharding import is_sharded
 
 
 class Merging(nn.Module):
@@ -64,6 +65,9 @@ class Merging(nn.Module):
             return
         weight, bias, matrix = self.weight, self.bias, self._matrix()
         assert weight is not None and matrix is not None
+        if is_sharded(weight) or is_sharded(self.lora_A):
+            raise RuntimeError("merge_weights: FSDP2 has sharded this layer; load its full state_dict into a model that is not sharded")
+        growth.refuse_gathered(self.lora_A, "merge_weights")
         if getattr(weight, "_apt_merged", False):
             raise RuntimeError("merge_weights: this weight already carries the merge of another adapter; unmerge that one first")
         with torch.inference_mode(False), torch.no_grad():

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import agreement, checkpoint
 from .adapter import APTAdapter
 from .config import APTConfig, nearest, select
 from .errors import naming
@@ -89,9 +89,10 @@ class APTModel(nn.Module):
         """Mask block `name` consistently on everything that it touches; a fractional value acts once.
 
         mask [count], floating, values in [0, 1], any device. Nothing has changed when this raises ValueError (unknown name, shape, value),
-        TypeError, or RuntimeError (an adapter of the block is merged).
+        TypeError, or RuntimeError (an adapter of the block is merged; ranks of a process group disagree).
         """
-        set_mask(self.model, name, self._block(name), mask)
+        with agreement.change(f"set_block_mask {name!r}") as agree:
+            set_mask(self.model, name, self._block(name), mask, agree)
 
     def get_block_mask(self, name: str) -> Tensor:
         """A copy of the mask of block `name`, float32 [count]. ValueError for an unknown name."""
@@ -253,6 +254,7 @@ def _build(model: nn.Module, config: APTConfig, then: Callable[[APTModel], None]
                         adapter = APTAdapter.from_linear(
                             modules[name], rank, config.scaling_of(name), max_rank=reserved, dropout=config.lora_dropout
                         )
+                adapter._label = name
                 model.set_submodule(name, adapter)
         then(apt)
     except BaseException:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import growth
+from .arguments import all_ones, checked_mask
 
 if TYPE_CHECKING:
     from .adapter import APTAdapter
@@ -45,8 +46,6 @@ def _load(
 
     ``state`` is torch's private copy of the mapping: entries are rewritten there in today's names and storage shapes.
     """
-    from .adapter import all_ones, checked_mask
-
     own = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
     if not own:
         return

@@ -2,8 +2,6 @@
 
 import copy
 import gc
-import subprocess
-import sys
 import weakref
 
 import pytest
@@ -277,47 +275,6 @@ def test_optimizer_dies_and_copies_as_before():
     gc.collect()
     assert gone() is None
     handle.remove()
-
-
-SHARDED = """
-import sys, torch
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-sys.path.insert(0, sys.argv[3])
-from test_hold_pruned import Adapter
-from apt_ext.hold import hold_pruned
-torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
-plain, sharded = Adapter(), Adapter()
-for m in (plain, sharded):
-    m.forward = lambda x, m=m: ((m.mask_in * x) @ m.lora_A.T @ m.lora_B.T * m.mask_out).square().sum()
-    m.prune()
-fully_shard(sharded, mesh=init_device_mesh("cpu", (2,)))
-optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1, weight_decay=0.5) for m in (plain, sharded)]
-for m, o in zip((plain, sharded), optimizers):
-    hold_pruned(o, m)
-start = [p.detach().clone() for p in plain.parameters()]
-for _ in range(3):
-    for m, o in zip((plain, sharded), optimizers):
-        o.zero_grad()
-        m(torch.linspace(-1, 1, 12).view(2, 6)).backward()
-        o.step()
-for p, q, s, (_, where) in zip(plain.parameters(), sharded.parameters(), start, plain.pruned()):
-    whole = q.full_tensor()
-    torch.testing.assert_close(whole, p)
-    assert torch.equal(whole[where], s[where]) and not (whole == s)[~where].any()
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_sharded_by_fsdp(tmp_path):
-    here = __file__.rpartition("/")[0]
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", SHARDED, str(tmp_path / "meet"), str(rank), here], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], errors
 
 
 @pytest.mark.cuda

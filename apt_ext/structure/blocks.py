@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
-from ..adapter import APTAdapter, checked_mask
+from ..adapter import APTAdapter
+from ..arguments import checked_mask
 from .architectures import Block, Side, architecture_of, is_linear, side_width, stored, unknown_modules
 from .carriers import StreamCarrier, carrier_for, is_carrier
 
 
-def set_mask(model: nn.Module, name: str, block: Block, mask: Tensor) -> None:
+def set_mask(model: nn.Module, name: str, block: Block, mask: Tensor, agree: Callable[..., None]) -> None:
     """Give every side of the block its mask: all of `mask` where the side scales, else its exact zeros alone.
+
+    `agree` (see `agreement.change`) is called with what every rank must hold alike, once all is checked.
 
     mask [count], floating, values in [0, 1], any device. TypeError, ValueError and, while an adapter of the block is merged, RuntimeError;
     no mask has then changed. What the block touches and carries no mask yet is wrapped, once there is something to carry.
@@ -22,6 +27,7 @@ def set_mask(model: nn.Module, name: str, block: Block, mask: Tensor) -> None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask of block {name!r} must be a Tensor, got {type(mask).__name__}")
     values = checked_mask(f"mask of block {name!r}", mask, torch.empty(block.count, device=mask.device))
+    agree(values, get_mask(model, block))
     if bool((values == 1).all()) and any(not is_carrier(model.get_submodule(side.module)) for side in block.sides):
         return  # nothing to carry, and nothing was carried
     place_carriers(model, block)
