@@ -271,6 +271,12 @@ class APTAdapter(Merging):
     def _what(self, call: str) -> str:
         return f"{call} of {self._label or f'APTAdapter({self.in_features}, {self.out_features})'}"
 
+    def resize_mask(self, name: str, mask: Tensor) -> None:
+        """Take `mask`, "mask_in" or "mask_out", of the size that the weight and the factors have by now: after a cut."""
+        with torch.inference_mode(False):
+            self._buffers[name] = mask.clone()
+        self._stamp_mask(name, all_ones(mask))
+
     def _buffer(self, name: str) -> Tensor:
         buffer = self._buffers[name]
         assert buffer is not None

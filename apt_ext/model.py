@@ -14,10 +14,11 @@ from . import agreement, checkpoint
 from .adapter import APTAdapter
 from .config import APTConfig, nearest, select
 from .errors import naming
+from .growth import OptimizerLike
 from .structure.architectures import Block, find_blocks, is_linear, output_layer, task_heads
 from .structure.blocks import get_mask, merged_linear, missing_block, set_mask
 from .structure.carriers import MaskedLinear, StreamCarrier
-from .structure.cutting import folded
+from .structure.cutting import cut_in_place, folded
 
 # They hand the weights of their linears to a fused function, so an adapter's forward would never be called.
 _READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -102,6 +103,19 @@ class APTModel(nn.Module):
         if name not in self.blocks:
             raise ValueError(missing_block(self.model, name, list(self.blocks), nearest(str(name), self.blocks)))
         return self.blocks[name]
+
+    def cut(self, optimizer: OptimizerLike | None = None) -> APTModel:
+        """Remove what the masks prune (exact zeros) from the model in place, keep its adapters, and return it; training goes on.
+
+        Weights, factors, masks, gradients and the state of `optimizer` (one, a list, or accelerate's wrapper) are cut with it; every
+        Parameter stays the same object, and the blocks are numbered anew. An optimizer that is not given raises at its next step. Where
+        `shrink` lets one head or neuron stay, it stays here under its mask of zero. A rank may then be above min(N, K) of its linear.
+
+        Nothing has changed when this raises ValueError (layers that have to keep the same heads, nothing kept of the residual stream) or
+        RuntimeError (an adapter is merged; optimizer state that cannot be resized; a Parameter that DDP or FSDP holds).
+        """
+        self.blocks = cut_in_place(self.model, self.blocks, optimizer)
+        return self
 
     # -- counting ----------------------------------------------------------------------------------------------------
 

@@ -7,11 +7,15 @@ import pytest
 import torch
 from families import EVERY, FAMILIES, adapted, close, mask_all, outputs, some
 from torch import nn
+from transformers.models.gemma import modeling_gemma as gemma
+from transformers.models.llama import modeling_llama as llama
+from transformers.models.t5 import modeling_t5 as t5
 
 import apt_ext
 from apt_ext import APTConfig, Architecture, adapters, get_apt_model, register_architecture, shrink
 from apt_ext.structure import architectures
 from apt_ext.structure.architectures import BlockRule, Layers, Side
+from apt_ext.structure.carriers import MaskedNorm
 
 PLAIN = APTConfig(r=1, target_modules=r".*\.(query|q_lin|q_proj|c_attn|q)")
 
@@ -87,6 +91,27 @@ def test_hidden_masks_select():
             elif side.module.endswith("position_embeddings"):
                 module.base_layer.weight[:, gone] = float("inf")
     close(outputs(apt, family.inputs()), clean, 0)
+
+
+@pytest.mark.parametrize("kind", ["LayerNorm", "LlamaRMSNorm", "GemmaRMSNorm", "T5LayerNorm"])
+def test_a_norm_sees_the_kept_dimensions_alone(kind):
+    norms = {**vars(nn), **vars(llama), **vars(gemma), **vars(t5)}
+    wide, narrow = norms[kind](6).double(), norms[kind](4).double()
+    kept = torch.tensor([0, 2, 3, 5])
+    with torch.no_grad():
+        for name, parameter in wide.named_parameters():
+            parameter.copy_(torch.randn(6))
+            narrow.get_parameter(name).copy_(parameter[kept])
+    masked = MaskedNorm(wide)
+    masked.set_masks(torch.zeros(6).index_fill(0, kept, 1.0))
+    x = torch.randn(3, 6, dtype=torch.float64)
+    expected = narrow(x[:, kept])
+    x[:, [1, 4]] = float("nan")
+    x.requires_grad_()
+    y = masked(x)
+    assert torch.equal(y[:, kept], expected) and bool((y[:, [1, 4]] == 0).all())
+    y.square().sum().backward()
+    assert bool((x.grad[:, [1, 4]] == 0).all()) and bool(torch.isfinite(x.grad).all())
 
 
 def test_the_residual_stream_is_wrapped_when_it_is_first_masked_and_not_before():

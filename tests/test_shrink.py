@@ -174,17 +174,24 @@ def test_every_family_computes_the_same_when_cut(family, kinds, how, caplog):
 
 
 @DECODERS
-@pytest.mark.parametrize("how", ["hard", "empty"])
+@pytest.mark.parametrize("how", ["hard", "empty", "first"])
 @pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
 def test_generation_with_and_without_cache(family, how, dropout):
     rates = {"gpt2": "resid_pdrop", "t5": "dropout_rate"}
     name = rates.get(family.model().config.model_type, "attention_dropout")
     apt = adapted(family, APTConfig(r=2, lora_dropout=0.5 if dropout else 0.0), **{name: 0.5 if dropout else 0.0})
-    mask_all(apt, some(family, apt.blocks, ("heads", "neurons"), how))
+    if how == "first":  # a cache is asked for its length in layer 0
+        empty = some(family, apt.blocks, ("heads",), "empty")
+        mask_all(
+            apt, {name: mask for name, mask in empty.items() if name == "0.heads" or name.startswith("decoder.") and "cross" not in name}
+        )
+    else:
+        mask_all(apt, some(family, apt.blocks, ("heads", "neurons"), how))
     if how == "hard":
         apt.set_block_mask("hidden", (torch.arange(24) % 4 > 0).float())
     expected = generated(apt.model, family.inputs(), use_cache=False)
     small = shrink(apt)
+    assert all(block.count for name, block in find_blocks(small).items() if name.endswith("0.heads") and not name.startswith("encoder"))
     within = tolerance(family, ("hidden",))
     close(generated(apt.model, family.inputs(), use_cache=True), expected, within)
     close(generated(small, family.inputs(), use_cache=False), expected, within)

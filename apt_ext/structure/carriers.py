@@ -63,9 +63,15 @@ class StreamCarrier(nn.Module):
             return getattr(super().__getattr__("base_layer"), name)
 
     def set_masks(self, mask_out: Tensor) -> None:
-        """A mask that was checked; it may have another length than the present one, after a cut."""
-        with torch.inference_mode(False), torch.no_grad():
-            self._buffers["mask_out"] = mask_out.detach().to(device=self.mask_out.device, dtype=torch.float32, copy=True)
+        """A mask [width] that was checked."""
+        with torch.no_grad():
+            self.mask_out.copy_(mask_out)
+        self._changed()
+
+    def resize_mask(self, name: str, mask: Tensor) -> None:
+        """Take `mask` for the width that `base_layer` has by now."""
+        with torch.inference_mode(False):
+            self._buffers[name] = mask.clone()
         self._changed()
 
     def _changed(self) -> None:

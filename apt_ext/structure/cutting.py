@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import APTAdapter
+from ..growth import Resize, resize_parameters
 from .architectures import Architecture, Block, architecture_of, ends_with, find_blocks, output_layer, side_width, stored, weight_dim
 from .blocks import get_mask, lanes_of
-from .carriers import MaskedEmbedding
+from .carriers import MaskedEmbedding, is_carrier
 
 logger = logging.getLogger("apt_ext")
 
@@ -144,6 +145,35 @@ def selected(value: Tensor, dims: dict[int, Tensor]) -> Tensor:
     for dim, kept in dims.items():
         value = value.index_select(dim, kept.to(value.device))
     return value
+
+
+def cut_in_place(model: nn.Module, blocks: dict[str, Block], optimizer: object | None) -> dict[str, Block]:
+    """Remove from a model with adapters what its masks prune; returns the blocks that are left. What `APTModel.cut` promises.
+
+    Every Parameter keeps its identity, and is resized with its gradient and optimizer state; the frozen ones too, so that all of it is
+    checked and allocated before the first change.
+    """
+    gone = removal(model, blocks)
+    merged = next((name for name in gone.lanes if getattr(model.get_submodule(name), "merged", False)), None)
+    if merged is not None:
+        raise RuntimeError(f"cut: {merged} is merged under its present masks; unmerge it first")
+    with torch.no_grad():
+        changes = []
+        for parameter, dims in parameter_changes(model, gone.lanes).items():
+            value = selected(parameter.detach(), dims)
+            changes += [Resize(parameter, value, dim, kept) for dim, kept in dims.items()]
+        masks = [
+            (carrier, direction, carrier.get_buffer(f"mask_{direction}").index_select(0, kept.to(carrier.get_buffer("mask_out").device)))
+            for name, sides in gone.lanes.items()
+            for direction, kept in sides.items()
+            if is_carrier(carrier := model.get_submodule(name))
+        ]
+    resize_parameters(changes, optimizer)
+    for carrier, direction, mask in masks:
+        carrier.resize_mask(f"mask_{direction}", mask)  # type: ignore[operator]  # both kinds of carriers have it
+    tell_modules(model, gone.lanes)
+    report_spared(gone.spared)
+    return tell_blocks(model)
 
 
 # -- what modules and config say about themselves ----------------------------------------------------------------------
