@@ -112,9 +112,11 @@ class APTModel(nn.Module):
         `shrink` lets one head or neuron stay, it stays here under its mask of zero. A rank may then be above min(N, K) of its linear.
 
         Nothing has changed when this raises ValueError (layers that have to keep the same heads, nothing kept of the residual stream) or
-        RuntimeError (an adapter is merged; optimizer state that cannot be resized; a Parameter that DDP or FSDP holds).
+        RuntimeError (an adapter is merged; optimizer state that cannot be resized; a Parameter that DDP or FSDP holds; ranks of a process
+        group that disagree).
         """
-        self.blocks = cut_in_place(self.model, self.blocks, optimizer)
+        with agreement.change("cut") as agree:
+            self.blocks = cut_in_place(self.model, self.blocks, optimizer, agree)
         return self
 
     # -- counting ----------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import APTAdapter
-from ..growth import Resize, resize_parameters
+from ..growth import Resize, resizable_state, resize_parameters
 from .architectures import Architecture, Block, architecture_of, ends_with, find_blocks, output_layer, side_width, stored, weight_dim
 from .blocks import get_mask, lanes_of
 from .carriers import MaskedEmbedding, is_carrier
@@ -147,19 +147,22 @@ def selected(value: Tensor, dims: dict[int, Tensor]) -> Tensor:
     return value
 
 
-def cut_in_place(model: nn.Module, blocks: dict[str, Block], optimizer: object | None) -> dict[str, Block]:
+def cut_in_place(model: nn.Module, blocks: dict[str, Block], optimizer: object | None, agree: Callable[..., None]) -> dict[str, Block]:
     """Remove from a model with adapters what its masks prune; returns the blocks that are left. What `APTModel.cut` promises.
 
     Every Parameter keeps its identity, and is resized with its gradient and optimizer state; the frozen ones too, so that all of it is
-    checked and allocated before the first change.
+    checked and allocated before the first change. `agree` (see `agreement.change`) is called with what every rank must hold alike.
     """
     gone = removal(model, blocks)
     merged = next((name for name in gone.lanes if getattr(model.get_submodule(name), "merged", False)), None)
     if merged is not None:
         raise RuntimeError(f"cut: {merged} is merged under its present masks; unmerge it first")
+    by_parameter = parameter_changes(model, gone.lanes)
+    resizable_state(list(by_parameter), optimizer)
+    agree(*gone.kept.values())
     with torch.no_grad():
         changes = []
-        for parameter, dims in parameter_changes(model, gone.lanes).items():
+        for parameter, dims in by_parameter.items():
             value = selected(parameter.detach(), dims)
             changes += [Resize(parameter, value, dim, kept) for dim, kept in dims.items()]
         masks = [
