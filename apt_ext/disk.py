@@ -65,10 +65,14 @@ def stage(parent: Path, name: str) -> Iterator[Path]:
     while True:
         directory = parent / f".{name}.{secrets.token_hex(8)}.tmp"
         directory.mkdir()
-        lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        # Until it has its lock another process may take it for a leftover.
+        try:
+            lock = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+        except FileNotFoundError:
+            continue
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
-        if directory.exists():  # else another process took it for a leftover before it had its lock
+        if directory.exists():
             break
         os.close(lock)
     try:
@@ -117,7 +121,13 @@ def place(sealed: Path, target: Path) -> None:
     if target.exists():
         sealed.chmod(stat.S_IMODE(target.stat().st_mode))
         move = _exchange
-    move(sealed, target)
+    try:
+        move(sealed, target)
+    except OSError as error:
+        if error.errno not in _NOT_EMPTY:
+            raise
+        move = _exchange  # another process was there first
+        move(sealed, target)
     try:
         sync(target.parent)
     except BaseException:
