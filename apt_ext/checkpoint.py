@@ -29,14 +29,17 @@ _MOST_TEXT = 1 << 20  # bytes of a configuration, and of what a header holds bes
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def save(path: str | os.PathLike[str], config: APTConfig, tensors: dict[str, Tensor]) -> None:
-    """Write a checkpoint into the directory `path`; what `APTModel.save_pretrained` promises."""
+def save(path: str | os.PathLike[str], config: APTConfig, tensors: dict[str, Tensor], stream: bool) -> None:
+    """Write a checkpoint into the directory `path`; what `APTModel.save_pretrained` promises.
+
+    stream  whether masks of hidden dimensions are among the tensors
+    """
     from safetensors.torch import save as serialize
 
     directory = Path(path)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"path: expected a directory or a missing one, got a file: {directory}")
-    text = json.dumps({"format": _FORMAT, **config.to_dict()}, indent=2) + "\n"
+    text = json.dumps({"format": _FORMAT, "stream": stream, **config.to_dict()}, indent=2) + "\n"
     # Copies: safetensors refuses tensors that share memory, as tied weights do.
     copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     with disk.made(directory), disk.stage(directory, MANIFEST_FILE) as new:
@@ -58,6 +61,7 @@ class Checkpoint:
 
     def __init__(self, files: dict[str, disk.Sealed]) -> None:
         self._config, self._tensors = files[CONFIG_FILE], files[TENSORS_FILE]
+        self.stream = False  # whether hidden masks are in it, once `config` was read
 
     def config(self) -> APTConfig:
         """The configuration that it was saved with."""
@@ -67,6 +71,7 @@ class Checkpoint:
             values = disk.json_object(self._config.content().decode("utf-8"))
             if (version := values.pop("format", None)) != _FORMAT:
                 raise ValueError(f'expected "format": {_FORMAT}, which this version of apt_ext reads, got {version!r}')
+            self.stream = values.pop("stream", False) is True
             return APTConfig.from_dict(values)
 
     def load(self, expected: dict[str, Tensor], then: Callable[[dict[str, Tensor]], None]) -> None:

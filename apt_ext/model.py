@@ -16,7 +16,7 @@ from .config import APTConfig, nearest, select
 from .errors import naming
 from .growth import OptimizerLike
 from .structure.architectures import Block, find_blocks, is_linear, output_layer, task_heads
-from .structure.blocks import get_mask, merged_linear, missing_block, set_mask
+from .structure.blocks import get_mask, merged_linear, missing_block, place_carriers, set_mask
 from .structure.carriers import MaskedLinear, StreamCarrier
 from .structure.cutting import cut_in_place, folded
 
@@ -200,7 +200,7 @@ class APTModel(nn.Module):
         `from_pretrained` finds the old state or the new, whole, and the next save removes what was left over.
         ValueError where `path`, or a directory of such a name in it, is in the way; OSError (disk full, read-only) leaves what was there.
         """
-        checkpoint.save(path, self.apt_config, self._own_state())
+        checkpoint.save(path, self.apt_config, self._own_state(), any(isinstance(module, StreamCarrier) for module in self.modules()))
 
     @classmethod
     def from_pretrained(cls, base_model: nn.Module, path: str | os.PathLike[str]) -> APTModel:
@@ -210,7 +210,12 @@ class APTModel(nn.Module):
         naming the file when it is missing, damaged or made for another model; `base_model` is then as before.
         """
         with checkpoint.opened(path) as saved:
-            return _build(base_model, saved.config(), lambda apt: saved.load(apt._own_state(), apt._load))
+            return _build(base_model, saved.config(), lambda apt: apt._restore(saved))
+
+    def _restore(self, saved: checkpoint.Checkpoint) -> None:
+        if saved.stream and "hidden" in self.blocks:
+            place_carriers(self.model, self.blocks["hidden"])
+        saved.load(self._own_state(), self._load)
 
     def _own_state(self) -> dict[str, Tensor]:
         """What belongs in a checkpoint, with the keys of the model's state_dict: adapters without their frozen bases, and `saved`."""

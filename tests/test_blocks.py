@@ -12,7 +12,7 @@ from transformers.models.llama import modeling_llama as llama
 from transformers.models.t5 import modeling_t5 as t5
 
 import apt_ext
-from apt_ext import APTConfig, Architecture, adapters, get_apt_model, register_architecture, shrink
+from apt_ext import APTConfig, APTModel, Architecture, adapters, get_apt_model, register_architecture, shrink
 from apt_ext.structure import architectures
 from apt_ext.structure.architectures import BlockRule, Layers, Side
 from apt_ext.structure.carriers import MaskedNorm
@@ -252,3 +252,25 @@ def test_a_bad_row_is_refused(table):
     with pytest.raises(TypeError, match="row: expected an Architecture, got dict"):
         register_architecture({})
     assert before == architectures.ARCHITECTURES
+
+
+@EVERY
+def test_a_checkpoint_restores_all_masks(family, tmp_path):
+    apt = adapted(family)
+    masks = some(family, apt.blocks, ("heads", "neurons", "hidden"), "soft")
+    expected = outputs(mask_all(apt, masks), family.inputs())
+    apt.save_pretrained(tmp_path)
+    again = APTModel.from_pretrained(family.model(), tmp_path).eval()
+    close(outputs(again, family.inputs()), expected, 0)
+    assert all(torch.equal(again.get_block_mask(name), mask) for name, mask in masks.items())
+
+
+def test_a_checkpoint_with_hidden_masks_leaves_another_model_as_it_was(tmp_path):
+    family = FAMILIES["llama"]
+    apt = adapted(family)
+    mask_all(apt, some(family, apt.blocks, ("hidden",), "hard")).save_pretrained(tmp_path)
+    other = family.model(hidden_size=48)
+    before = [(name, id(module)) for name, module in other.named_modules()]
+    with pytest.raises(ValueError, match="expected shape"):
+        APTModel.from_pretrained(other, tmp_path)
+    assert before == [(name, id(module)) for name, module in other.named_modules()]

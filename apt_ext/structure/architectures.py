@@ -22,6 +22,7 @@ class Side:
     side    "in" (columns of the weight) or "out" (its rows, and the bias)
     scales  a fractional value of the mask acts on this side; every other side of the block gets the exact zeros alone
     part    which of `parts` equal, adjacent stretches of the side it is, where one linear holds several (GPT-2's query, key and value)
+    acts    whether the mask acts there; a side where it does not is only cut (a table of position biases, one column a head)
     of      "linear", "embedding" or "norm"; filled in for a Block
     """
 
@@ -30,6 +31,7 @@ class Side:
     scales: bool = False
     part: int = 0
     parts: int = 1
+    acts: bool = True
     of: str = "linear"
 
 
@@ -156,7 +158,7 @@ def _t5_heads(layer: int, attention: str, **rest: Any) -> BlockRule:
     rule = _heads(
         *(f"{path}.{part}" for part in "qkvo"), owner=path, size="key_value_proj_dim", counts=("n_heads",), totals=("inner_dim",), **rest
     )
-    return replace(rule, sides=(*rule.sides, Side(f"{path}.relative_attention_bias", "out")))
+    return replace(rule, sides=(*rule.sides, Side(f"{path}.relative_attention_bias", "out", acts=False)))
 
 
 def _t5_neurons(layer: int) -> BlockRule:

@@ -28,12 +28,13 @@ def set_mask(model: nn.Module, name: str, block: Block, mask: Tensor, agree: Cal
         raise TypeError(f"mask of block {name!r} must be a Tensor, got {type(mask).__name__}")
     values = checked_mask(f"mask of block {name!r}", mask, torch.empty(block.count, device=mask.device))
     agree(values, get_mask(model, block))
-    if bool((values == 1).all()) and any(not is_carrier(model.get_submodule(side.module)) for side in block.sides):
+    sides = [side for side in block.sides if side.acts]
+    if bool((values == 1).all()) and any(not is_carrier(model.get_submodule(side.module)) for side in sides):
         return  # nothing to carry, and nothing was carried
     place_carriers(model, block)
     kept = (values != 0).to(values.dtype)
     new: dict[tuple[str, str], Tensor] = {}
-    for side in block.sides:
+    for side in sides:
         carrier = model.get_submodule(side.module)
         key = (side.module, side.side)
         lanes = new.setdefault(key, carrier.get_buffer(f"mask_{side.side}").detach().clone())
@@ -46,7 +47,7 @@ def set_mask(model: nn.Module, name: str, block: Block, mask: Tensor, agree: Cal
 
 def place_carriers(model: nn.Module, block: Block) -> None:
     """Wrap what the block touches and cannot carry a mask yet: embeddings, norms and heads of the residual stream. All or nothing."""
-    bare = {side.module: side.of for side in block.sides if not is_carrier(model.get_submodule(side.module))}
+    bare = {side.module: side.of for side in block.sides if side.acts and not is_carrier(model.get_submodule(side.module))}
     made = {name: carrier_for(model.get_submodule(name), of) for name, of in bare.items()}
     for name, carrier in made.items():
         model.set_submodule(name, carrier)
