@@ -18,7 +18,9 @@ from torch.nn import functional as F
 
 from . import agreement, growth, ops, state
 from .arguments import FLOATING, all_ones, checked_int, checked_mask, linear_shape
+from .guard import guard, reserve
 from .merging import Merging
+from .optimizers import OptimizerLike, optimizers_of
 from .sharding import is_sharded, replicated
 
 
@@ -94,7 +96,7 @@ class APTAdapter(Merging):
             self.lora_B = nn.Parameter(torch.empty(out_features, stored, device=device, dtype=dtype))
             self.register_buffer("mask_in", torch.empty(in_features, device=device, dtype=torch.float32))
             self.register_buffer("mask_out", torch.empty(out_features, device=device, dtype=torch.float32))
-        growth.guard(self.lora_A, self.lora_B)
+        self._guard()
         state.install(self)
         self.reset_parameters()
 
@@ -310,7 +312,7 @@ class APTAdapter(Merging):
         self,
         new_rank: int,
         init_type: str = "lora",
-        optimizer: growth.OptimizerLike | None = None,
+        optimizer: OptimizerLike | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         """Grow to ``new_rank``: random new rows of A, zero new columns of B, so the output does not change.
@@ -340,7 +342,7 @@ class APTAdapter(Merging):
                 limit = min(limit, self._max_rank)
             if not self._rank <= new_rank <= limit:
                 raise ValueError(f"new_rank must lie between rank = {self._rank} and {limit}, got {new_rank}")
-            optimizers = growth.optimizers_of(optimizer)
+            optimizers = optimizers_of(optimizer)
             if new_rank > self._rank and self._max_rank is None:
                 growth.resizable_state([self.lora_A, self.lora_B], optimizers)
             elif new_rank > self._rank:
@@ -364,6 +366,14 @@ class APTAdapter(Merging):
             else:
                 growth.write_rows(A, rows, old)
         self._rank = new_rank
+        self._guard()
+
+    def _guard(self) -> None:
+        """Call it whenever the factors are new objects, their sizes or the rank changed: optimizers then step only what fits."""
+        guard(self.lora_A, self.lora_B)
+        if self._max_rank is not None:
+            reserve(self.lora_A, 0, self._rank)
+            reserve(self.lora_B, 1, self._rank)
 
     def apply_grad_mask(self) -> None:
         """Make the gradients of pruned rows and columns exactly zero (NaN included). Fractions do not scale."""
@@ -430,7 +440,7 @@ class APTAdapter(Merging):
             if self._buffer(name).dtype != torch.float32:  # .half() and friends: masks keep every digit
                 self._buffers[name] = old.to(self._buffer(name).device)
             self._stamp_mask(name, ones)
-        growth.guard(self.lora_A, self.lora_B)
+        self._guard()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -441,7 +451,7 @@ class APTAdapter(Merging):
         super().__setstate__(state_)
         for name, ones in dict(self._mask_stamps).items():
             self._stamp_mask(name, bool(ones))
-        growth.guard(self.lora_A, self.lora_B)
+        self._guard()
 
 
 class _Stamp(torch.autograd.Function):

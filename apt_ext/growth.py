@@ -2,7 +2,6 @@
 
     resize_parameters    values, gradients and optimizer state change size together, or nothing changes
     resizable_state      the optimizer state that this changes; every refusal that does not depend on the new size
-    guard                an optimizer whose state has another shape than its Parameter refuses to step
     refuse_gathered      and refuse_pieces: a Parameter that a wrapper has put in the place of the adapter's own
     draw_rows            Gaussian rows, the same on every rank of a process group
     write_rows           puts them into reserved storage, also where FSDP2 has sharded it
@@ -16,75 +15,17 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from . import agreement
+from .guard import guard, in_closure, is_guarded, stale
+from .optimizers import SHARED, optimizers_of, start_value, state_starts
 from .sharding import is_sharded, replicated
-
-# One optimizer, accelerate's wrapper (it has `.optimizer`), or a list or tuple of them, nested or not.
-OptimizerLike = Optimizer | Sequence[Any]
-
-# The per-parameter state tensors of each class and the value they start with: a number, or the option of the group that holds it. An
-# optimizer is missing where no start value is certain: ASGD averages from zero only while its shared `mu` is 1, Adafactor keeps row and
-# column means, LBFGS flattens all Parameters into one vector.
-_STARTS: dict[str, dict[str, float | str]] = {
-    "Adadelta": {"square_avg": 0.0, "acc_delta": 0.0},
-    "Adagrad": {"sum": "initial_accumulator_value"},
-    "Adam": {"exp_avg": 0.0, "exp_avg_sq": 0.0, "max_exp_avg_sq": 0.0},
-    "AdamW": {"exp_avg": 0.0, "exp_avg_sq": 0.0, "max_exp_avg_sq": 0.0},
-    "Adamax": {"exp_avg": 0.0, "exp_inf": 0.0},
-    "Muon": {"momentum_buffer": 0.0},
-    "NAdam": {"exp_avg": 0.0, "exp_avg_sq": 0.0},
-    "RAdam": {"exp_avg": 0.0, "exp_avg_sq": 0.0},
-    "RMSprop": {"square_avg": 0.0, "momentum_buffer": 0.0, "grad_avg": 0.0},
-    "Rprop": {"prev": 0.0, "step_size": "lr"},
-    "SGD": {"momentum_buffer": 0.0},
-}
-_SHARED = frozenset({"step", "mu_product"})  # one value for the whole Parameter: kept
-
-
-def state_starts(optimizer: Optimizer) -> dict[str, float | str] | None:
-    """The start value of each state tensor of `optimizer`, found through its base classes; None for an unknown class."""
-    for cls in type(optimizer).__mro__:
-        if cls.__name__ in _STARTS and cls is getattr(torch.optim, cls.__name__, None):
-            return _STARTS[cls.__name__]
-    return None
-
-
-def start_value(start: float | str, group: dict[str, Any]) -> Any:
-    """`start` itself, or the option of that name in the Parameter's group (a number or a one-element tensor)."""
-    return group[start] if isinstance(start, str) else start
-
-
-def optimizers_of(optimizer: object | None) -> list[Optimizer]:
-    """The torch optimizers in `optimizer`, each once: None gives [], lists, tuples and accelerate's wrapper are opened.
-
-    A wrapper with state of its own (lookahead keeps slow weights) counts beside the optimizer that it wraps.
-    Raises TypeError for anything else.
-    """
-    if optimizer is None:
-        return []
-    found: list[Optimizer] = []
-    inner = getattr(optimizer, "optimizer", None)
-    if isinstance(optimizer, list | tuple):
-        for item in optimizer:
-            found += optimizers_of(item)
-    elif isinstance(inner, Optimizer):  # asked first: accelerate's wrapper is a subclass of Optimizer
-        found += optimizers_of(inner)
-        if isinstance(optimizer, Optimizer) and optimizer.state is not inner.state:
-            found.append(optimizer)
-    elif isinstance(optimizer, Optimizer):
-        found.append(optimizer)
-    else:
-        raise TypeError(f"optimizer: expected torch's Optimizer, accelerate's wrapper or a list of them, got {type(optimizer).__name__}")
-    return list({id(one): one for one in found}.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +65,6 @@ def resize_parameters(changes: Sequence[Resize], optimizer: object | None = None
             raise TypeError(f"changes: expected Resize, got {type(change).__name__}")
         by_param.setdefault(change.param, []).append(change)
     entries = resizable_state(list(by_param), optimizer)
-
     # Ordinary tensors, whatever mode the caller is in: an inference tensor could never be trained.
     with torch.inference_mode(False), torch.no_grad():
         values: list[tuple[nn.Parameter, Tensor, Tensor | None]] = []
@@ -183,9 +123,14 @@ def resizable_state(params: Sequence[nn.Parameter], optimizer: object | None = N
     """(Parameter, its state, key, start value) of each state tensor that changes size with one of `params`; changes nothing.
 
     Raises what resize_parameters raises whatever the new size, so a caller that draws random values asks first and leaves its generator
-    alone: TypeError (not a dense Parameter, not an optimizer) and RuntimeError (an inference tensor; `.grad` or state of another shape;
-    held by DDP, FSDP or DeepSpeed, or a DTensor; an optimizer that is unknown and has state, or that keeps state of an unknown name).
+    alone: TypeError (not a dense Parameter, not an optimizer) and RuntimeError (within an optimizer's closure; an inference tensor; `.grad`
+    or state of another shape; held by DDP, FSDP or DeepSpeed, or a DTensor; an optimizer that is unknown and has state, or that keeps state
+    of an unknown name).
     """
+    if in_closure.get():
+        raise RuntimeError(
+            "param: expected to change size between steps, got a change within an optimizer's closure, that is, within a step"
+        )
     for param in params:
         if not isinstance(param, nn.Parameter) or param.layout is not torch.strided:
             raise TypeError(f"param: expected a dense nn.Parameter, got {type(param).__name__}")
@@ -210,20 +155,20 @@ def resizable_state(params: Sequence[nn.Parameter], optimizer: object | None = N
                     raise RuntimeError(f"optimizer: the state of {name} cannot be resized safely; resize without it and make a new one")
                 state = one.state.get(param, {})
                 for key, value in state.items():
-                    if key in _SHARED or value is None:
+                    if key in SHARED or value is None:
                         continue
                     if starts is None or key not in starts:
                         raise RuntimeError(f"optimizer: {name} keeps the state {key!r} of no known start value; make a new optimizer")
                     if not isinstance(value, Tensor) or value.shape != param.shape:
-                        raise RuntimeError(_stale(one, key, value, param))
-                    entries.append((param, state, key, start_value(starts[key], group)))
+                        raise RuntimeError(stale(one, key, value, param))
+                    entries.append((param, state, key, start_value(starts[key], one, group)))
     return entries
 
 
 def refuse_gathered(param: Tensor, call: str) -> None:
     """RuntimeError where `param` stands in for FSDP2's sharded one (from all-gather to reshard), as writes there are lost."""
     # Every Parameter that an adapter made is marked, so only what somebody else put there is searched for.
-    if not hasattr(param, _FORMER) and not is_sharded(param) and (wrapper := _wrapper_of([param])) is not None:
+    if not is_guarded(param) and not is_sharded(param) and (wrapper := _wrapper_of([param])) is not None:
         raise RuntimeError(
             f"{call}: {wrapper} has the Parameter gathered at present, and what is written into it would be lost; "
             "do it after backward(), or call reshard() on the module given to fully_shard first"
@@ -267,65 +212,6 @@ def _wrapper_of(params: Sequence[Tensor]) -> str | None:
         return None
     gc.collect()  # a deleted wrapper may still await it: only one that survives counts
     return search()
-
-
-_FORMER = "_apt_former_shapes"  # on a guarded Parameter: tuple of the shapes that it has had
-_hooked = False
-
-
-def guard(*params: nn.Parameter) -> None:
-    """From now on no optimizer steps while its state or the gradient of one of `params` has another shape than the Parameter.
-
-    Such a step raises RuntimeError before anything changed; fused steps would read and write past the end of the tensors. Deepcopy drops
-    the mark, so call it again on the copy. Of an unknown optimizer only state with a shape that the Parameter has had is refused.
-    """
-    global _hooked
-    for param in params:
-        former = getattr(param, _FORMER, ())
-        setattr(param, _FORMER, tuple(dict.fromkeys((*former, tuple(param.shape)))))
-    if not _hooked:
-        register_optimizer_step_pre_hook(_refuse_stale)
-        _hooked = True
-
-
-def _refuse_stale(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """The step hook of every optimizer: shapes are host data, so nothing is launched or waited for."""
-    starts: dict[str, float | str] | None = None
-    known = False
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if (former := getattr(param, _FORMER, None)) is None:
-                continue
-            if not known:
-                starts, known = state_starts(optimizer), True
-            grad = param.grad
-            if grad is not None and grad.shape != param.shape:
-                raise RuntimeError(_stale(optimizer, "grad", grad, param))
-            for key, value in optimizer.state.get(param, {}).items():
-                if not isinstance(value, Tensor) or value.shape == param.shape:
-                    continue
-                if key in starts if starts is not None else _has_former_shape(value.shape, param.shape, former):
-                    raise RuntimeError(_stale(optimizer, key, value, param))
-
-
-def _has_former_shape(shape: Sequence[int], now: Sequence[int], former: Iterable[Sequence[int]]) -> bool:
-    """Whether a state tensor fits a former shape of its Parameter but not the one `now`; a size of 1 fits (Adafactor's means)."""
-
-    def fits(target: Sequence[int]) -> bool:
-        return len(shape) == len(target) and all(n in (1, m) for n, m in zip(shape, target, strict=True))
-
-    return not fits(now) and any(map(fits, former))
-
-
-def _stale(optimizer: Optimizer, key: str, value: Any, param: nn.Parameter) -> str:
-    """The message for state or a gradient that does not have its Parameter's shape."""
-    what, remedy = (
-        ("the gradient", "it comes from a graph built before the Parameter changed size: call zero_grad() and run the backward again")
-        if key == "grad"
-        else (f"state {key!r}", "pass the optimizer to the call that changes the size (increase_rank, cut), or make a new one")
-    )
-    shape = tuple(getattr(value, "shape", ()))
-    return f"{type(optimizer).__name__}: {what} has shape {shape}, expected the Parameter's {tuple(param.shape)}; {remedy}"
 
 
 def write_rows(param: nn.Parameter, rows: Tensor, start: int) -> None:

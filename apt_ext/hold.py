@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .growth import optimizers_of, start_value, state_starts
+from .optimizers import optimizers_of, start_value, state_starts
 from .sharding import replicated
 
 
@@ -126,7 +126,7 @@ class _Hold:
             param.copy_(torch.where(pruned, before, param))
             for key, value in optimizer.state.get(param, {}).items():
                 if isinstance(value, Tensor) and value.shape == param.shape and value.is_floating_point():
-                    start = start_value(starts.get(key, 0.0), group)
+                    start = start_value(starts.get(key, 0.0), optimizer, group)
                     value.masked_fill_(pruned, start.reshape(()) if isinstance(start, Tensor) else start)
         self._before = []
 

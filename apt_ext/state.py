@@ -87,7 +87,7 @@ def _after_load(adapter: APTAdapter, _incompatible: Any) -> None:
     """The base layer is loaded by now: merge again if the state was merged, and note which masks are all ones."""
     for name, ones in adapter.__dict__.pop("_ones_after_load", {}).items():
         adapter._stamp_mask(name, ones)
-    growth.guard(adapter.lora_A, adapter.lora_B)
+    adapter._guard()
     if adapter.__dict__.pop("_merge_after_load", False):
         adapter.merge_weights(adapter._keep)
 

@@ -1,4 +1,4 @@
-"""apt_ext.growth.guard: an optimizer whose state no longer fits its Parameter raises and touches nothing."""
+"""apt_ext.guard: an optimizer whose state no longer fits its Parameter raises and touches nothing."""
 
 import copy
 import io
@@ -12,8 +12,8 @@ from low_rank_pair import OPTIMIZERS, Pair, refused
 from torch import nn
 from torch.optim import Adafactor, AdamW
 
-from apt_ext import growth
-from apt_ext.growth import guard
+from apt_ext import guard as guarding
+from apt_ext.guard import guard
 
 
 @pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n != "sgd"])
@@ -60,7 +60,8 @@ def test_unknown_optimizer_may_keep_tensors_of_any_shape():
 FUSED_CHILD = """
 import torch, sys
 from torch import nn
-from apt_ext.growth import Resize, guard, resize_parameters
+from apt_ext.growth import Resize, resize_parameters
+from apt_ext.guard import guard
 P = torch.optim
 for make in (
     lambda p: P.AdamW(p, fused=True), lambda p: P.Adam(p, fused=True, amsgrad=True),
@@ -124,9 +125,9 @@ def test_guard_after_optimizer_load_state_dict_of_another_rank():
 def test_guard_is_lost_by_deepcopy_and_taken_again():
     pair = copy.deepcopy(Pair())
     guard(*pair.parameters(), *pair.parameters())
-    assert getattr(pair.lora_A, growth._FORMER) == ((4, 6),)
+    assert getattr(pair.lora_A, guarding._FORMER) == ((4, 6),)
     twin = copy.deepcopy(pair)
-    assert not hasattr(twin.lora_A, growth._FORMER)
+    assert not hasattr(twin.lora_A, guarding._FORMER)
     again = torch.load(_saved(pair.lora_A), weights_only=True)
     assert torch.equal(again, pair.lora_A)
 
@@ -143,7 +144,7 @@ def test_one_global_hook():
 
     guard(nn.Parameter(torch.ones(1)))
     guard(nn.Parameter(torch.ones(1)))
-    assert list(hooks.values()).count(growth._refuse_stale) == 1
+    assert list(hooks.values()).count(guarding._before_step) == 1
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own import of its compiler

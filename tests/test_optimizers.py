@@ -5,7 +5,8 @@ import torch
 from low_rank_pair import OPTIMIZERS, Pair, refused
 from torch.optim import LBFGS, SGD, Adafactor, AdamW
 
-from apt_ext.growth import Resize, draw_rows, optimizers_of, resizable_state, resize_parameters
+from apt_ext.growth import Resize, draw_rows, resizable_state, resize_parameters
+from apt_ext.optimizers import optimizers_of
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
