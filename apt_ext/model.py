@@ -14,7 +14,7 @@ from . import agreement, checkpoint
 from .adapter import APTAdapter
 from .config import APTConfig, nearest, select
 from .errors import naming
-from .growth import OptimizerLike
+from .optimizers import OptimizerLike
 from .structure.architectures import Block, find_blocks, is_linear, output_layer, task_heads
 from .structure.blocks import get_mask, merged_linear, missing_block, place_carriers, set_mask
 from .structure.carriers import MaskedLinear, StreamCarrier

@@ -138,7 +138,7 @@ def adapted(family: Family, config: APTConfig | None = None, dtype: torch.dtype 
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for _, adapter in adapters(apt):
-            adapter.lora_B.copy_(torch.randn(adapter.lora_B.shape, generator=generator) * 0.2)
+            adapter.Wb.copy_(torch.randn(adapter.Wb.shape, generator=generator) * 0.2)  # what max_rank reserves is zero
     return apt
 
 
