@@ -256,11 +256,9 @@ class APTAdapter(Merging):
                 raise RuntimeError("set_masks: the weight is merged under the present masks; call unmerge_weights() first")
             given = {name: mask for name, mask in (("mask_in", mask_in), ("mask_out", mask_out)) if mask is not None}
             checked = {name: checked_mask(name, mask, self._buffer(name)) for name, mask in given.items()}
+            change = self.mask_change(checked)
             agree(list(checked), list(checked.values()), self.shared_state())
-            with torch.no_grad():
-                for name, mask in checked.items():
-                    self._buffer(name).copy_(mask)
-                    self._stamp_mask(name, all_ones(mask))
+            change()
 
     def get_masks(self) -> tuple[Tensor, Tensor]:
         """Copies of (mask_in, mask_out)."""
@@ -273,11 +271,25 @@ class APTAdapter(Merging):
     def _what(self, call: str) -> str:
         return f"{call} of {self._label or f'APTAdapter({self.in_features}, {self.out_features})'}"
 
-    def resize_mask(self, name: str, mask: Tensor) -> None:
-        """Take `mask`, "mask_in" or "mask_out", of the size that the weight and the factors have by now: after a cut."""
-        with torch.inference_mode(False):
-            self._buffers[name] = mask.clone()
-        self._stamp_mask(name, all_ones(mask))
+    def mask_change(self, masks: dict[str, Tensor]) -> Callable[[], None]:
+        """The change to ``masks``, {"mask_in" or "mask_out": checked values}: what can fail is done here, calling the result makes it.
+
+        Values of the present size are copied into the buffer, which compiled and captured graphs hold; others replace it: after a cut.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            new = {name: (mask if mask.shape == self._buffer(name).shape else mask.clone(), all_ones(mask)) for name, mask in masks.items()}
+
+        def make() -> None:
+            with torch.no_grad():
+                for name, (mask, ones) in new.items():
+                    buffer = self._buffer(name)
+                    if mask.shape == buffer.shape:
+                        buffer.copy_(mask)
+                    else:
+                        self._buffers[name] = mask
+                    self._stamp_mask(name, ones)
+
+        return make
 
     def _buffer(self, name: str) -> Tensor:
         buffer = self._buffers[name]

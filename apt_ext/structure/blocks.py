@@ -27,29 +27,40 @@ def set_mask(model: nn.Module, name: str, block: Block, mask: Tensor, agree: Cal
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask of block {name!r} must be a Tensor, got {type(mask).__name__}")
     values = checked_mask(f"mask of block {name!r}", mask, torch.empty(block.count, device=mask.device))
-    agree(values, get_mask(model, block))
+    present = get_mask(model, block)
     sides = [side for side in block.sides if side.acts]
     if bool((values == 1).all()) and any(not is_carrier(model.get_submodule(side.module)) for side in sides):
-        return  # nothing to carry, and nothing was carried
-    place_carriers(model, block)
+        return agree(values, present)  # nothing to carry, and nothing was carried
+    placed = missing_carriers(model, block)
     kept = (values != 0).to(values.dtype)
-    new: dict[tuple[str, str], Tensor] = {}
+    new: dict[str, dict[str, Tensor]] = {}
     for side in sides:
-        carrier = model.get_submodule(side.module)
-        key = (side.module, side.side)
-        lanes = new.setdefault(key, carrier.get_buffer(f"mask_{side.side}").detach().clone())
+        carrier = placed.get(side.module) or model.get_submodule(side.module)
+        name = f"mask_{side.side}"
+        lanes = new.setdefault(side.module, {}).setdefault(name, carrier.get_buffer(name).detach().clone())
         stretch(lanes, side).copy_(expand(values if side.scales else kept, side, len(lanes)))
-    for (module, direction), lanes in new.items():
-        carrier = model.get_submodule(module)
+    changes = []
+    for module, masks in new.items():
+        carrier = placed.get(module) or model.get_submodule(module)
         assert isinstance(carrier, APTAdapter | StreamCarrier)
-        carrier.set_masks(**{f"mask_{direction}": lanes})
+        changes.append(carrier.mask_change(masks))
+    agree(values, present)
+    # Nothing above changed anything, and nothing below can fail.
+    for module, wrapped in placed.items():
+        model.set_submodule(module, wrapped)
+    for change in changes:
+        change()
+
+
+def missing_carriers(model: nn.Module, block: Block) -> dict[str, nn.Module]:
+    """{name: what carries a mask there} for what the block touches and cannot carry one yet: embeddings, norms, heads of the stream."""
+    bare = {side.module: side.of for side in block.sides if side.acts and not is_carrier(model.get_submodule(side.module))}
+    return {name: carrier_for(model.get_submodule(name), of) for name, of in bare.items()}
 
 
 def place_carriers(model: nn.Module, block: Block) -> None:
-    """Wrap what the block touches and cannot carry a mask yet: embeddings, norms and heads of the residual stream. All or nothing."""
-    bare = {side.module: side.of for side in block.sides if side.acts and not is_carrier(model.get_submodule(side.module))}
-    made = {name: carrier_for(model.get_submodule(name), of) for name, of in bare.items()}
-    for name, carrier in made.items():
+    """Put the missing ones in place, under masks of ones. All or nothing."""
+    for name, carrier in missing_carriers(model, block).items():
         model.set_submodule(name, carrier)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,18 +65,28 @@ class StreamCarrier(nn.Module):
 
     def set_masks(self, mask_out: Tensor) -> None:
         """A mask [width] that was checked."""
-        with torch.no_grad():
-            self.mask_out.copy_(mask_out)
-        self._changed()
+        self.mask_change({"mask_out": mask_out})()
 
-    def resize_mask(self, name: str, mask: Tensor) -> None:
-        """Take `mask` for the width that `base_layer` has by now."""
-        with torch.inference_mode(False):
-            self._buffers[name] = mask.clone()
-        self._changed()
+    def mask_change(self, masks: dict[str, Tensor]) -> Callable[[], None]:
+        """As APTAdapter's: what can fail is done here, calling the result makes the change; another width replaces the buffer."""
+        with torch.inference_mode(False), torch.no_grad():
+            (mask,) = masks.values()
+            new = mask if mask.shape == self.mask_out.shape else mask.clone()
+            derived = self._derived(mask)
 
-    def _changed(self) -> None:
-        """The mask has other values."""
+        def make() -> None:
+            with torch.no_grad():
+                if new.shape == self.mask_out.shape:
+                    self.mask_out.copy_(new)
+                else:
+                    self._buffers["mask_out"] = new
+            self._buffers.update(derived)
+
+        return make
+
+    def _derived(self, mask_out: Tensor) -> dict[str, Tensor | None]:
+        """Further buffers that follow from the mask."""
+        return {}
 
     def _apply(self, fn: Any, recurse: bool = True) -> StreamCarrier:
         mask = self.mask_out
@@ -86,7 +97,7 @@ class StreamCarrier(nn.Module):
 
 
 def _after_load(carrier: StreamCarrier, _incompatible: Any) -> None:
-    carrier._changed()
+    carrier._buffers.update(carrier._derived(carrier.mask_out))
 
 
 class MaskedEmbedding(StreamCarrier):
@@ -113,9 +124,9 @@ class MaskedNorm(StreamCarrier):
         super().__init__(norm, int(norm.weight.shape[0]))  # type: ignore[index]
         self.register_buffer("kept", None, persistent=False)
 
-    def _changed(self) -> None:
-        kept = self.mask_out.nonzero().flatten()
-        self._buffers["kept"] = None if len(kept) == len(self.mask_out) else kept
+    def _derived(self, mask_out: Tensor) -> dict[str, Tensor | None]:
+        kept = mask_out.nonzero().flatten()
+        return {"kept": None if len(kept) == len(mask_out) else kept}
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> the same shape, 0 in pruned dimensions."""

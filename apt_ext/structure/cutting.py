@@ -165,18 +165,20 @@ def cut_in_place(model: nn.Module, blocks: dict[str, Block], optimizer: object |
         for parameter, dims in by_parameter.items():
             value = selected(parameter.detach(), dims)
             changes += [Resize(parameter, value, dim, kept) for dim, kept in dims.items()]
-        masks = [
-            (carrier, direction, carrier.get_buffer(f"mask_{direction}").index_select(0, kept.to(carrier.get_buffer("mask_out").device)))
-            for name, sides in gone.lanes.items()
-            for direction, kept in sides.items()
-            if is_carrier(carrier := model.get_submodule(name))
-        ]
+        masks = [_mask_change(carrier, sides) for name, sides in gone.lanes.items() if is_carrier(carrier := model.get_submodule(name))]
     resize_parameters(changes, optimizer)
-    for carrier, direction, mask in masks:
-        carrier.resize_mask(f"mask_{direction}", mask)  # type: ignore[operator]  # both kinds of carriers have it
+    for change in masks:
+        change()
     tell_modules(model, gone.lanes)
     report_spared(gone.spared)
     return tell_blocks(model)
+
+
+def _mask_change(carrier: nn.Module, sides: dict[str, Tensor]) -> Callable[[], None]:
+    """The change of a carrier's masks to the channels that stay (see `APTAdapter.mask_change`)."""
+    masks = {f"mask_{direction}": carrier.get_buffer(f"mask_{direction}") for direction in sides}
+    kept = {name: mask.index_select(0, sides[name.removeprefix("mask_")].to(mask.device)) for name, mask in masks.items()}
+    return carrier.mask_change(kept)  # type: ignore[operator, no-any-return]  # both kinds of carriers have it
 
 
 # -- what modules and config say about themselves ----------------------------------------------------------------------
