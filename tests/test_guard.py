@@ -9,6 +9,7 @@ import textwrap
 import pytest
 import torch
 from low_rank_pair import OPTIMIZERS, Pair, refused
+from small_adapter import make
 from torch import nn
 from torch.optim import Adafactor, AdamW
 
@@ -67,7 +68,7 @@ for make in (
     lambda p: P.AdamW(p, fused=True), lambda p: P.Adam(p, fused=True, amsgrad=True),
     lambda p: P.SGD(p, lr=0.1, momentum=0.9, fused=True), lambda p: P.Adagrad(p, fused=True),
 ):
-    for how in ("growth", "load", "grad"):
+    for how in ("growth", "load", "grad", "closure"):
         p = nn.Parameter(torch.ones(64, 64))
         optimizer = make([p])
         p.grad = torch.ones(64, 64)
@@ -81,17 +82,21 @@ for make in (
             guard(p)
             optimizer = make([p])
             optimizer.load_state_dict(saved)
+        elif how == "closure":
+            kept = (p * 2.0).sum()
+            resize_parameters([Resize(p, torch.ones(4096, 64), 0)], optimizer)
+            p.grad = None
         else:
             resize_parameters([Resize(p, torch.ones(4096, 64), 0)], optimizer)
             with torch.no_grad():  # another size behind our back, the gradient stays
                 p.set_(torch.ones(64, 64))
                 p.grad = torch.ones(64, 64)
                 p.set_(torch.ones(4096, 64))
-        if how != "grad":
+        if how in ("growth", "load"):
             p.grad = torch.ones(4096, 64)
         value, state = p.detach().clone(), {k: torch.as_tensor(v).clone() for k, v in optimizer.state.get(p, {}).items()}
         try:
-            optimizer.step()
+            optimizer.step(kept.backward if how == "closure" else None)
         except RuntimeError as error:
             assert "expected the Parameter's (4096, 64)" in str(error), error
         else:
@@ -111,15 +116,139 @@ def test_fused_steps_never_touch_memory_behind_stale_tensors():
     assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
 
 
-def test_guard_after_optimizer_load_state_dict_of_another_rank():
-    small, large = Pair(rank=4), Pair(rank=7)
-    old = AdamW(small.parameters())
-    small.train_steps(old)
-    optimizer = AdamW(large.parameters(), fused=True)
-    guard(*large.parameters())
-    optimizer.load_state_dict(old.state_dict())
-    large.loss().backward()
-    refused(large, [optimizer], RuntimeError, r"state 'exp_avg' has shape \(4, 6\), expected the Parameter's \(7, 6\)", optimizer.step)
+@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n != "sgd"])
+@pytest.mark.parametrize("old, new", [(4, 7), (7, 4)])
+def test_an_optimizer_loaded_from_another_rank_is_refused(name, old, new):
+    make = OPTIMIZERS[name][0]
+    source, pair = Pair(rank=old), Pair(rank=new)
+    saved = make(source.parameters())
+    source.train_steps(saved)
+    optimizer = make(pair.parameters())
+    guard(*pair.parameters())
+    pair.train_steps(optimizer, 1)
+    optimizer.load_state_dict(saved.state_dict())
+    pair.loss().backward()
+    expected = rf"state '\w+' has shape \({old}, 6\), expected the Parameter's \({new}, 6\)"
+    refused(pair, [optimizer], RuntimeError, expected, optimizer.step)
+    again = make(pair.parameters())
+    pair.train_steps(again)
+
+
+# -- closures: they run within the step, after the hook has looked ------------------------------------------------------------------------
+
+
+def closures(pair):
+    """(a closure that breaks the rule, the message)"""
+
+    def grows():
+        pair.zero_grad()
+        pair.loss().backward()
+        pair.grow()
+        return 1.0
+
+    kept = (pair.lora_A * 3.0).sum()  # a graph that has not saved lora_A, so torch lets its gradient of the old shape in
+
+    def stale_gradient():
+        pair.zero_grad()
+        with torch.no_grad():
+            pair.lora_A.set_(torch.ones(7, 6))
+        kept.backward()
+        pair.lora_B.grad = torch.ones_like(pair.lora_B)
+        return 1.0
+
+    return [(grows, "within an optimizer's closure"), (stale_gradient, r"the gradient has shape \(4, 6\)")]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_closure_cannot_change_sizes_behind_the_step(which, by_name):
+    pair = Pair()
+    optimizer = AdamW(pair.parameters(), fused=True)
+    guard(*pair.parameters())
+    closure, match = closures(pair)[which]
+    B = pair.lora_B.detach().clone()
+    with pytest.raises(RuntimeError, match=match):
+        optimizer.step(closure=closure) if by_name else optimizer.step(closure)
+    assert torch.equal(pair.lora_B, B) and not optimizer.state
+    if pair.lora_A.shape == (4, 6):
+        pair.grow(optimizer)  # between steps again
+        pair.train_steps(optimizer)
+
+
+def test_a_closure_may_grow_within_max_rank_and_is_called_as_often_as_ever():
+    adapter, calls = make(max_rank=6), []
+    optimizer = torch.optim.LBFGS([adapter.lora_A, adapter.lora_B], lr=0.01, max_iter=4)
+
+    def closure():
+        optimizer.zero_grad()
+        calls.append(adapter.rank)
+        if len(calls) == 2:
+            adapter.increase_rank(5)
+        loss = adapter(torch.ones(2, 10, dtype=torch.float64)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert len(calls) == 4 and not adapter.lora_A[5:].any() and not adapter.lora_B[:, 5:].any()
+
+
+# -- reserved rows ------------------------------------------------------------------------------------------------------------------------
+
+
+def trained(optimizer_name, rank):
+    adapter = make(rank=rank, max_rank=6, scaling=0.5)
+    optimizer = OPTIMIZERS[optimizer_name][0]([adapter.lora_A, adapter.lora_B])
+    train(adapter, optimizer)
+    return adapter, optimizer
+
+
+def train(adapter, optimizer, count=3):
+    for _ in range(count):
+        optimizer.zero_grad()
+        (adapter(torch.ones(2, 10, dtype=torch.float64)) - 0.3).square().mean().backward()
+        optimizer.step()
+
+
+def nothing_reserved_moved(adapter, optimizer):
+    rank, y = adapter.rank, adapter(torch.ones(2, 10, dtype=torch.float64)).detach()
+    train(adapter, optimizer)
+    assert not adapter.lora_A[rank:].any() and not adapter.lora_B[:, rank:].any()
+    assert not torch.equal(adapter(torch.ones(2, 10, dtype=torch.float64)), y)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_smaller_rank_loaded_under_a_live_optimizer_stays_smaller(name):
+    """Momentum of rows that are not in use any more would bring them back, and nothing would say so."""
+    adapter, optimizer = trained(name, 6)
+    adapter.load_state_dict(make(rank=3, max_rank=6).state_dict())
+    assert not adapter.lora_A.grad[3:].any() and not adapter.lora_B.grad[:, 3:].any()
+    optimizer.step()  # with the gradients of before, whose rows in use are as they were
+    nothing_reserved_moved(adapter, optimizer)
+    for p, dim in ((adapter.lora_A, 0), (adapter.lora_B, 1)):
+        for key, start in OPTIMIZERS[name][1].items():
+            if key in ("exp_avg", "momentum_buffer", "square_avg", "sum"):
+                assert (optimizer.state[p][key].narrow(dim, 3, 3) == start).all()
+    adapter.increase_rank(6)
+    train(adapter, optimizer)
+    assert adapter.Wb[:, 3:].any()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_loaded_from_a_larger_rank_moves_no_reserved_row(name):
+    _, saved = trained(name, 6)
+    adapter, optimizer = trained(name, 3)
+    optimizer.load_state_dict(saved.state_dict())
+    nothing_reserved_moved(adapter, optimizer)
+
+
+def test_state_in_use_is_left_alone():
+    adapter, optimizer = trained("adamw", 3)
+    fresh = AdamW([adapter.lora_A, adapter.lora_B], lr=0.01)
+    fresh.load_state_dict(optimizer.state_dict())
+    other, its_own = copy.deepcopy((adapter, optimizer))
+    train(adapter, fresh)
+    train(other, its_own)
+    assert torch.equal(adapter.lora_A, other.lora_A) and torch.equal(adapter.lora_B, other.lora_B)
 
 
 def test_guard_is_lost_by_deepcopy_and_taken_again():

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from low_rank_pair import OPTIMIZERS, Pair, refused
-from torch.optim import LBFGS, SGD, Adafactor, AdamW
+from low_rank_pair import OPTIMIZERS, Pair, bits, refused
+from torch import nn
+from torch.optim import LBFGS, SGD, Adafactor, Adagrad, AdamW, Rprop
 
 from apt_ext.growth import Resize, draw_rows, resizable_state, resize_parameters
 from apt_ext.optimizers import optimizers_of
@@ -238,14 +239,155 @@ def test_wrappers_grow_or_are_refused():
     refused(pair, [optimizer, ahead], RuntimeError, "Lookahead cannot be resized", lambda: pair.grow(ahead, 8))
 
 
-def test_grad_scaler_and_several_groups():
+# -- how a training loop drives them -------------------------------------------------------------------------------------------------------
+
+
+def test_several_groups_and_a_list_of_optimizers():
     pair = Pair()
-    optimizer = AdamW([{"params": [pair.lora_A]}, {"params": [pair.lora_B], "lr": 0.02}])
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    bias = nn.Parameter(torch.ones(3))
+    groups = Rprop([{"params": [pair.lora_A, bias], "lr": 0.02}, {"params": [pair.lora_B], "lr": 0.5}])
+    (pair.loss() + bias.sum()).backward()
+    groups.step()
+    pair.grow(groups)
+    assert (groups.state[pair.lora_A]["step_size"][4:] == 0.02).all() and (groups.state[pair.lora_B]["step_size"][:, 4:] == 0.5).all()
+    assert [len(group["params"]) for group in groups.param_groups] == [2, 1] and groups.state[bias]["step_size"].shape == (3,)
+    pair.train_steps(groups)
+
+    pair = Pair()
+    optimizers = [AdamW([pair.lora_A], fused=True), [SGD([pair.lora_B], lr=0.1, momentum=0.9)]]
+    for _ in range(2):
+        pair.zero_grad()
+        pair.loss().backward()
+        optimizers[0].step()
+        optimizers[1][0].step()
+        pair.grow(optimizers, rank=pair.lora_A.shape[0] + 1)
+    assert optimizers[0].state[pair.lora_A]["exp_avg"].shape == (6, 6)
+    assert optimizers[1][0].state[pair.lora_B]["momentum_buffer"].shape == (5, 6)
+
+
+def test_adagrad_starts_with_what_it_was_made_with():
+    """It reads no group's own value, so neither does growth."""
+    pair = Pair()
+    optimizer = Adagrad([{"params": list(pair.parameters()), "initial_accumulator_value": 9.0}], initial_accumulator_value=0.5)
+    pair.grow(optimizer)
+    pair.train_steps(optimizer, 1)
+    fresh = optimizer.state[pair.lora_A]["sum"] - pair.lora_A.grad.square()
+    torch.testing.assert_close(fresh, torch.full_like(fresh, 0.5))
+    pair.grow(optimizer, 8)
+    assert (optimizer.state[pair.lora_A]["sum"][7:] == 0.5).all()
+
+
+def test_capturable_state_keeps_its_step_tensor():
+    """On a CPU such an optimizer cannot step; what a captured graph reads must stay the same tensor."""
+    pair = Pair()
+    optimizer = AdamW(pair.parameters(), capturable=True)
+    step = torch.tensor(5.0)
+    optimizer.state[pair.lora_A] = {"step": step, "exp_avg": torch.ones(4, 6), "exp_avg_sq": torch.ones(4, 6)}
+    pair.grow(optimizer)
+    state = optimizer.state[pair.lora_A]
+    assert state["step"] is step and step == 5.0
+    assert torch.equal(state["exp_avg"], torch.cat([torch.ones(4, 6), torch.zeros(3, 6)]))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_accelerates_wrapper_grows_its_optimizer(fused):
+    accelerate = pytest.importorskip("accelerate")
+    pair = Pair()
+    optimizer = accelerate.Accelerator(cpu=True).prepare(AdamW(pair.parameters(), lr=0.01, fused=fused))
+    assert type(optimizer).__name__ == "AcceleratedOptimizer"
+    pair.train_steps(optimizer)
+    moment = optimizer.state[pair.lora_A]["exp_avg"].clone()
+    pair.grow(optimizer)
+    assert torch.equal(optimizer.optimizer.state[pair.lora_A]["exp_avg"][:4], moment)
+    pair.train_steps(optimizer)
+    assert pair.lora_B[:, 4:].all()
+    pair.grow(None, 9)
+    pair.zero_grad()
+    pair.loss().backward()
+    with pytest.raises(RuntimeError, match="AdamW: state 'exp_avg' has shape"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_the_grad_scaler_skips_moves_nothing(fused):
+    pair = Pair()
+    optimizer = AdamW([{"params": [pair.lora_A]}, {"params": [pair.lora_B], "lr": 0.02}], fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=10)
     for rank in (4, 6, 7):
         pair.grow(optimizer, rank)
+        for skipped in (False, True, False):
+            optimizer.zero_grad()
+            scaler.scale(pair.loss()).backward()
+            if skipped:
+                pair.lora_B.grad[0, -1] = float("inf")
+            before = bits([list(pair.parameters()), *(optimizer.state[p] for p in pair.parameters())])
+            scale = scaler.get_scale()
+            scaler.step(optimizer)
+            scaler.update()
+            assert (bits([list(pair.parameters()), *(optimizer.state[p] for p in pair.parameters())]) == before) == skipped
+            assert scaler.get_scale() == (scale / 2 if skipped else scale)
+    assert optimizer.state[pair.lora_B]["exp_avg"].shape == (5, 7) and optimizer.param_groups[1]["lr"] == 0.02
+
+
+def test_a_skipped_step_after_growth_without_the_optimizer_is_still_refused_later():
+    pair = Pair()
+    optimizer = AdamW(pair.parameters(), fused=True)
+    pair.train_steps(optimizer)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    pair.grow()
+    for bad in (True, False):
         optimizer.zero_grad()
         scaler.scale(pair.loss()).backward()
-        scaler.step(optimizer)
+        if bad:
+            pair.lora_B.grad[0, 0] = float("nan")
+        before = bits(list(pair.parameters()))
+        with pytest.raises(RuntimeError, match="AdamW: state 'exp_avg' has shape"):
+            scaler.step(optimizer)
+        assert bits(list(pair.parameters())) == before
         scaler.update()
-    assert optimizer.state[pair.lora_B]["exp_avg"].shape == (5, 7) and optimizer.param_groups[1]["lr"] == 0.02
+
+
+SCHEDULERS = {
+    "lambda": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.5**step),
+    "cosine": lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10),
+    "one_cycle": lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=10),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_goes_on_driving_the_live_optimizer(name):
+    rates = []
+    for grows in (False, True):
+        pair = Pair()
+        optimizer = SGD(pair.parameters(), lr=0.1, momentum=0.9)
+        scheduler = SCHEDULERS[name](optimizer)
+        seen = []
+        for step in range(8):
+            if grows and step in (3, 5):
+                pair.grow(optimizer, pair.lora_A.shape[0] + 1)
+            before = pair.lora_A.detach().clone()
+            pair.train_steps(optimizer, 1)
+            moved = scheduler.get_last_lr()[0] * optimizer.state[pair.lora_A]["momentum_buffer"]
+            torch.testing.assert_close(before - pair.lora_A.detach(), moved, rtol=1e-3, atol=1e-6)
+            seen.append((scheduler.get_last_lr(), optimizer.param_groups[0]["momentum"]))
+            scheduler.step()
+        assert scheduler.optimizer is optimizer
+        rates.append(seen)
+    assert rates[0] == rates[1]
+
+
+def test_closures():
+    pair = Pair()
+    optimizer = AdamW(pair.parameters(), lr=0.01)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = pair.loss()
+        loss.backward()
+        return loss
+
+    first = optimizer.step(closure)
+    for rank in (5, 7):
+        pair.grow(optimizer, rank)
+        last = optimizer.step(closure=closure)
+    assert last < first and pair.lora_B[:, 4:].all()
