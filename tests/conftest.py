@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pathlib
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -124,6 +127,15 @@ def device(request):
 @pytest.fixture(params=DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 def dtype(request):
     return request.param
+
+
+@pytest.fixture(scope="session")
+def fused_is_guarded():
+    """Without the guard a fused step crashes this process, so another one tries it first."""
+    program = pathlib.Path(__file__).with_name("fused_steps.py")
+    done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 @pytest.fixture(scope="session", autouse=True)

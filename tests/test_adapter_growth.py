@@ -199,7 +199,7 @@ def test_growth_under_any_mode_leaves_a_trainable_adapter(max_rank, mode):
 
 
 @STORAGE
-def test_growth_of_a_copy_leaves_the_original(max_rank):
+def test_growth_of_a_copy_leaves_the_original(max_rank, fused_is_guarded):
     adapter = make(max_rank=max_rank)
     optimizer = torch.optim.AdamW(factors(adapter), fused=True)
     train(adapter, optimizer)
@@ -275,7 +275,7 @@ def test_growth_with_a_generator_is_reproducible():
     assert torch.equal(*rows)
 
 
-def test_a_forgotten_optimizer_raises_and_changes_nothing():
+def test_a_forgotten_optimizer_raises_and_changes_nothing(fused_is_guarded):
     adapter = make()
     optimizer = torch.optim.AdamW([adapter.lora_A, adapter.lora_B], fused=True)
     x = torch.randn(2, 10, dtype=torch.float64)

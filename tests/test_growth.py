@@ -77,7 +77,7 @@ def test_growth_with_graphs_alive():
         kept.backward()
 
 
-def test_backward_of_a_graph_that_saved_nothing_is_stopped_at_the_step():
+def test_backward_of_a_graph_that_saved_nothing_is_stopped_at_the_step(fused_is_guarded):
     """Torch accepts the old gradient's shape where the graph did not save the Parameter, so the guard is the last line."""
     p = nn.Parameter(torch.ones(4, 6))
     optimizer = AdamW([p], fused=True)

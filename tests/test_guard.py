@@ -2,9 +2,6 @@
 
 import copy
 import io
-import subprocess
-import sys
-import textwrap
 
 import pytest
 import torch
@@ -18,8 +15,7 @@ from apt_ext.guard import guard
 
 
 @pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n != "sgd"])
-def test_stale_state_is_refused_by_every_optimizer(name):
-    """In a child process for the fused ones, see below; here too, as the guard comes before the step."""
+def test_stale_state_is_refused_by_every_optimizer(name, fused_is_guarded):
     pair = Pair()
     first = nn.Parameter(torch.ones(3, 3))  # stepped before the stale one, were there no guard
     optimizer = OPTIMIZERS[name][0]([first, *pair.parameters()])
@@ -58,67 +54,14 @@ def test_unknown_optimizer_may_keep_tensors_of_any_shape():
         optimizer.step()
 
 
-FUSED_CHILD = """
-import torch, sys
-from torch import nn
-from apt_ext.growth import Resize, resize_parameters
-from apt_ext.guard import guard
-P = torch.optim
-for make in (
-    lambda p: P.AdamW(p, fused=True), lambda p: P.Adam(p, fused=True, amsgrad=True),
-    lambda p: P.SGD(p, lr=0.1, momentum=0.9, fused=True), lambda p: P.Adagrad(p, fused=True),
-):
-    for how in ("growth", "load", "grad", "closure"):
-        p = nn.Parameter(torch.ones(64, 64))
-        optimizer = make([p])
-        p.grad = torch.ones(64, 64)
-        optimizer.step()
-        guard(p)
-        if how == "growth":
-            resize_parameters([Resize(p, torch.ones(4096, 64), 0)])
-        elif how == "load":
-            saved = optimizer.state_dict()
-            p = nn.Parameter(torch.ones(4096, 64))
-            guard(p)
-            optimizer = make([p])
-            optimizer.load_state_dict(saved)
-        elif how == "closure":
-            kept = (p * 2.0).sum()
-            resize_parameters([Resize(p, torch.ones(4096, 64), 0)], optimizer)
-            p.grad = None
-        else:
-            resize_parameters([Resize(p, torch.ones(4096, 64), 0)], optimizer)
-            with torch.no_grad():  # another size behind our back, the gradient stays
-                p.set_(torch.ones(64, 64))
-                p.grad = torch.ones(64, 64)
-                p.set_(torch.ones(4096, 64))
-        if how in ("growth", "load"):
-            p.grad = torch.ones(4096, 64)
-        value, state = p.detach().clone(), {k: torch.as_tensor(v).clone() for k, v in optimizer.state.get(p, {}).items()}
-        try:
-            optimizer.step(kept.backward if how == "closure" else None)
-        except RuntimeError as error:
-            assert "expected the Parameter's (4096, 64)" in str(error), error
-        else:
-            raise SystemExit(f"{type(optimizer).__name__} stepped after {how}")
-        assert torch.equal(p, value)
-        assert all(torch.equal(torch.as_tensor(v), state[k]) for k, v in optimizer.state.get(p, {}).items())
-print("fine")
-"""
-
-
-def child(code):
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
-
-
-def test_fused_steps_never_touch_memory_behind_stale_tensors():
-    done = child(FUSED_CHILD)
-    assert (done.returncode, done.stdout) == (0, "fine\n"), done.stderr
+def test_fused_steps_never_touch_memory_behind_stale_tensors(fused_is_guarded):
+    """The fixture runs fused_steps.py; every test that leaves a fused step to the guard asks for it first."""
+    assert fused_is_guarded == "fine\n"
 
 
 @pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n != "sgd"])
 @pytest.mark.parametrize("old, new", [(4, 7), (7, 4)])
-def test_an_optimizer_loaded_from_another_rank_is_refused(name, old, new):
+def test_an_optimizer_loaded_from_another_rank_is_refused(name, old, new, fused_is_guarded):
     make = OPTIMIZERS[name][0]
     source, pair = Pair(rank=old), Pair(rank=new)
     saved = make(source.parameters())
@@ -161,7 +104,7 @@ def closures(pair):
 
 @pytest.mark.parametrize("which", [0, 1])
 @pytest.mark.parametrize("by_name", [False, True])
-def test_a_closure_cannot_change_sizes_behind_the_step(which, by_name):
+def test_a_closure_cannot_change_sizes_behind_the_step(which, by_name, fused_is_guarded):
     pair = Pair()
     optimizer = AdamW(pair.parameters(), fused=True)
     guard(*pair.parameters())

@@ -290,7 +290,7 @@ def test_capturable_state_keeps_its_step_tensor():
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_accelerates_wrapper_grows_its_optimizer(fused):
+def test_accelerates_wrapper_grows_its_optimizer(fused, fused_is_guarded):
     accelerate = pytest.importorskip("accelerate")
     pair = Pair()
     optimizer = accelerate.Accelerator(cpu=True).prepare(AdamW(pair.parameters(), lr=0.01, fused=fused))
@@ -329,7 +329,7 @@ def test_a_step_that_the_grad_scaler_skips_moves_nothing(fused):
     assert optimizer.state[pair.lora_B]["exp_avg"].shape == (5, 7) and optimizer.param_groups[1]["lr"] == 0.02
 
 
-def test_a_skipped_step_after_growth_without_the_optimizer_is_still_refused_later():
+def test_a_skipped_step_after_growth_without_the_optimizer_is_still_refused_later(fused_is_guarded):
     pair = Pair()
     optimizer = AdamW(pair.parameters(), fused=True)
     pair.train_steps(optimizer)
