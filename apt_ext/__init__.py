@@ -9,6 +9,7 @@ from .hold import hold_pruned
 from .model import APTModel, adapter_parameters, adapters, get_apt_model
 from .structure.architectures import Architecture, BlockRule, Layers, Side, Stream, register_architecture
 from .structure.export import export
+from .structure.per_layer import load_export
 from .structure.shrink import shrink
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "export",
     "get_apt_model",
     "hold_pruned",
+    "load_export",
     "ops",
     "reference",
     "register_architecture",

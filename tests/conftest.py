@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+<<<<<<< HEAD
 import pathlib
 import subprocess
+=======
+import json
+>>>>>>> e728ff8 (export: fresh-process comparison, LLaMA as Mistral, per-layer widths with a loader, words for what cannot be said)
 import sys
 import warnings
 
 import pytest
 import torch
 
+import apt_ext
 from apt_ext import reference
 
 pytest.register_assert_rewrite("low_rank_pair")
@@ -155,3 +160,22 @@ def _isolated():
     yield
     if "torch._dynamo" in __import__("sys").modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture
+def loaded_here(monkeypatch):
+    """Exports load what they wrote in this process, with the same script and in no seconds; test_reload.py does it in another."""
+    from apt_ext.structure import export, reload
+
+    def reloaded(directory, loader, exchange):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "apt_ext", apt_ext if loader == "apt_ext" else None)
+            lines = []
+            patch.setattr("builtins.print", lines.append)
+            try:
+                reload.main(str(directory), loader, str(exchange))
+            except (ValueError, RuntimeError, ZeroDivisionError, TypeError) as error:
+                return {"error": f"{type(error).__name__}: {error}"}
+        return json.loads(lines[0])
+
+    monkeypatch.setattr(export, "_reloaded", reloaded)

@@ -179,3 +179,11 @@ def close(ours: list[torch.Tensor], theirs: list[torch.Tensor], within: float = 
     assert len(ours) == len(theirs)
     for a, b in zip(ours, theirs, strict=True):
         assert a.shape == b.shape and bool(((a - b).abs() <= within).all()), (a - b).abs().max()
+
+
+def keep_first(apt: APTModel, **counts: int) -> APTModel:
+    """Keep the first so many of each kind."""
+    for name, block in apt.blocks.items():
+        if block.kind in counts:
+            apt.set_block_mask(name, (torch.arange(block.count) < counts[block.kind]).float())
+    return apt

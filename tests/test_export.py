@@ -19,6 +19,7 @@ from apt_ext.structure.export import export
 from apt_ext.structure.shrink import shrink
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("loaded_here")
 
 
 def content(path):

@@ -97,8 +97,10 @@ class Architecture:
     decoder      whether stock classes read the length of a cache from layer 0, which then has to keep a head: always, never, or None as
                  `config.is_decoder` says
     never_empty  whether stock modules cannot run with nothing left of a block
-    derives_head_size  whether the stock config can only say hidden_size / heads
+    derives_head_size  whether the stock config can only say heads of hidden_size / heads channels
     alike        whether the layers of a stack must keep the same heads (T5 shares one position bias)
+    heads_divide whether the stock config refuses a number of heads that does not divide hidden_size
+    retype       (model_type, entries of the config that must be false) of a class that computes the same and says more; None: there is none
     """
 
     model_types: tuple[str, ...]
@@ -108,6 +110,8 @@ class Architecture:
     never_empty: bool = False
     derives_head_size: bool = False
     alike: bool = False
+    heads_divide: bool = False
+    retype: tuple[str, tuple[str, ...]] | None = None
 
 
 def _neurons(field: str, up: tuple[str, ...], down: str) -> BlockRule:
@@ -207,7 +211,10 @@ ARCHITECTURES: list[Architecture] = [
         ),
         derives_head_size=True,
     ),
-    Architecture(("llama", "mistral", "qwen2", "qwen3"), _LLAMA_LAYERS, _LLAMA_STREAM, decoder=True),
+    Architecture(
+        ("llama",), _LLAMA_LAYERS, _LLAMA_STREAM, decoder=True, heads_divide=True, retype=("mistral", ("attention_bias", "mlp_bias"))
+    ),
+    Architecture(("mistral", "qwen2", "qwen3"), _LLAMA_LAYERS, _LLAMA_STREAM, decoder=True),
     Architecture(("gemma",), _LLAMA_LAYERS, replace(_LLAMA_STREAM, norm_offset=1.0), decoder=True),
     Architecture(
         ("gpt2",),

@@ -46,6 +46,11 @@ def removal(model: nn.Module, blocks: dict[str, Block]) -> Removal:
         _check_alike(blocks, kept)
     if "hidden" in kept and not bool(kept["hidden"].any()):
         raise ValueError("hidden: expected a mask that keeps at least one dimension, got one of zeros")
+    return Removal(kept, lanes_for(model, blocks, kept), spared)
+
+
+def lanes_for(model: nn.Module, blocks: dict[str, Block], kept: dict[str, Tensor]) -> Lanes:
+    """The channels that stay when of each block the `kept` ([count] bool) do."""
     lanes: dict[tuple[str, str], Tensor] = {}
     for name, block in blocks.items():
         if bool(kept[name].all()):
@@ -58,7 +63,7 @@ def removal(model: nn.Module, blocks: dict[str, Block]) -> Removal:
     found: Lanes = {}
     for (module, direction), stay in lanes.items():
         found.setdefault(module, {})[direction] = stay.nonzero().flatten()
-    return Removal(kept, found, spared)
+    return found
 
 
 def _spare(row: Architecture, model: nn.Module, blocks: dict[str, Block], kept: dict[str, Tensor]) -> Iterable[str]:
@@ -145,6 +150,13 @@ def selected(value: Tensor, dims: dict[int, Tensor]) -> Tensor:
     for dim, kept in dims.items():
         value = value.index_select(dim, kept.to(value.device))
     return value
+
+
+def replace_parameters(model: nn.Module, changes: Changes) -> None:
+    """New, smaller Parameters in the places of the old ones; ties are kept."""
+    cut = {old: nn.Parameter(selected(old.detach(), dims)) for old, dims in changes.items()}
+    for module in model.modules():
+        module._parameters.update({name: cut[old] for name, old in module._parameters.items() if old in cut})
 
 
 def cut_in_place(model: nn.Module, blocks: dict[str, Block], optimizer: object | None, agree: Callable[..., None]) -> dict[str, Block]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
-import warnings
-from collections.abc import Iterator
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +16,55 @@ from torch import Tensor, nn
 
 from .. import disk
 from ..model import APTModel, adapters
-from .cutting import widths
+from . import per_layer as own_format
+from . import reload
+from .architectures import architecture_of
+from .formats import Sizes, retype_failures, stock_failures
 from .shrink import shrink
 
 MANIFEST = "apt_export.json"
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+)
+# How far outputs may differ between two processes whose tensors are bitwise the same: a BLAS adds in another order at other addresses.
+_CLOSE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def export(model: nn.Module, path: str | os.PathLike[str]) -> None:
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    max_shard_size: int | str = "5GB",
+    per_layer: bool = False,
+) -> str:
     """Write an APTModel, which is shrunk, or what `shrink` returned into the directory `path`, for `from_pretrained` of its stock class.
 
-    It is written beside `path`, loaded from there by the stock class and compared bit for bit, and takes its place in one step only then;
-    whatever raises, or kills the process, leaves `path` as it was. It may be missing, empty, or hold an earlier export that nobody changed
-    (apt_export.json lists the files), which is replaced.
+    It is written beside `path`, loaded from there in a fresh process without apt_ext, compared (every tensor bit for bit, an output to
+    rounding), and takes its place in one step only then; whatever raises, or kills the process, leaves `path` as it was. It may be missing,
+    empty, or hold an earlier export that nobody changed (apt_export.json lists the files), which is replaced.
 
-    Raises ValueError saying which constraint fails: layers of different widths, which no stock config says; a class that is not
-    transformers' own; a directory with other content; a tensor that does not come back as it was. TypeError for another kind of model.
-    ImportError without transformers.
+    tokenizer       saved with the model (anything with `save_pretrained`); None: the tokenizer's files in the directory that the model was
+                    loaded from, where it was one
+    max_shard_size  tensors beyond it go into further files
+    per_layer       where no stock config can say the widths, write them beside the stock files for `apt_ext.load_export`
+
+    Returns the name of the class that loads it: the model's own; another that computes the same from the same tensors, where only its
+    config can say the widths (LLaMA as Mistral); or "apt_ext.load_export".
+
+    Raises ValueError saying which constraint fails and what would pass: widths that no stock config says; a class that is not transformers'
+    own; a directory with other content; a tensor or an output that does not come back. TypeError for another kind of model. ImportError
+    without transformers.
     """
     try:
         from transformers import PreTrainedModel
@@ -44,30 +80,112 @@ def export(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise TypeError(f"model: expected a model of transformers inside, got {kind.__name__}")
     if kind.__module__.partition(".")[0] != "transformers":
         raise ValueError(f"model: expected a class of transformers, which others can load, got {kind.__module__}.{kind.__name__}")
-    _check_widths(small)
+    written, loader = _expressed(small, per_layer)
     with disk.made(target.parent), disk.stage(target.parent, target.name) as beside:
         new = beside / "new"
-        small.save_pretrained(new)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of layers without neurons, which are meant
-            loaded = kind.from_pretrained(new, dtype="auto", local_files_only=True)
-        difference = _difference(small, loaded)
-        if difference:
-            raise ValueError(f"model: expected {kind.__name__} to load the same values again, but {difference}")
+        if loader == "apt_ext":
+            own_format.save(small, new, max_shard_size)
+        else:
+            written.save_pretrained(new, max_shard_size=max_shard_size)
+        _carry_tokenizer(tokenizer, small, new)
+        _compare(small, new, loader, beside / "exchange.safetensors")
         disk.seal(new, MANIFEST)
         disk.place(new, target)
+    return "apt_ext.load_export" if loader == "apt_ext" else loader
 
 
-def _check_widths(model: Any) -> None:
-    """ValueError where layers have widths that the config does not say."""
-    for field, sizes in widths(model).items():
-        said = getattr(model.config, field, None)
-        if set(sizes.values()) != {said}:
-            listed = ", ".join(f"{name}: {size}" for name, size in sizes.items())
-            raise ValueError(
-                f"model: expected one width for all layers, which is all that {field} of {type(model.config).__name__} can say (it says "
-                f"{said}), got {listed}; mask the same number in every layer, or use the model as shrink returned it"
-            )
+def _expressed(small: Any, per_layer: bool) -> tuple[Any, str]:
+    """The model under a class and config that can say its sizes, and what loads it; ValueError where there is none."""
+    row, sizes, kind = architecture_of(small), Sizes.of(small), type(small)
+    failures = stock_failures(row, small.config, sizes)
+    if not failures:
+        return small, kind.__name__
+    others = retype_failures(row, small.config, sizes)
+    if not others and row is not None and row.retype is not None:
+        other = _retyped(small, row.retype[0])
+        if other is not None:
+            return other, type(other).__name__
+    if per_layer:
+        return small, "apt_ext"
+    also = f"; nor can another class say it: {'; '.join(others)}" if row is not None and row.retype is not None and others else ""
+    raise ValueError(
+        f"model: expected sizes that a stock config can say, but {'; '.join(failures)}{also}; or write it for apt_ext.load_export with "
+        "per_layer=True, or use the model as shrink returned it"
+    )
+
+
+def _retyped(small: Any, model_type: str) -> Any:
+    """The same modules as another class of transformers that has the same names and computes the same; None where it has no such class."""
+    import transformers
+
+    own, other = type(small.config).__name__.removesuffix("Config"), model_type.capitalize()
+    kind = getattr(transformers, type(small).__name__.replace(own, other, 1), None)
+    if kind is None:
+        return None
+    config_class = getattr(transformers, f"{other}Config")
+    known, own_name = config_class(), ("model_type", "architectures", "transformers_version")
+    fields = {key: value for key, value in small.config.to_dict().items() if hasattr(known, key) and key not in own_name}
+    twin = copy.copy(small)
+    twin.__class__ = kind
+    twin.config = config_class.from_dict({**fields, "sliding_window": None})
+    return twin
+
+
+def _carry_tokenizer(tokenizer: Any, small: Any, directory: Path) -> None:
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+        return
+    source = Path(str(getattr(small.config, "_name_or_path", "") or "."))
+    for name in _TOKENIZER_FILES if source.name and source.is_dir() else ():
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+
+
+def _compare(small: Any, directory: Path, loader: str, exchange: Path) -> None:
+    """ValueError unless a fresh process loads the same tensors, and computes the same from them."""
+    from safetensors.torch import load_file, save_file
+
+    inputs, expected = _probe(small)
+    if expected is not None:
+        save_file({name: tensor.cpu().contiguous().clone() for name, tensor in inputs.items()}, exchange)
+    found = _reloaded(directory, loader, exchange)
+    name = "apt_ext.load_export" if loader == "apt_ext" else loader
+    if "error" in found:
+        raise ValueError(f"model: expected {name} to load it again, but it does not: {found['error']}")
+    difference = _difference(reload.digests(small), found["tensors"])
+    if difference:
+        raise ValueError(f"model: expected {name} to load the same values again, but {difference}")
+    if expected is None:
+        return
+    output = load_file(exchange)["output"]
+    within = _CLOSE.get(expected.dtype, 0.0) * max(float(expected.abs().max()), 1.0) if expected.numel() else 0.0
+    if output.shape != expected.shape or not bool(((output - expected.cpu()).abs() <= within).all()):
+        far = float((output - expected.cpu()).abs().max()) if output.shape == expected.shape else "another shape"
+        raise ValueError(f"model: expected {name} to compute the same from the same tensors, but an output differs by {far}")
+
+
+def _probe(small: Any) -> tuple[dict[str, Tensor], Tensor | None]:
+    """transformers' own dummy inputs, one row of them, and the model's first output; None where it wants other inputs."""
+    inputs = {name: tensor[:1].to(small.device) for name, tensor in small.dummy_inputs.items() if isinstance(tensor, Tensor)}
+    training = small.training
+    try:
+        return inputs, reload.first_output(small.eval(), inputs).detach()
+    except (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError, StopIteration):
+        return inputs, None
+    finally:
+        small.train(training)
+
+
+def _reloaded(directory: Path, loader: str, exchange: Path) -> dict[str, Any]:
+    """What reload.py says in a process of its own: {"tensors": ...} or {"error": one line}."""
+    command = [sys.executable, "-P", reload.__file__, str(directory), loader, str(exchange)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # the packages that this process sees
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)  # noqa: S603  # our own script
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+        return {"error": lines[-1].strip()}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def _check_target(target: Path) -> None:
@@ -80,25 +198,14 @@ def _check_target(target: Path) -> None:
         )
 
 
-def _difference(model: nn.Module, loaded: nn.Module) -> str | None:
-    """What is not bitwise the same in two models, in words; None if nothing is."""
-    ours, theirs = dict(_tensors(model)), dict(_tensors(loaded))
+def _difference(ours: dict[str, list[Any]], theirs: dict[str, list[Any]]) -> str | None:
+    """What is not the same in two answers of `reload.digests`, in words; None if nothing is."""
     if ours.keys() != theirs.keys():
         return f"their tensors differ: {sorted(ours.keys() ^ theirs.keys())[:4]}"
-    for name, tensor in ours.items():
+    for name, (dtype, shape, content) in ours.items():
         other = theirs[name]
-        if (tensor.dtype, tensor.shape) != (other.dtype, other.shape):
-            return f"{name} comes back as {other.dtype} {list(other.shape)} from {tensor.dtype} {list(tensor.shape)}"
-        if not torch.equal(_bits(tensor), _bits(other)):
+        if [dtype, shape] != other[:2]:
+            return f"{name} comes back as {other[0]} {other[1]} from {dtype} {shape}"
+        if content != other[2]:
             return f"the values of {name} differ"
     return None
-
-
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Parameters and buffers, those included that no state_dict holds (rotary frequencies)."""
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

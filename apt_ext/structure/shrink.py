@@ -11,7 +11,7 @@ from ..errors import naming
 from ..model import APTModel, adapters
 from .blocks import merged_linear
 from .carriers import StreamCarrier
-from .cutting import folded, parameter_changes, removal, report_spared, selected, tell_blocks, tell_constants, tell_modules
+from .cutting import folded, parameter_changes, removal, replace_parameters, report_spared, tell_blocks, tell_constants, tell_modules
 
 
 def shrink(model: APTModel) -> nn.Module:
@@ -48,9 +48,7 @@ def shrink(model: APTModel) -> nn.Module:
                 result.set_submodule(name, module.base_layer)
         for parameter, value in values:
             parameter.copy_(value)
-        cut = {old: nn.Parameter(selected(old.detach(), dims)) for old, dims in parameter_changes(result, gone.lanes).items()}
-        for module in result.modules():
-            module._parameters.update({name: cut[old] for name, old in module._parameters.items() if old in cut})
+        replace_parameters(result, parameter_changes(result, gone.lanes))
         tell_modules(result, gone.lanes)
         tell_blocks(result)
         if width is not None:

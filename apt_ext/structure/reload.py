@@ -1,0 +1,62 @@
+"""Run as a script (`export` imports what both need): load a directory with stock transformers alone, and say what came.
+
+reload.py DIRECTORY CLASS EXCHANGE prints one line of JSON, {"tensors": {name: [dtype, shape, SHA-256]}}. Where the file EXCHANGE
+(safetensors) holds inputs, the first output of the model for them takes their place. CLASS is a class of transformers, or "apt_ext" for
+`apt_ext.load_export`.
+"""
+
+import hashlib
+import json
+import os
+import sys
+import warnings
+from typing import Any
+
+import torch
+
+
+def digests(model: Any) -> dict[str, list[Any]]:
+    """Parameters and buffers. Of those that no state_dict holds only whole numbers: a loader makes the others anew (rotary frequencies in
+    float32, where a conversion of the model had rounded them), and an output shows whether they are right.
+    """
+    found = {}
+    stated = model.state_dict().keys()
+    for tensors in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
+        for name, tensor in tensors:
+            if name in stated or not tensor.is_floating_point():
+                content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                found[name] = [str(tensor.dtype), list(tensor.shape), hashlib.sha256(content).hexdigest()]
+    return found
+
+
+def first_output(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    """The first output that is a tensor, in evaluation mode."""
+    with torch.no_grad():
+        outputs = model(**inputs)
+    return next(value for value in outputs.to_tuple() if isinstance(value, torch.Tensor))
+
+
+def main(directory: str, kind: str, exchange: str) -> None:
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    from safetensors.torch import load_file, save_file
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of layers with nothing left, which are meant
+        if kind == "apt_ext":
+            import apt_ext
+
+            model: Any = apt_ext.load_export(directory)
+        else:
+            sys.modules["apt_ext"] = None  # type: ignore[assignment]  # an import of it would fail
+            import transformers
+
+            transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+            model = getattr(transformers, kind).from_pretrained(directory, dtype="auto", local_files_only=True)
+    model.eval()
+    if os.path.exists(exchange):
+        save_file({"output": first_output(model, load_file(exchange)).contiguous()}, exchange)
+    print(json.dumps({"tensors": digests(model)}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
