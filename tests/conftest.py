@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-<<<<<<< HEAD
+import json
 import pathlib
 import subprocess
-=======
-import json
->>>>>>> e728ff8 (export: fresh-process comparison, LLaMA as Mistral, per-layer widths with a loader, words for what cannot be said)
 import sys
 import warnings
 
