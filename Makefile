@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml $(wildcard build_backend/*.py csrc/*.* csrc/c
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h)
 VADER := .data/vaderSentiment-3.3.2.tar.gz
 
-.PHONY: demo test lint format kernels bench sdist clean
+.PHONY: demo test lint format kernels bench sdist asan cuda-sanitize clean
 
 demo: $(VENV)/extra-demo $(VENV)/sentence-model $(VADER)
 	$(VENV)/bin/apt-ext demo $(DEMO_ARGS)
@@ -38,6 +38,13 @@ kernels:
 
 bench: $(VENV)/extra-bench
 	$(PY) benchmarks/bench.py $(BENCH_ARGS)
+
+# Memory errors and undefined behaviour: of the CPU code, and of the kernels where there is a GPU.
+asan: $(VENV)/extra-test
+	PYTHON="$(CURDIR)/$(PY)" tests/sanitizers/asan.sh
+
+cuda-sanitize: $(VENV)/extra-test
+	PYTHON="$(CURDIR)/$(PY)" tests/sanitizers/cuda.sh
 
 # The source distribution is complete, and its wheel works where nothing but the declared dependencies is installed.
 sdist: $(VENV)/built

@@ -3,6 +3,7 @@
 import glob
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -71,9 +72,9 @@ def build_arguments():
 
     class Build(BuildExtension):
         def finalize_options(self):
+            self.build_temp = self.build_temp or "build/objects"  # kept, for editable installs as well: only what changed compiles again
             super().finalize_options()
             self.force = True  # ninja knows what changed; without it, times alone would miss a change of torch or of flags
-            self.build_temp = "build/objects"  # kept, for editable installs as well: ninja compiles again only what changed
 
         def run(self):
             version = self.distribution.get_version()
@@ -86,7 +87,7 @@ def build_arguments():
             record.write_text(f'"""Written by setup.py."""\n\nTORCH = "{torch_release}"\nCUDA: str | None = {release or None!r}\n')
 
     # Without -fopenmp at::parallel_for is silently serial: its header asks for _OPENMP. Some Pythons ask for -g: ten times the size.
-    options = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-g0"]
+    options = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-g0", *shlex.split(os.environ.get("CXXFLAGS", ""))]
     extension = (CUDAExtension if cuda else CppExtension)(
         name="apt_ext._C",
         sources=sorted(path for pattern in SOURCES + CUDA_SOURCES * cuda for path in glob.glob(pattern)),

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# The four tools of compute-sanitizer over the kernels in tests/test_cuda_small.py; `make cuda-sanitize` calls it.
+# PYTHON names an interpreter with torch and a CUDA build of apt_ext, arguments choose among the tools. An error of any tool ends it.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+python=${PYTHON:-python3}
+[ $# -gt 0 ] || set -- memcheck racecheck initcheck synccheck
+
+sanitizer=$(PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin" command -v compute-sanitizer) || {
+  echo "compute-sanitizer was not found: it is part of the CUDA toolkit; put it on the PATH or set CUDA_HOME" >&2
+  exit 1
+}
+"$python" -c '
+import sys, torch, apt_ext
+if not torch.cuda.is_available(): sys.exit("no CUDA device was found, so nothing would be checked")
+if not apt_ext.ops.build_info()["cuda"]: sys.exit("apt_ext was built without CUDA, so nothing would be checked")'
+
+export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # in a pool, what lies beyond a tensor is somebody's memory as well
+for tool; do
+  options=(--tool "$tool" --error-exitcode 99 --launch-timeout 120)
+  # Ours alone; initcheck has to see the writes of the others to know what they wrote.
+  [ "$tool" = initcheck ] || options+=(--kernel-name kns=apt_)
+  printf '== %s (%ss)\n' "$tool" "$SECONDS"
+  "$sanitizer" "${options[@]}" "$python" -m pytest -q -m cuda tests/test_cuda_small.py
+done
+printf '== no errors (%ss)\n' "$SECONDS"

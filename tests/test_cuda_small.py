@@ -1,0 +1,54 @@
+"""Every kernel, few launches and small tensors: what `make cuda-sanitize` runs under tools that make a launch a hundred times slower.
+
+On a CPU it is a test like any other.
+"""
+
+import pytest
+import torch
+from conftest import Problem, make_mask
+
+from apt_ext import ops, reference
+
+
+@pytest.mark.parametrize("masks", ["none", "soft"])
+def test_linear(device, dtype, masks):
+    # Odd sizes: no row starts where a vector load would like it, and the last tile is not full.
+    problem = Problem((2, 9), 37, 131, 5, dtype, device, masks)
+    problem.check(problem.run(ops.apt_linear))
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_merge(device, dtype, rank):
+    g = torch.Generator().manual_seed(rank)
+    W, A, B = (torch.randn(size, generator=g).to(dtype) for size in ((37, 131), (rank, 131), (37, rank)))
+    masks = make_mask("soft", 131, g, "cpu"), make_mask("hard", 37, g, "cpu")
+    for mask_in, mask_out in ((None, None), masks):
+        for check in (True, False):
+            weight = W.clone().to(device)
+            moved = [None if mask is None else mask.to(device) for mask in (mask_in, mask_out)]
+            ops.merge_(weight, A.to(device), B.to(device), 0.5, *moved, check=check)
+            expected = reference.merge_(W.clone(), A, B, 0.5, mask_in, mask_out)
+            torch.testing.assert_close(weight.cpu(), expected)
+
+
+def test_merge_that_overflows_is_refused(device):
+    W = torch.full((37, 131), 60000.0, dtype=torch.float16, device=device)
+    before = W.clone()
+    factors = torch.full((1, 131), 6000.0, dtype=torch.float16), torch.ones(37, 1, dtype=torch.float16)
+    with pytest.raises(RuntimeError, match="finite"):
+        ops.merge_(W, *(factor.to(device) for factor in factors), 1.0)
+    assert torch.equal(W, before)
+
+
+def test_mask_grads(device):
+    g = torch.Generator().manual_seed(2)
+    sizes = [((16, 24), 1), ((7, 5), 0), ((2, 3, 8), 1), ((41,), 0), ((3, 0), 0), ((1, 1000), -1)]
+    dtypes = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+    grads = [torch.randn(size, generator=g).to(dtype) for dtype in dtypes for size, _ in sizes]
+    dims = [dim for _ in dtypes for _, dim in sizes]
+    masks = [make_mask("soft", grad.shape[dim], g, "cpu") for grad, dim in zip(grads, dims, strict=True)]
+    expected = [reference.scale_lanes(*each) for each in zip(grads, masks, dims, strict=True)]
+    moved = [grad.to(device) for grad in grads]
+    ops.mask_grads_(moved, [mask.to(device) for mask in masks], dims)
+    for got, want in zip(moved, expected, strict=True):
+        torch.testing.assert_close(got.cpu(), want)
