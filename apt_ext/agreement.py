@@ -21,6 +21,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ _SHOWN = 300  # characters of a refusal that the other ranks repeat
 
 _inside: ContextVar[str] = ContextVar("apt_ext.agreement", default="")  # "", "change" or "alone"
 _group: weakref.ref[Any] | None = None  # the process group whose rounds are counted
-_round = 0
+_number = 0
 
 
 def ranks() -> int:
@@ -111,59 +112,65 @@ def _nothing_to_ask(*values: object) -> None:
     """`agree` of a single process, and of a change that another one covers."""
 
 
-def _next_round() -> tuple[Any, str, str]:
-    """The store, and the prefixes of this round's keys and of the last one's. Ranks that make the same changes count alike."""
-    global _group, _round
-    from torch.distributed import distributed_c10d as c10d
+@dataclass
+class _Round:
+    """One exchange as a rank sees it. Its keys are made anew for each round; ranks that make the same changes count rounds alike."""
 
-    group = torch.distributed.group.WORLD
-    if _group is None or _group() is not group:
-        _group, _round = weakref.ref(group), 0
-    _round += 1
-    return c10d._get_default_store(), f"apt_ext/{_round}/", f"apt_ext/{_round - 1}/"
+    store: Any
+    number: int
+    rank: int
+    world: int
+
+    def _key(self, name: str, back: int = 0) -> str:
+        return f"apt_ext/{self.number - back}/{name}"
+
+    def propose(self, what: str, values: str) -> str:
+        """Propose `what` with these values and wait: the verdict."""
+        proposal = f"{what} ({values})"
+        other, _, first = self.store.compare_set(self._key("first"), "", f"{self.rank} {proposal}").decode().partition(" ")
+        if first != proposal:
+            return self.settle(f"rank {other} proposes {first}, rank {self.rank} {proposal}")
+        if self.store.add(self._key("came"), 1) == self.world:
+            for name in ("first", "came", "verdict"):
+                self.store.delete_key(self._key(name, back=1))  # every rank has left that round
+            return self.settle(_AGREED)
+        return self._wait(what)
+
+    def _wait(self, what: str) -> str:
+        timeout = self.store.timeout.total_seconds() / 2
+        start = time.monotonic()
+        # Asked again and again: a blocking wait would hold the store's lock, which torch's watchdogs need, and could not be interrupted.
+        while not self.store.check([self._key("verdict")]):
+            waited = time.monotonic() - start
+            if waited >= timeout:
+                came = self.store.add(self._key("came"), 0)
+                return self.settle(f"rank {self.rank} waited {timeout:g} s for {what}, to which {came} of {self.world} ranks came")
+            time.sleep(min(0.0002 + waited / 10, 0.1, timeout - waited))
+        return self.store.get(self._key("verdict")).decode()  # type: ignore[no-any-return]
+
+    def settle(self, verdict: str) -> str:
+        """The verdict of the round: this one, unless there is one already."""
+        return self.store.compare_set(self._key("verdict"), "", verdict).decode()  # type: ignore[no-any-return]
+
+
+def _next_round() -> _Round:
+    global _group, _number
+    distributed = torch.distributed
+    if _group is None or _group() is not distributed.group.WORLD:
+        _group, _number = weakref.ref(distributed.group.WORLD), 0
+    _number += 1
+    return _Round(distributed.distributed_c10d._get_default_store(), _number, distributed.get_rank(), distributed.get_world_size())
 
 
 def _exchange(what: str, values: str) -> None:
-    """Propose `what` with these values and wait for the verdict; RuntimeError where it is not that all agree."""
-    store, key, last = _next_round()
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    proposal = f"{what} ({values})"
-    first_rank, _, first = store.compare_set(f"{key}first", "", f"{rank} {proposal}").decode().partition(" ")
-    if first == proposal:
-        verdict = _wait(store, key, last, world, what)
-    else:
-        verdict = _settle(store, key, f"rank {first_rank} proposes {first}, rank {rank} {proposal}")
+    """RuntimeError unless all ranks propose the same."""
+    verdict = _next_round().propose(what, values)
     if verdict != _AGREED:
         raise RuntimeError(f"{what}: the ranks disagree, and nothing has changed: {verdict}. All make the same changes in the same order")
 
 
-def _wait(store: Any, key: str, last: str, world: int, what: str) -> str:
-    """Count this rank among those that agree; the verdict, at the latest after the timeout."""
-    came = store.add(f"{key}came", 1)
-    if came == world:
-        for name in ("first", "came", "verdict"):
-            store.delete_key(last + name)  # every rank has left that round
-        return _settle(store, key, _AGREED)
-    timeout = store.timeout.total_seconds() / 2
-    start = time.monotonic()
-    # Asked again and again: a blocking wait would hold the store's lock, which torch's watchdogs need, and could not be interrupted.
-    while not store.check([f"{key}verdict"]):
-        waited = time.monotonic() - start
-        if waited >= timeout:
-            came, rank = store.add(f"{key}came", 0), torch.distributed.get_rank()
-            return _settle(store, key, f"rank {rank} waited {timeout:g} s for {what}, to which {came} of {world} ranks came")
-        time.sleep(min(0.0002 + waited / 10, 0.1, timeout - waited))
-    return store.get(f"{key}verdict").decode()  # type: ignore[no-any-return]
-
-
 def _refuse(what: str, error: BaseException) -> None:
     """This rank raises `error` instead of proposing: the others need not wait for it."""
-    store, key, _ = _next_round()
-    text = f"{type(error).__name__}: {error}"
+    this = _next_round()
     with suppress(RuntimeError):  # a lost connection must not hide the error
-        _settle(store, key, f"rank {torch.distributed.get_rank()} refuses {what} with {text[:_SHOWN]}")
-
-
-def _settle(store: Any, key: str, verdict: str) -> str:
-    """The verdict of the round: this one, unless there is one already."""
-    return store.compare_set(f"{key}verdict", "", verdict).decode()  # type: ignore[no-any-return]
+        this.settle(f"rank {this.rank} refuses {what} with {f'{type(error).__name__}: {error}'[:_SHOWN]}")

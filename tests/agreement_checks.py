@@ -114,7 +114,7 @@ def a_rank_that_changes_alone_gets_an_error_and_so_do_the_others(rank):
 @check
 def a_batch_of_changes_costs_one_exchange(rank):
     model = Two()
-    rounds = agreement._round
+    rounds = agreement._number
     new = torch.zeros(7)
     with agreement.change("step 5") as agree:
         agree(new, [3, 4])
@@ -123,7 +123,7 @@ def a_batch_of_changes_costs_one_exchange(rank):
             model.second.set_masks(mask_in=new)
         model.first.increase_rank(3)
         model.second.increase_rank(4)
-    assert agreement._round == rounds + 1 and not model.second.mask_in.any()
+    assert agreement._number == rounds + 1 and not model.second.mask_in.any()
     assert torch.equal(*gathered(model.second.lora_A)) and model.second.lora_A[:4].all()  # rank 0's rows all the same
     before = state(*model.adapters())
     with pytest.raises(RuntimeError, match="step 6: the ranks disagree"), agreement.change("step 6") as agree:
@@ -134,7 +134,7 @@ def a_batch_of_changes_costs_one_exchange(rank):
         if rank:
             model.first.increase_rank(99)  # what a nested call refuses before all is agreed is reported for the whole
         agree()
-    assert agreement._round == rounds + 3
+    assert agreement._number == rounds + 3
 
 
 @check
@@ -145,11 +145,11 @@ def block_masks_are_agreed_on_in_one_exchange(rank):
         vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, max_position_embeddings=8
     )
     model = apt_ext.get_apt_model(BertForSequenceClassification(config), apt_ext.APTConfig(r=2, target_modules=["query", "value"]))
-    rounds = agreement._round
+    rounds = agreement._number
     mask = torch.ones(12)
     mask[3] = 0
     model.set_block_mask("0.neurons", mask)
-    assert agreement._round == rounds + 1 and torch.equal(model.get_block_mask("0.neurons"), mask)
+    assert agreement._number == rounds + 1 and torch.equal(model.get_block_mask("0.neurons"), mask)
     with pytest.raises(RuntimeError, match="set_block_mask '0.neurons': the ranks disagree"):
         model.set_block_mask("0.neurons", torch.full((12,), 0.5 + 0.1 * rank))
     with pytest.raises(ValueError if rank else RuntimeError, match="rank 1 refuses set_block_mask|expected a block of this model"):

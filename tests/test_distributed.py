@@ -2,9 +2,13 @@
 
 import json
 import pathlib
+import random
 import re
 import subprocess
 import sys
+import threading
+import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -15,35 +19,47 @@ from apt_ext import APTAdapter, agreement
 WORKER = pathlib.Path(__file__).with_name("two_ranks.py")
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    """A function that fails with a rank's traceback unless the named check went well on both."""
-    outcome = tmp_path_factory.mktemp("two") / "outcome"
-    ranks = []
-    for rank in range(2):
-        with outcome.with_suffix(f".{rank}.log").open("w") as log:
-            ranks.append(subprocess.Popen([sys.executable, str(WORKER), str(outcome), str(rank)], stdout=log, stderr=log))
+def run(commands, outcome):
+    """Runs the commands side by side; a function that fails with a rank's traceback unless the named check went well on both ranks."""
+    processes = []
+    for number, command in enumerate(commands):
+        with outcome.with_suffix(f".{number}.log").open("w") as log:
+            processes.append(subprocess.Popen([sys.executable, *command], stdout=log, stderr=log))
     try:
-        for process in ranks:
+        for process in processes:
             process.wait(timeout=150)
     except subprocess.TimeoutExpired:
         pass
     finally:
-        for process in ranks:
+        for process in processes:
             process.kill()
             process.wait()
     files = [outcome.with_suffix(f".{rank}.json") for rank in range(2)]
     results = [json.loads(file.read_text()) if file.exists() else {} for file in files]
-    output = [outcome.with_suffix(f".{rank}.log").read_text()[-3000:] for rank in range(2)]
+    output = "".join(outcome.with_suffix(f".{number}.log").read_text()[-3000:] for number in range(len(commands)))
 
     def went_well(name):
         for rank, result in enumerate(results):
             if name not in result:
-                earlier = next((f"{failed}:\n{text}" for failed, text in result.items() if text), f"rank {rank} ended:\n{output[rank]}")
+                earlier = next((f"{failed}:\n{text}" for failed, text in result.items() if text), f"the end:\n{output}")
                 pytest.fail(f"rank {rank} did not come to {name} after {earlier}")
             assert result[name] is None, f"rank {rank}:\n{result[name]}"
 
     return went_well
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    outcome = tmp_path_factory.mktemp("two") / "outcome"
+    return run([[WORKER, outcome, str(rank)] for rank in range(2)], outcome)
+
+
+@pytest.mark.slow
+def test_under_torchrun(tmp_path):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    went_well = run([[*launch, WORKER, tmp_path / "outcome"]], tmp_path / "outcome")
+    for name in two_ranks.CHECKS:
+        went_well(name)
 
 
 def test_every_check_is_looked_at():
@@ -91,6 +107,10 @@ def test_fsdp_apply_grad_mask(both):
 
 def test_fsdp_state_dict(both):
     both("fsdp_state_dict_comes_back")
+
+
+def test_fsdp1_is_refused(both):
+    both("fsdp1_is_refused")
 
 
 # -- agreement ----------------------------------------------------------------------------------------------------------------------------
@@ -163,3 +183,37 @@ def test_digest_tells_values_shapes_and_types_apart():
     assert agreement.digest(torch.arange(6.0).view(2, 3).t()) == agreement.digest(torch.tensor([[0.0, 3], [1, 4], [2, 5]]))
     assert agreement.digest([1, torch.empty(0), zero.bfloat16()]) == agreement.digest((1, torch.empty(0), zero.bfloat16()))
     assert agreement.digest(zero.to("meta")) == agreement.digest(torch.ones(2, 3, device="meta"))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_all_ranks_act_on_one_verdict_whatever_each_does(world):
+    """Threads for ranks, over one store: most agree, some differ, refuse, or come too late; and then all agree again."""
+    store, rounds = torch.distributed.HashStore(), 60
+    store.set_timeout(timedelta(seconds=0.1))
+    plan = random.Random(world)
+    moods = [plan.choice([["same"], ["same", "same", "differs"], ["same", "same", "refuses"], ["same", "late"]]) for _ in range(rounds)]
+    acts = [[plan.choice(mood) for mood in moods] for _ in range(world)]
+    verdicts = [[] for _ in range(world)]
+
+    def run(rank):
+        delays = random.Random(100 + rank)
+        for number, act in enumerate(acts[rank]):
+            time.sleep(delays.random() * 0.004 + 0.09 * (act == "late"))
+            this = agreement._Round(store, number, rank, world)
+            if act == "refuses":
+                verdicts[rank].append(this.settle(f"rank {rank} refuses"))
+            else:
+                verdicts[rank].append(this.propose("change", str(rank if act == "differs" else "")))
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [len(seen) for seen in verdicts] == [rounds] * world
+    for number, seen in enumerate(zip(*verdicts, strict=True)):
+        assert len(set(seen)) == 1, (number, seen)
+        if seen[0] == "agreed":
+            assert all(acts[rank][number] in ("same", "late") for rank in range(world))
+    assert 5 < sum(seen == "agreed" for seen in verdicts[0]) < rounds - 5
+    assert any("waited" in seen for seen in verdicts[0]) and any("proposes" in seen for seen in verdicts[0])

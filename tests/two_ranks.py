@@ -1,6 +1,7 @@
 """Starts as one of two ranks of a gloo process group and makes every check; test_distributed.py looks at the outcome.
 
-python two_ranks.py OUTCOME RANK: writes {check: None or the traceback} of this rank to OUTCOME.RANK.json.
+python two_ranks.py OUTCOME RANK, or torchrun --nproc-per-node 2 two_ranks.py OUTCOME: writes {check: None or the traceback} of each rank
+to OUTCOME.RANK.json.
 """
 
 import json
@@ -17,8 +18,8 @@ from torch import distributed as dist
 from two_adapters import CHECKS
 
 
-def main(outcome, rank):
-    torch.set_num_threads(1)
+def join(outcome, rank):
+    """A group over a store whose port rank 0 leaves in a file."""
     meeting = pathlib.Path(f"{outcome}.port")
     if rank == 0:
         store = dist.TCPStore("127.0.0.1", 0, 2, True, timedelta(seconds=60), wait_for_workers=False)
@@ -29,6 +30,16 @@ def main(outcome, rank):
             time.sleep(0.05)
         store = dist.TCPStore("127.0.0.1", int(meeting.read_text()), 2, False, timedelta(seconds=60))
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+
+
+def main(outcome, rank=None):
+    torch.set_num_threads(1)
+    if rank is None:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    else:
+        join(outcome, int(rank))
+    rank, store = dist.get_rank(), dist.distributed_c10d._get_default_store()
+    assert store.timeout == timedelta(seconds=60)
     result = {}
     for name, function in CHECKS.items():
         # A rank that failed inside a collective is not where the other one is: the checks after it are not run.
@@ -45,4 +56,4 @@ def main(outcome, rank):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(*sys.argv[1:])

@@ -2,13 +2,14 @@
 
 import copy
 import time
+import warnings
 from datetime import timedelta
 
 import pytest
 import torch
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from two_adapters import Two, assert_same, check, gathered, loss, state, whole
 
@@ -188,6 +189,23 @@ def fsdp_state_dict_comes_back(rank):
     assert other.first.rank == 3 and torch.equal(other.first.mask_out, model.first.mask_out)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(whole(p), whole(q))
+
+
+@check
+def fsdp1_is_refused(rank):
+    """It steps flat pieces, also with use_orig_params."""
+    model = Two()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its own deprecations
+        wrapped = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer = torch.optim.AdamW(apt_ext.adapter_parameters(model))
+    apt_ext.hold_pruned(optimizer, model.adapters())
+    assert isinstance(wrapped, FullyShardedDataParallel) and model.first.lora_A.dim() == 1
+    with pytest.raises(RuntimeError, match="increase_rank: expected reserved storage of shape .* in pieces"):
+        model.first.increase_rank(3)
+    with pytest.raises(RuntimeError, match="hold_pruned: lora_A has shape .* steps pieces"):
+        optimizer.step()
+    assert model.first.rank == 2 and not optimizer.state
 
 
 # -- and last ---------------------------------------------------------------------------------------------------------------------------
