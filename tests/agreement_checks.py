@@ -137,14 +137,18 @@ def a_batch_of_changes_costs_one_exchange(rank):
     assert agreement._number == rounds + 3
 
 
-@check
-def block_masks_are_agreed_on_in_one_exchange(rank):
+def tiny_bert():
     from transformers import BertConfig, BertForSequenceClassification
 
     config = BertConfig(
         vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=12, max_position_embeddings=8
     )
-    model = apt_ext.get_apt_model(BertForSequenceClassification(config), apt_ext.APTConfig(r=2, target_modules=["query", "value"]))
+    return apt_ext.get_apt_model(BertForSequenceClassification(config), apt_ext.APTConfig(r=2, target_modules=["query", "value"]))
+
+
+@check
+def block_masks_are_agreed_on_in_one_exchange(rank):
+    model = tiny_bert()
     rounds = agreement._number
     mask = torch.ones(12)
     mask[3] = 0
@@ -158,6 +162,27 @@ def block_masks_are_agreed_on_in_one_exchange(rank):
     name, adapter = next(iter(apt_ext.adapters(model)))
     with pytest.raises(RuntimeError, match=f"set_masks of {name}: the ranks disagree"):
         adapter.set_masks(torch.full((8,), 0.5 + 0.1 * rank))
+
+
+@check
+def a_cut_is_agreed_on_and_shrink_asks_nobody(rank):
+    model = tiny_bert()
+    rounds, mask = agreement._number, torch.ones(12)
+    with agreement.alone():
+        mask[2 + rank] = 0
+        model.set_block_mask("0.neurons", mask)
+    widths = [adapter.weight.shape for _, adapter in apt_ext.adapters(model)]
+    with pytest.raises(RuntimeError, match="^cut: the ranks disagree"):
+        model.cut()
+    assert [adapter.weight.shape for _, adapter in apt_ext.adapters(model)] == widths
+    if rank == 0:  # as one does to export
+        apt_ext.shrink(model)
+        model.load_state_dict(model.state_dict())
+    assert agreement._number == rounds + 1
+    with agreement.alone():
+        model.set_block_mask("0.neurons", torch.tensor([0.0, *[1] * 11]))
+    model.cut()
+    assert model.blocks["0.neurons"].count == 11 and agreement._number == rounds + 2
 
 
 @check

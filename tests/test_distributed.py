@@ -148,6 +148,10 @@ def test_block_masks_are_agreed_on_in_one_exchange(both):
     both("block_masks_are_agreed_on_in_one_exchange")
 
 
+def test_a_cut_is_agreed_on_and_shrink_asks_nobody(both):
+    both("a_cut_is_agreed_on_and_shrink_asks_nobody")
+
+
 def test_alone_exchanges_nothing(both):
     both("what_a_rank_does_alone_on_purpose")
 
