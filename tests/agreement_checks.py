@@ -18,7 +18,7 @@ def refused_everywhere(rank, calls, match, *adapters):
     before, start = state(*adapters), time.monotonic()
     with pytest.raises(RuntimeError, match=match) as caught:
         calls[rank]()
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 10  # half the group's timeout is 30
     assert_same(before, state(*adapters))
     mask = torch.rand(8, generator=torch.Generator().manual_seed(3))
     adapters[0].set_masks(mask)
@@ -77,7 +77,7 @@ def a_refusal_on_one_rank_reaches_the_others(rank):
     error, match = (ValueError, "^new_rank must lie") if rank else (RuntimeError, r"rank 1 refuses increase_rank\(9\)")
     with pytest.raises(error, match=match):
         adapter.increase_rank(9 if rank else 3)
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 10  # half the group's timeout is 30
     assert_same(before, state(adapter))
     for _ in range(2):  # refused by every rank, each with its own words
         with pytest.raises(ValueError, match="^new_rank must lie"):
@@ -99,16 +99,16 @@ def a_rank_that_changes_alone_gets_an_error_and_so_do_the_others(rank):
             start = time.monotonic()
             with pytest.raises(RuntimeError, match="rank 0 waited 0.5 s for .*, to which 1 of 2 ranks came"):
                 call()
-            assert 0.4 < time.monotonic() - start < 2
+            assert 0.4 < time.monotonic() - start < 10
         dist.barrier()  # a collective of the others meanwhile: nothing of the exchange is in its way
         if rank == 1:
             with pytest.raises(RuntimeError, match="rank 0 waited 0.5 s"):
                 call()
         assert_same(before, state(adapter))
+    store.set_timeout(usual)
     for call in calls:
         call()
     assert adapter.rank == 3 and torch.equal(*gathered(adapter.lora_A))
-    store.set_timeout(usual)
 
 
 @check
