@@ -10,6 +10,7 @@ from .model import APTModel, adapter_parameters, adapters, get_apt_model
 from .structure.architectures import Architecture, BlockRule, Layers, Side, Stream, register_architecture
 from .structure.export import export
 from .structure.per_layer import load_export
+from .structure.planner import Plan, plan
 from .structure.shrink import shrink
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Architecture",
     "BlockRule",
     "Layers",
+    "Plan",
     "Side",
     "Stream",
     "__version__",
@@ -29,6 +31,7 @@ __all__ = [
     "hold_pruned",
     "load_export",
     "ops",
+    "plan",
     "reference",
     "register_architecture",
     "shrink",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -246,15 +247,10 @@ def _build(model: nn.Module, config: APTConfig, then: Callable[[APTModel], None]
     if isinstance(model, APTModel) or any(True for _ in adapters(model)):
         raise ValueError("model: expected a model without adapters, got one that has them; merge_and_unload() gives it back")
     modules = dict(model.named_modules())
-    names = [name for name in modules if name]
-    saved = task_heads(model) if config.modules_to_save is None else select("modules_to_save", config.modules_to_save, names)
-    inside = tuple(f"{name}." for name in saved)
-    linears = [name for name in names if is_linear(modules[name])]
-    whole = {name for name in linears if name in saved or name.startswith(inside)}
-    targets = config.targets(linears, whole, output_layer(model))
+    found = match(model, config)
+    linears, saved, whole, targets = found.linears, found.saved, found.whole, found.targets
     blocks = find_blocks(model)
     touched = {linear for block in blocks.values() if block.kind != "hidden" for linear in block.linears}
-    _check_targets(model, targets)
 
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     apt = APTModel(model, config, blocks, saved)
@@ -285,6 +281,29 @@ def _build(model: nn.Module, config: APTConfig, then: Callable[[APTModel], None]
             parameter.requires_grad_(flag)
         raise
     return apt
+
+
+@dataclass(frozen=True)
+class Match:
+    """Names in a model: its linears, the modules that train whole, the linears within those, and the linears that get an adapter."""
+
+    linears: list[str]
+    saved: list[str]
+    whole: set[str]
+    targets: list[str]
+
+
+def match(model: nn.Module, config: APTConfig) -> Match:
+    """What `config` means in this model; the errors of `get_apt_model` about names."""
+    modules = dict(model.named_modules())
+    names = [name for name in modules if name]
+    saved = task_heads(model) if config.modules_to_save is None else select("modules_to_save", config.modules_to_save, names)
+    inside = tuple(f"{name}." for name in saved)
+    linears = [name for name in names if is_linear(modules[name])]
+    whole = {name for name in linears if name in saved or name.startswith(inside)}
+    targets = config.targets(linears, whole, output_layer(model))
+    _check_targets(model, targets)
+    return Match(linears, saved, whole, targets)
 
 
 def _check_targets(model: nn.Module, targets: list[str]) -> None:

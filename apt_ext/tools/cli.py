@@ -3,23 +3,41 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..config import APTConfig
+from ..structure.planner import plan
 from .data import ARCHIVE, Missing
 from .demo import QUICK_STEPS, STEPS, CheckFailed, demo
+from .models import empty_model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 if all went well, 1 with one sentence on stderr if something is missing or a check failed."""
     options = _parser().parse_args(argv)
     try:
-        demo(options.output, seed=options.seed, steps=options.steps, archive=options.data, quick=options.quick)
+        options.run(options)
     except (Missing, CheckFailed) as error:
         print(f"apt-ext: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _demo(options: argparse.Namespace) -> None:
+    demo(options.output, seed=options.seed, steps=options.steps, archive=options.data, quick=options.quick)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    config = APTConfig(r=options.rank, target_modules=options.target_modules or "all-linear", density=options.density)
+    keep = dict(options.keep) if options.keep else None
+    try:
+        found = plan(empty_model(options.model), config, keep=keep, batch=options.batch, length=options.length)
+    except ValueError as error:
+        raise Missing(str(error)) from error
+    print(json.dumps(found.to_dict(), indent=2) if options.json else found)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -38,7 +56,31 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=int, default=0, help="of head, adapters, dropout, batches (%(default)s); the split stays")
     command.add_argument("--steps", type=_positive, help=f"optimizer steps of each run ({STEPS})")
     command.add_argument("--data", type=Path, default=ARCHIVE, metavar="PATH", help="vaderSentiment's source archive (%(default)s)")
+    command.set_defaults(run=_demo)
+
+    command = commands.add_parser(
+        "plan",
+        help="what a configuration would do to a model, and what could be exported",
+        description="A dry run: adapters, blocks, parameters, weights and FLOPs now and after a cut, and which directories could hold "
+        "the result. Reads config.json alone.",
+    )
+    command.add_argument("model", type=Path, metavar="DIR", help="a model's directory; its config.json is enough")
+    command.add_argument("--keep", nargs="+", type=_kept, metavar="KIND=NUMBER", help="how many heads, neurons, hidden stay in each layer")
+    command.add_argument("--density", type=float, default=1.0, help="share of heads and neurons that stays, instead of --keep")
+    command.add_argument("--rank", type=_positive, default=8, help="of each adapter (%(default)s)")
+    command.add_argument("--target-modules", nargs="+", metavar="NAME", help="linears that get an adapter (all)")
+    command.add_argument("--batch", type=_positive, default=1, help="of the FLOPs (%(default)s)")
+    command.add_argument("--length", type=_positive, default=128, help="of the FLOPs (%(default)s)")
+    command.add_argument("--json", action="store_true", help="all of it, for programs")
+    command.set_defaults(run=_plan)
     return parser
+
+
+def _kept(text: str) -> tuple[str, int]:
+    kind, _, number = text.partition("=")
+    if not number.isdigit():
+        raise argparse.ArgumentTypeError(f"expected KIND=NUMBER, got {text!r}")
+    return kind, int(number)
 
 
 def _positive(text: str) -> int:

@@ -1,0 +1,294 @@
+"""`plan`: what a configuration will do to a model, before anything is done."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..config import APTConfig
+from ..model import match
+from .architectures import Block, architecture_of, find_blocks, is_linear, side_width, stored, weight_dim
+from .blocks import missing_block
+from .cutting import Changes, lanes_for, never_empty, parameter_changes
+from .formats import Sizes, allowed
+
+KINDS = ("heads", "neurons", "hidden")
+
+
+@dataclass(frozen=True)
+class Size:
+    """A model's size: Parameters (a tied one once), their bytes, and FLOPs of one forward pass (None where no trial pass was possible)."""
+
+    parameters: int
+    bytes: int
+    flops: int | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found; `to_dict()` is plain values for JSON, `str()` a table.
+
+    model         the model's class
+    adapters      {linear: rank} of the targets
+    saved         modules that train whole
+    trainable     entries of adapters and saved modules
+    training_bytes  weights, adapters, their gradients and AdamW's two moments; activations, which depend on the batch, are not in it
+    blocks        {kind: {block: count}}
+    keep          {kind: how many of each block stay}, the target
+    dense, target sizes now and after the cut
+    exports       {"stock", "retyped", "per layer": constraints that stand against the target, in words; none: it can be written}
+    heads         {heads kept in every layer, hidden size as in the target: the formats that can say it}
+    notes         what the target brings with it
+    """
+
+    model: str
+    adapters: dict[str, int]
+    saved: list[str]
+    trainable: int
+    training_bytes: int
+    blocks: dict[str, dict[str, int]]
+    keep: dict[str, int]
+    dense: Size
+    target: Size
+    batch: int
+    length: int
+    exports: dict[str, list[str]]
+    heads: dict[int, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        ranks = sorted(set(self.adapters.values()))
+        lines = [
+            f"{self.model}: {len(self.adapters)} adapters of rank {', '.join(map(str, ranks))}",
+            f"trained whole: {', '.join(self.saved) or 'nothing'}",
+            f"trainable: {self.trainable:,} parameters; weights, gradients and AdamW: {_mib(self.training_bytes)} without activations",
+            "",
+            f"{'':14}{'now':>16}{'after the cut':>16}",
+        ]
+        for kind, found in self.blocks.items():
+            counts = sorted(set(found.values()))
+            now = str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
+            lines.append(f"{kind:14}{now:>16}{self.keep.get(kind, now):>16}" + (f"  in each of {len(found)}" if len(found) > 1 else ""))
+        for name, now, then in (
+            ("parameters", f"{self.dense.parameters:,}", f"{self.target.parameters:,}"),
+            ("weights", _mib(self.dense.bytes), _mib(self.target.bytes)),
+            ("GFLOPs", _giga(self.dense.flops), _giga(self.target.flops)),
+        ):
+            lines.append(
+                f"{name:14}{now:>16}{then:>16}" + (f"  forward, batch {self.batch}, length {self.length}" if name == "GFLOPs" else "")
+            )
+        lines.append("")
+        for name, failures in self.exports.items():
+            lines.append(f"export {name}: {'yes' if not failures else 'no: ' + '; '.join(failures)}")
+        if self.heads:
+            grouped: dict[str, list[int]] = {}
+            for count, formats in self.heads.items():
+                grouped.setdefault(formats[0] if formats else "none", []).append(count)
+            lines.append("heads kept: " + "; ".join(f"{', '.join(map(str, counts))} -> {name}" for name, counts in grouped.items()))
+        return "\n".join([*lines, *self.notes])
+
+
+def plan(model: nn.Module, config: APTConfig, *, keep: Mapping[str, int] | None = None, batch: int = 1, length: int = 128) -> Plan:
+    """A dry run of `get_apt_model(model, config)` and a cut; `model` is not changed and may lie on meta.
+
+    keep    {"heads", "neurons" or "hidden": how many stay in every layer} (heads are KV groups where query heads share keys); None: the
+            share `config.density` of heads and neurons, neurons in multiples of `config.round_to`
+    batch, length  the input of the FLOPs: matrix products and attention, as torch.utils.flop_counter counts them
+
+    Raises what get_apt_model raises about names; ValueError for a kind or number that the model does not have, and where blocks are asked
+    for of an architecture that is not in the table, saying what to declare.
+    """
+    found = match(model, config)
+    blocks = find_blocks(model)
+    wanted = _wanted(model, blocks, config, keep)
+    kept = {name: torch.arange(block.count) < min(wanted.get(block.kind, block.count), block.count) for name, block in blocks.items()}
+    notes = []
+    row = architecture_of(model)
+    for name in never_empty(row, model, blocks) if row is not None else ():
+        if blocks[name].count and not bool(kept[name].any()):
+            kept[name][0] = True
+            notes.append(f"{name}: one stays, with output weights of zero: the stock class cannot run with nothing there")
+    changes = parameter_changes(model, lanes_for(model, blocks, kept))
+    products = _products(model, blocks, batch, length)
+    if products is None:
+        notes.append(f"FLOPs are unknown: the model does not take token ids of shape [{batch}, {length}] alone")
+    ranks = {name: config.rank_of(name) for name in found.targets}
+    factors = sum(rank * sum(_shape(model.get_submodule(name))) for name, rank in ranks.items())
+    saved = {p: p.numel() for name in found.saved for p in model.get_submodule(name).parameters()}
+    trainable = factors + sum(saved.values())
+    per_entry = max((p.element_size() for p in model.parameters()), default=4)
+    dense, target = (
+        Size(_entries(model, cut), _bytes(model, cut), None if products is None else _flops(products, cut)) for cut in ({}, changes)
+    )
+    counts = {name: int(stay.sum()) for name, stay in kept.items()}
+    return Plan(
+        model=type(model).__name__,
+        adapters=ranks,
+        saved=found.saved,
+        trainable=trainable,
+        training_bytes=dense.bytes + per_entry * (factors + 3 * trainable),
+        blocks={
+            kind: {n: b.count for n, b in blocks.items() if b.kind == kind}
+            for kind in KINDS
+            if any(b.kind == kind for b in blocks.values())
+        },
+        keep=wanted,
+        dense=dense,
+        target=target,
+        batch=batch,
+        length=length,
+        exports=allowed(model, _sizes(model, blocks, counts)),
+        heads=_head_formats(model, blocks, counts),
+        notes=notes,
+    )
+
+
+def _wanted(model: nn.Module, blocks: dict[str, Block], config: APTConfig, keep: Mapping[str, int] | None) -> dict[str, int]:
+    """{kind: how many stay in each block}."""
+    present = {kind: max((b.count for b in blocks.values() if b.kind == kind), default=0) for kind in KINDS}
+    if keep is None:
+        if config.density == 1.0:
+            return {}
+        keep = {"heads": max(int(present["heads"] * config.density + 1e-6), 1)}
+        steps = max(int(present["neurons"] * config.density + 1e-6) // config.round_to, 1)
+        keep = {**keep, "neurons": min(steps * config.round_to, present["neurons"])}
+    for kind, count in keep.items():
+        if kind not in KINDS:
+            raise ValueError(f"keep: expected {', '.join(KINDS)}, got {kind!r}")
+        if present[kind] == 0:
+            raise ValueError(missing_block(model, kind, list(blocks), ""))
+        least = 1 if kind == "hidden" else 0
+        if isinstance(count, bool) or not isinstance(count, int) or not least <= count <= present[kind]:
+            raise ValueError(f"keep: expected {least} to {present[kind]} {kind}, got {count!r}")
+    return dict(keep)
+
+
+# -- parameters --------------------------------------------------------------------------------------------------------
+
+
+def _left(parameter: nn.Parameter, changes: Changes) -> list[int]:
+    """The shape that is left of a Parameter."""
+    dims = changes.get(parameter, {})
+    return [len(dims[dim]) if dim in dims else size for dim, size in enumerate(parameter.shape)]
+
+
+def _entries(model: nn.Module, changes: Changes) -> int:
+    return sum(math.prod(_left(parameter, changes)) for parameter in model.parameters())
+
+
+def _bytes(model: nn.Module, changes: Changes) -> int:
+    return sum(math.prod(_left(parameter, changes)) * parameter.element_size() for parameter in model.parameters())
+
+
+def _shape(linear: nn.Module) -> tuple[int, int]:
+    return side_width(linear, "out"), side_width(linear, "in")
+
+
+# -- floating-point operations -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Products:
+    """What one forward pass multiplies: (weight, tokens) of each linear, and (weight of O, its input dimension, pairs) of attention.
+
+    pairs  query positions times key positions, over the batch
+    """
+
+    linears: list[tuple[nn.Parameter, int]]
+    attention: list[tuple[nn.Parameter, int, int]]
+
+
+def _products(model: nn.Module, blocks: dict[str, Block], batch: int, length: int) -> _Products | None:
+    """Found by a trial pass on meta, where nothing is computed; None where the model wants other inputs."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        twin: Tensor = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(twin, requires_grad=False) if isinstance(tensor, nn.Parameter) else twin
+    trial = copy.deepcopy(model, memo).eval()
+    calls: dict[str, int] = {}
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            calls[name] = calls.get(name, 0) + args[0].shape[:-1].numel()
+
+        return hook
+
+    for name, module in trial.named_modules():
+        if is_linear(module):
+            module.register_forward_pre_hook(note(name))
+    tokens = torch.zeros(batch, length, dtype=torch.long, device="meta")
+    inputs = {"input_ids": tokens}
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        inputs["decoder_input_ids"] = tokens
+    try:
+        with torch.no_grad():
+            trial(**inputs)
+    except Exception:  # any model's own code: a plan without this number is better than none
+        return None
+    linears = [(_weight(model, name), count) for name, count in calls.items()]
+    attention = []
+    for block in blocks.values():
+        if block.kind == "heads":
+            out = [side.module for side in block.sides if side.side == "out" and side.of == "linear"]  # V, Q, K
+            queries, keys = calls.get(out[1], 0), calls.get(out[2], 0)
+            weight, base = _weight(model, block.reader), stored(model.get_submodule(block.reader))
+            attention.append((weight, weight_dim(base, "in"), queries * keys // batch))
+    return _Products(linears, attention)
+
+
+def _weight(model: nn.Module, name: str) -> nn.Parameter:
+    weight = stored(model.get_submodule(name)).weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+def _flops(products: _Products, changes: Changes) -> int:
+    """Two for each product and sum: of tokens with weights, of queries with keys, and of the weights of attention with values."""
+    linears = sum(2 * tokens * math.prod(_left(weight, changes)) for weight, tokens in products.linears)
+    return linears + sum(4 * pairs * _left(weight, changes)[dim] for weight, dim, pairs in products.attention)
+
+
+# -- formats -----------------------------------------------------------------------------------------------------------
+
+
+def _sizes(model: nn.Module, blocks: dict[str, Block], counts: Mapping[str, int]) -> Sizes:
+    """What a config has to say when `counts` of each block are left."""
+    found: dict[str, dict[str, int]] = {}
+    grouped = hasattr(getattr(model, "config", None), "num_key_value_heads")
+    for name, block in blocks.items():
+        count = counts[name]
+        if block.kind == "heads":
+            shared = side_width(model.get_submodule(block.reader), "in") // max(block.size * block.count, 1)
+            if grouped:
+                found.setdefault("num_key_value_heads", {})[name] = count
+            count *= shared
+        found.setdefault(block.width_field, {})[name] = count
+    return Sizes(found, next((block.size for block in blocks.values() if block.kind == "heads"), 0))
+
+
+def _head_formats(model: nn.Module, blocks: dict[str, Block], counts: Mapping[str, int]) -> dict[int, list[str]]:
+    """{heads kept in every layer: the formats that can say it}, with everything else as in `counts`."""
+    most = min((block.count for block in blocks.values() if block.kind == "heads"), default=0)
+    found = {}
+    for count in range(1, most + 1):
+        these = {name: count if blocks[name].kind == "heads" else other for name, other in counts.items()}
+        found[count] = [name for name, failures in allowed(model, _sizes(model, blocks, these)).items() if not failures]
+    return found
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def _giga(flops: int | None) -> str:
+    return "unknown" if flops is None else f"{flops / 1e9:,.3f}"

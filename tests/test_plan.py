@@ -1,0 +1,164 @@
+"""plan: what it predicts is what happens, and what it says can be exported can."""
+
+import json
+
+import pytest
+import torch
+from families import EVERY, FAMILIES, adapted, keep_first
+from torch.utils.flop_counter import FlopCounterMode
+
+import apt_ext
+from apt_ext import APTConfig, adapter_parameters, export, get_apt_model, plan, shrink
+from apt_ext.tools.cli import main
+
+transformers = pytest.importorskip("transformers")
+
+
+def flops(model, batch, length):
+    # sdpa has no formula for a CPU: the plain products do
+    model.set_attn_implementation("eager")
+    tokens = torch.randint(2, 50, (batch, length))
+    inputs = {"input_ids": tokens, **({"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {})}
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    return counter.get_total_flops()
+
+
+@EVERY
+def test_parameters_bytes_and_flops_are_those_of_the_cut(family):
+    model = family.model(torch.float32)
+    keep = {"heads": min(2, family.sizes.get("num_key_value_heads", 2)), "neurons": 7, "hidden": 16}
+    config = APTConfig(r=2)
+    found = plan(model, config, keep=keep, batch=3, length=7)
+    small = shrink(keep_first(get_apt_model(family.model(torch.float32), config), **keep))
+    for size, real in ((found.dense, model), (found.target, small)):
+        assert size.parameters == sum(p.numel() for p in real.parameters())
+        assert size.bytes == 4 * size.parameters
+        assert size.flops == flops(real.eval(), 3, 7)
+    apt = get_apt_model(family.model(torch.float32), config)
+    assert found.trainable == sum(p.numel() for p in adapter_parameters(apt))
+    assert found.adapters == {name: adapter.rank for name, adapter in apt_ext.adapters(apt) if adapter.rank}
+    assert found.saved == apt.saved
+    extra = sum(p.numel() for p in adapter_parameters(apt)) - sum(
+        p.numel() for name in apt.saved for p in apt.get_submodule(f"model.{name}").parameters()
+    )
+    assert found.training_bytes == found.dense.bytes + 4 * (extra + 3 * found.trainable)  # factors, their gradients, two moments
+    blocks = {name: count for group in found.blocks.values() for name, count in group.items()}
+    assert blocks == {name: block.count for name, block in apt.blocks.items()}
+
+
+@EVERY
+def test_it_changes_nothing_and_needs_no_weights(family):
+    model = family.model(torch.float32)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    names = [(name, id(module)) for name, module in model.named_modules()]
+    here = plan(model, APTConfig(r=2, density=0.5), length=16)
+    assert names == [(name, id(module)) for name, module in model.named_modules()]
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(not module._forward_pre_hooks for module in model.modules())
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    assert plan(empty, APTConfig(r=2, density=0.5), length=16) == here
+    assert here.dense.flops is not None and here.target.flops < here.dense.flops
+
+
+@pytest.mark.usefixtures("loaded_here")
+@EVERY
+@pytest.mark.parametrize(
+    "keep", [{"heads": 1}, {"neurons": 7}, {"hidden": 16}, {"heads": 2, "hidden": 16}, {"heads": 2, "hidden": 20}], ids=str
+)
+def test_what_it_says_can_be_exported_can(family, keep, tmp_path):
+    if keep.get("heads", 1) > family.sizes.get("num_key_value_heads", 3):
+        pytest.skip("fewer heads")
+    found = plan(family.model(), APTConfig(r=2), keep=keep)
+    apt = keep_first(adapted(family), **keep)
+    formats = [name for name, failures in found.exports.items() if not failures]
+    if formats[0] == "per layer":
+        with pytest.raises(ValueError) as error:
+            export(apt, tmp_path / "small")
+        assert all(failure in str(error.value) for failure in found.exports["stock"])
+    loader = export(apt, tmp_path / "small", per_layer=True)
+    assert {"stock": family.kind, "retyped": "MistralForCausalLM", "per layer": "apt_ext.load_export"}[formats[0]] == loader
+
+
+def test_seven_of_nine_heads_are_a_mistral():
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=576, intermediate_size=64, num_hidden_layers=1, num_attention_heads=9, num_key_value_heads=9
+    )
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(config)
+    found = plan(model, APTConfig(r=2), keep={"heads": 7})
+    assert found.exports["retyped"] == []
+    assert found.exports["stock"] == ["num_attention_heads of LlamaConfig must divide hidden_size, got 7 and 576; 6 heads would pass"]
+    assert found.heads == {n: (["stock"] if 576 % n == 0 else []) + ["retyped", "per layer"] for n in range(1, 10)}
+    assert "heads kept: 1, 2, 3, 4, 6, 8, 9 -> stock; 5, 7 -> retyped" in str(found)
+
+
+def test_density_is_a_share_of_heads_and_neurons():
+    model = FAMILIES["bert"].model()
+    assert plan(model, APTConfig(r=2, density=0.7, round_to=4)).keep == {"heads": 2, "neurons": 12}
+    assert plan(model, APTConfig(r=2)).keep == {}
+    assert plan(model, APTConfig(r=2)).dense == plan(model, APTConfig(r=2)).target
+
+
+def test_a_head_that_has_to_stay_is_said():
+    family = FAMILIES["llama"]
+    found = plan(family.model(), APTConfig(r=2), keep={"heads": 0})
+    assert found.target.parameters == sum(p.numel() for p in shrink(keep_first(adapted(family), heads=0)).parameters())
+    assert found.notes == ["0.heads: one stays, with output weights of zero: the stock class cannot run with nothing there"]
+
+
+def test_an_input_that_the_model_does_not_take_leaves_the_flops_open():
+    found = plan(FAMILIES["bert"].model(), APTConfig(r=2), batch=2, length=33)
+    assert found.dense.flops is None and found.notes == ["FLOPs are unknown: the model does not take token ids of shape [2, 33] alone"]
+    assert "GFLOPs                 unknown" in str(found)
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        ({"layers": 1}, "expected heads, neurons, hidden, got 'layers'"),
+        ({"heads": 4}, "expected 0 to 3 heads, got 4"),
+        ({"hidden": 0}, "1 to 24"),
+    ],
+)
+def test_it_refuses_in_words(keep, words):
+    with pytest.raises(ValueError, match=f"keep: .*{words}"):
+        plan(FAMILIES["bert"].model(), APTConfig(r=2), keep=keep)
+
+
+def test_an_unknown_architecture_has_a_plan_without_blocks():
+    model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2))
+    found = plan(model, APTConfig(r=2))
+    assert found.blocks == {} and found.adapters == {"0": 2, "2": 2} and found.exports["per layer"]
+    with pytest.raises(ValueError, match=r"declare it with apt_ext.register_architecture.*0 \[6, 6\], 2 \[2, 6\]"):
+        plan(model, APTConfig(r=2), keep={"neurons": 3})
+    with pytest.raises(ValueError, match="declare it with"):
+        plan(model, APTConfig(r=2, density=0.5))
+
+
+def test_names_that_match_nothing_are_refused_as_by_get_apt_model():
+    with pytest.raises(ValueError, match="target_modules: expected names .*nearest: query"):
+        plan(FAMILIES["bert"].model(), APTConfig(target_modules=["qery"]))
+
+
+def test_the_command(tmp_path, capsys):
+    FAMILIES["bert"].model(torch.float32).config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["BertForSequenceClassification"]}))
+    assert main(["plan", str(tmp_path), "--keep", "heads=2", "hidden=16", "--json", "--batch", "2", "--length", "9", "--rank", "3"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    expected = plan(FAMILIES["bert"].model(torch.float32), APTConfig(r=3), keep={"heads": 2, "hidden": 16}, batch=2, length=9)
+    assert said == json.loads(json.dumps(expected.to_dict()))
+    assert main(["plan", str(tmp_path), "--density", "0.5", "--target-modules", "query", "value"]) == 0
+    text = capsys.readouterr().out
+    assert "BertForSequenceClassification: 4 adapters of rank 8" in text and "export stock: no: BertConfig makes heads of" in text
+    for arguments, words in [
+        (["plan", str(tmp_path / "none")], "expected a directory with a config.json"),
+        (["plan", str(tmp_path), "--keep", "heads=9"], "keep: expected 0 to 3 heads, got 9"),
+    ]:
+        assert main(arguments) == 1
+        assert words in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["plan", str(tmp_path), "--keep", "heads"])
+    assert "expected KIND=NUMBER" in capsys.readouterr().err
