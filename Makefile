@@ -13,7 +13,7 @@ SOURCES := setup.py pyproject.toml $(wildcard build_backend/*.py csrc/*.* csrc/c
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h)
 VADER := .data/vaderSentiment-3.3.2.tar.gz
 
-.PHONY: demo test lint format kernels bench sdist asan cuda-sanitize clean
+.PHONY: demo test lint format kernels bench installs asan cuda-sanitize clean
 
 demo: $(VENV)/extra-demo $(VENV)/sentence-model $(VADER)
 	$(VENV)/bin/apt-ext demo $(DEMO_ARGS)
@@ -46,15 +46,9 @@ asan: $(VENV)/extra-test
 cuda-sanitize: $(VENV)/extra-test
 	PYTHON="$(CURDIR)/$(PY)" tests/sanitizers/cuda.sh
 
-# The source distribution is complete, and its wheel works where nothing but the declared dependencies is installed.
-sdist: $(VENV)/built
-	rm -rf build/sdist
-	$(PY) setup.py -q sdist -d build/sdist
-	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" $(PIP) wheel --no-index --no-deps -w build/sdist build/sdist/*.tar.gz
-	$(PYTHON) -m venv build/sdist/venv
-	build/sdist/venv/bin/python -m pip -q install "$(TORCH)" safetensors tqdm
-	build/sdist/venv/bin/python -m pip -q install --no-index build/sdist/*.whl
-	cd build/sdist && venv/bin/python -c "import apt_ext; print(apt_ext.__version__, apt_ext.ops.build_info())"
+# Every way to install that needs no download; `tests/install/run.sh all` has the others.
+installs: $(VENV)/built
+	PYTHON="$(CURDIR)/$(PY)" tests/install/run.sh offline
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info apt_ext/*.so apt_ext/_built_for.py .*_cache demo-output
