@@ -2,8 +2,9 @@
 whose structure gives blocks and adapters, and knows no architecture."""
 
 from .allocation import AdapterImportance, grown_ranks
+from .oneshot import one_shot
 from .salience import Salience
 from .schedule import cubic_density, linear_budget, step_mask
 from .selection import kept_count, top_k
 
-__all__ = ["AdapterImportance", "Salience", "cubic_density", "grown_ranks", "kept_count", "linear_budget", "step_mask", "top_k"]
+__all__ = ["AdapterImportance", "Salience", "cubic_density", "grown_ranks", "kept_count", "linear_budget", "one_shot", "step_mask", "top_k"]

@@ -90,6 +90,13 @@ def never_empty(row: Architecture, model: nn.Module, blocks: dict[str, Block]) -
     return [name for i, name in enumerate(own) if types[i] not in types[:i]]  # a cache has one length for each type of layer
 
 
+def alike(model: nn.Module, blocks: dict[str, Block]) -> list[list[str]]:
+    """Groups of blocks of heads of which the same have to stay in each; none where layers are free."""
+    row = architecture_of(model)
+    heads = [name for name, block in blocks.items() if block.kind == "heads"] if row is not None and row.alike else []
+    return list({group[0]: group for group in (_stack(name, blocks) for name in heads)}.values())
+
+
 def _stack(name: str, blocks: dict[str, Block]) -> list[str]:
     """The blocks of the same part of every layer of the stack that `name` is in."""
     first, last = name.split(".")[0], name.rpartition(".")[2]

