@@ -98,6 +98,7 @@ def _t5(kind: str = "T5ForConditionalGeneration", **changes: Any) -> Family:
 FAMILIES = {
     "bert": Family("BertForSequenceClassification", "BertConfig", _BERT),
     "bert-mlm": Family("BertForMaskedLM", "BertConfig", _BERT),
+    "bert-decoder": Family("BertLMHeadModel", "BertConfig", {**_BERT, "is_decoder": True, "bos_token_id": 1}, decoder=True),
     "roberta": Family("RobertaForSequenceClassification", "RobertaConfig", _BERT),
     "roberta-mlm": Family("RobertaForMaskedLM", "RobertaConfig", _BERT),
     "distilbert": Family("DistilBertForSequenceClassification", "DistilBertConfig", _DISTILBERT),
@@ -107,6 +108,7 @@ FAMILIES = {
     "llama-bias": _decoder("Llama", attention_bias=True, mlp_bias=True, num_key_value_heads=1),
     "mistral": _decoder("Mistral", sliding_window=4),
     "qwen2": _decoder("Qwen2"),
+    "qwen2-sliding": _decoder("Qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=1),
     "qwen3": _decoder("Qwen3", head_dim=8, tie_word_embeddings=True),
     "gemma": _decoder("Gemma", head_dim=8),
     "gpt2": Family("GPT2LMHeadModel", "GPT2Config", _GPT2, decoder=True),

@@ -309,3 +309,15 @@ def test_other_heads_of_the_same_architecture(name, kind):
             if ours.shape != theirs.shape:  # a bare model hands on the residual stream
                 theirs = theirs[..., apt.get_block_mask("hidden") != 0]
             assert torch.allclose(ours, theirs, rtol=0, atol=1e-10)
+
+
+def test_each_type_of_layer_has_a_cache_of_its_own():
+    """Where full and sliding attention alternate, the first layer of each is asked for the length."""
+    family = FAMILIES["qwen2-sliding"]
+    apt = adapted(family)
+    assert apt.config.layer_types == ["full_attention", "sliding_attention"]
+    apt.set_block_mask("1.heads", torch.zeros(3))
+    expected = generated(apt.model, family.inputs(), use_cache=False)
+    small = shrink(apt)
+    assert find_blocks(small)["1.heads"].count == 1
+    close(generated(small, family.inputs(), use_cache=True), expected)

@@ -214,7 +214,7 @@ def tell_modules(model: nn.Module, lanes: Lanes) -> None:
                 for attribute in names:
                     if attribute in vars(one):
                         setattr(one, attribute, len(kept))
-            if isinstance(base, nn.LayerNorm):
+            if isinstance(base, nn.LayerNorm | nn.RMSNorm):
                 base.normalized_shape = (len(kept),)
 
 
