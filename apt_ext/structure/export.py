@@ -167,7 +167,8 @@ def _compare(small: Any, directory: Path, loader: str, exchange: Path) -> None:
 
 def _probe(small: Any) -> tuple[dict[str, Tensor], Tensor | None]:
     """transformers' own dummy inputs, one row of them, and the model's first output; None where it wants other inputs."""
-    inputs = {name: tensor[:1].to(small.device) for name, tensor in small.dummy_inputs.items() if isinstance(tensor, Tensor)}
+    words = getattr(small.config, "vocab_size", None) or 1  # an index beyond them would end a CUDA context
+    inputs = {name: (tensor[:1] % words).to(small.device) for name, tensor in small.dummy_inputs.items() if isinstance(tensor, Tensor)}
     training = small.training
     try:
         return inputs, reload.first_output(small.eval(), inputs).detach()
