@@ -210,44 +210,54 @@ def _finish(directory: Path, manifest: str, names: Sequence[str]) -> None:
 
 
 class Sealed:
-    """A file of a manifest, open: whatever is renamed over its name, this is what is read."""
+    """A file of a manifest, open at its start: whatever is renamed over its name, this is what is read, once."""
 
     def __init__(self, path: Path, stream: BufferedReader, entry: dict[str, Any]) -> None:
         self.path = path
         self.size: int = entry["size"]
         self._stream = stream
         self._sha256: str = entry["sha256"]
+        self._seen = hashlib.sha256()
         found = os.fstat(stream.fileno()).st_size
         if found != self.size:
             raise ValueError(f"expected {self.size} bytes, as its manifest says, got {found}")
 
-    def start(self, count: int) -> bytes:
-        """At most its first `count` bytes, not compared with anything."""
-        self._stream.seek(0)
-        return self._stream.read(count)
+    def read(self, count: int) -> bytearray:
+        """The next `count` bytes, which are not to be trusted before `done`."""
+        data = bytearray(count)
+        if self._stream.readinto(data) != count:
+            raise ValueError(f"expected {self.size} bytes, as its manifest says, got fewer")
+        self._seen.update(data)
+        return data
 
-    def content(self) -> bytes:
-        """All of it. ValueError if it is not what the manifest says."""
-        content = self.start(self.size)
-        if len(content) != self.size or hashlib.sha256(content).hexdigest() != self._sha256:
+    def done(self) -> None:
+        """ValueError unless what was read is all of it, and what the manifest says."""
+        if self._seen.hexdigest() != self._sha256:
             raise ValueError(
                 f"expected content with SHA-256 {self._sha256}, as its manifest says, got other content: it was changed or damaged"
             )
-        return content
+
+    def json(self, most: int) -> dict[str, Any]:
+        """The object that it holds, in at most `most` bytes."""
+        if self.size > most:
+            raise ValueError(f"expected at most {most} bytes, got {self.size}")
+        text = self.read(self.size)
+        self.done()
+        return json_object(text.decode("utf-8"))
 
 
 @contextmanager
-def opened(directory: Path, manifest: str, names: Sequence[str]) -> Iterator[dict[str, Sealed]]:
-    """The files `names` of the sealed directory, all of one save, whatever is saved there meanwhile. ValueError naming the file.
+def opened(directory: Path, manifest: str, names: Sequence[str] | None = None) -> Iterator[dict[str, Sealed]]:
+    """The files of the sealed directory, all of one save, whatever `commit` does there meanwhile. ValueError naming the file.
 
-    Nothing has been read but the manifest, which must list just these files.
+    Nothing has been read but the manifest, which must list just the files `names`; without, those that it lists are the ones.
     """
     with ExitStack() as stack:
         for _ in range(_TRIES):
             attempt = stack.enter_context(ExitStack())
             text, entries = _manifest_text(directory, manifest, names)
             files = {}
-            for name in names:
+            for name in entries:
                 with naming(str(directory / name), ValueError):
                     stream = attempt.enter_context(_open(directory, manifest, name))
                 if _manifest_text(directory, manifest, names)[0] != text:
@@ -262,12 +272,12 @@ def opened(directory: Path, manifest: str, names: Sequence[str]) -> Iterator[dic
         yield files
 
 
-def _manifest_text(directory: Path, manifest: str, names: Sequence[str]) -> tuple[bytes, dict[str, dict[str, Any]]]:
+def _manifest_text(directory: Path, manifest: str, names: Sequence[str] | None) -> tuple[bytes, dict[str, dict[str, Any]]]:
     with naming(str(directory / manifest), ValueError):
         with _open(directory, manifest, manifest) as stream:
             text = stream.read(_MOST_TEXT + 1)
         entries = _entries(text)
-        if sorted(entries) != sorted(names):
+        if names is not None and sorted(entries) != sorted(names):
             raise ValueError(f"expected the files {sorted(names)}, got {sorted(entries)!r:.200}")
         return text, entries
 
@@ -280,6 +290,8 @@ def _entries(text: bytes) -> dict[str, dict[str, Any]]:
     if not isinstance(entries, dict):
         raise ValueError('expected "files", an object of names')
     for name, entry in entries.items():
+        if name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise ValueError(f"expected names of files in its directory, got {name!r:.100}")
         if not isinstance(entry, dict) or type(entry.get("size")) is not int or type(entry.get("sha256")) is not str:
             raise ValueError(f"{name!r}: expected its size and its sha256, got {entry!r:.100}")
     return entries

@@ -8,7 +8,8 @@ import torch
 from families import EVERY, FAMILIES, adapted, close, keep_first, mask_all, outputs, some, tolerance
 from safetensors.torch import load_file, save_file
 
-from apt_ext import APTConfig, export, get_apt_model, load_export, shrink
+from apt_ext import APTConfig, disk, export, get_apt_model, load_export, shrink
+from apt_ext.structure.per_layer import MANIFEST
 
 transformers = pytest.importorskip("transformers")
 
@@ -116,8 +117,20 @@ def test_empty_layers_and_ties_come_back_through_our_loader(tmp_path):
     close(outputs(again, family.inputs()), outputs(apt, family.inputs()))
 
 
-@pytest.mark.parametrize("damage", ["missing", "class", "more", "negative", "tensors", "fewer", "other", "json"])
-def test_our_loader_trusts_nothing(tmp_path, damage):
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("missing", "expected it and config.json"),
+        ("class", "name of a model class"),
+        ("more", "of the blocks of this model"),
+        ("negative", "to be numbers"),
+        ("tensors", "safetensors header"),
+        ("fewer", r"missing \['classifier.bias'\]"),
+        ("other", r"unknown, .*\['classifier.other'\]"),
+        ("json", "Expecting|Unterminated"),
+    ],
+)
+def test_our_loader_trusts_nothing(tmp_path, damage, words):
     export(
         mask_all(apt := adapted(FAMILIES["bert"]), some(FAMILIES["bert"], apt.blocks, ("neurons",), "hard")), tmp_path / "a", per_layer=True
     )
@@ -142,6 +155,10 @@ def test_our_loader_trusts_nothing(tmp_path, damage):
         said["widths"]["0.neurons"] = {"more": 21, "negative": -1}[damage]
         file.write_text(json.dumps(said))
     with pytest.raises(ValueError, match=str(tmp_path / "a")):
+        load_export(tmp_path / "a")
+    (tmp_path / "a" / MANIFEST).unlink()
+    disk.seal(tmp_path / "a", MANIFEST)  # by somebody who means it
+    with pytest.raises(ValueError, match=f"{tmp_path / 'a'}.*{words}"):
         load_export(tmp_path / "a")
 
 

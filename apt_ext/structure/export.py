@@ -20,9 +20,9 @@ from . import per_layer as own_format
 from . import reload
 from .architectures import architecture_of
 from .formats import Sizes, retype_failures, stock_failures
+from .per_layer import MANIFEST
 from .shrink import shrink
 
-MANIFEST = "apt_export.json"
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -89,8 +89,8 @@ def export(
         else:
             written.save_pretrained(new, max_shard_size=max_shard_size)
         _carry_tokenizer(tokenizer, small, new)
-        _compare(small, new, loader, beside / "exchange.safetensors")
         disk.seal(new, MANIFEST)
+        _compare(small, new, loader, beside / "exchange.safetensors")
         disk.place(new, target)
     return "apt_ext.load_export" if loader == "apt_ext" else loader
 

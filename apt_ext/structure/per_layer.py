@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import disk
+from .. import disk, tensor_file
 from ..errors import naming
 from .architectures import Architecture, architecture_of, find_blocks
 from .cutting import configs, lanes_for, parameter_changes, replace_parameters, tell_blocks, tell_constants, tell_modules
 from .formats import Sizes
 
+MANIFEST = "apt_export.json"  # of every export
 FILE = "apt_widths.json"
 _FORMAT = 1
 _MOST_TEXT = 1 << 20  # bytes of each JSON file
@@ -58,26 +59,30 @@ def load_export(path: str | os.PathLike[str]) -> nn.Module:
     except ImportError as error:
         raise ImportError('load_export needs transformers: pip install "apt_ext[hf]"') from error
     directory = Path(path)
-    with naming(str(directory / FILE), ValueError):
-        said = _json(directory / FILE)
-        kind = getattr(transformers, str(said.get("class")), None)
-        if said.get("format") != _FORMAT or not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
-            raise ValueError(f'expected "format": {_FORMAT} and the name of a model class of transformers, got {str(said)[:200]}')
-        counts, entries = said.get("widths"), said.get("config")
-        for name, numbers, also in (("widths", counts, ()), ("config", entries, (None,))):
-            good = isinstance(numbers, dict) and all(number in also or (type(number) is int and number >= 0) for number in numbers.values())
-            if not good:
-                raise ValueError(f'expected "{name}" to be numbers, got {str(numbers)[:200]}')
-        model = _shaped(kind, directory, counts or {}, entries or {})
-    with naming(str(directory), ValueError):
-        _load_tensors(model, directory)
+    with disk.opened(directory, MANIFEST) as files:
+        if FILE not in files or "config.json" not in files:
+            raise ValueError(f"{directory / FILE}: expected it and config.json in {MANIFEST}, got {sorted(files)[:8]}")
+        with naming(str(directory / FILE), ValueError):
+            said = files[FILE].json(_MOST_TEXT)
+            kind = getattr(transformers, str(said.get("class")), None)
+            if said.get("format") != _FORMAT or not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
+                raise ValueError(f'expected "format": {_FORMAT} and the name of a model class of transformers, got {str(said)[:200]}')
+            counts, entries = said.get("widths"), said.get("config")
+            for name, numbers, also in (("widths", counts, ()), ("config", entries, (None,))):
+                good = isinstance(numbers, dict) and all(
+                    number in also or (type(number) is int and number >= 0) for number in numbers.values()
+                )
+                if not good:
+                    raise ValueError(f'expected "{name}" to be numbers, got {str(numbers)[:200]}')
+            model = _shaped(kind, files["config.json"], counts or {}, entries or {})
+        _load_tensors(model, directory, [file for name, file in files.items() if name.endswith(".safetensors")])
     return model.eval()  # type: ignore[no-any-return]
 
 
-def _shaped(kind: Any, directory: Path, counts: dict[str, int], entries: dict[str, int]) -> Any:
+def _shaped(kind: Any, file: disk.Sealed, counts: dict[str, int], entries: dict[str, int]) -> Any:
     """A model with these numbers of blocks, whose values are of no account."""
     with naming("config.json"):
-        config = kind.config_class.from_dict(_json(directory / "config.json"))
+        config = kind.config_class.from_dict(file.json(_MOST_TEXT))
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(config, "dtype", None) or before)
     try:
@@ -101,24 +106,25 @@ def _shaped(kind: Any, directory: Path, counts: dict[str, int], entries: dict[st
     return model
 
 
-def _load_tensors(model: nn.Module, directory: Path) -> None:
+def _load_tensors(model: nn.Module, directory: Path, files: list[disk.Sealed]) -> None:
     """ValueError unless the files hold each of the model's tensors, a tied one under any of its names, and no other."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    state = model.state_dict(keep_vars=True)
+
+    def judge(found: dict[str, tensor_file.Entry]) -> None:
+        wrong = [name for name, entry in found.items() if name not in state or list(state[name].shape) != entry.shape]
+        if wrong or found.keys() & tensors.keys():
+            raise ValueError(f"expected the tensors of {FILE}, each once: unknown, of another shape or twice {(wrong or list(found))[:3]}")
 
     tensors: dict[str, Tensor] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        try:
-            tensors |= load_file(file)
-        except SafetensorError as error:
-            raise ValueError(f"{file.name}: {error}") from error
-    state = model.state_dict(keep_vars=True)
-    wrong = [name for name, tensor in tensors.items() if name not in state or state[name].shape != tensor.shape]
-    came = {id(state[name]) for name in tensors if name in state}
+    for file in files:
+        with naming(str(file.path), ValueError):
+            tensors |= tensor_file.read(file, state, judge)
+    came = {id(state[name]) for name in tensors}
     missing = [name for name, tensor in state.items() if id(tensor) not in came]
-    if wrong or missing:
-        raise ValueError(f"expected the tensors of {FILE}: missing {missing[:3]}, unknown or of another shape {wrong[:3]}")
-    model.load_state_dict(tensors, strict=False)
+    with naming(str(directory), ValueError):
+        if missing:
+            raise ValueError(f"expected the tensors of {FILE}: missing {missing[:3]}")
+        model.load_state_dict(tensors, strict=False)
 
 
 def _widest(row: Architecture, config: Any, sizes: Sizes) -> dict[str, int]:
@@ -145,9 +151,3 @@ def _shared(sizes: Sizes) -> int:
     """How many query heads share a KV head."""
     groups = sizes.widths["num_key_value_heads"]
     return next((heads // groups[name] for name, heads in sizes.widths["num_attention_heads"].items() if groups[name]), 1)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file() or file.stat().st_size > _MOST_TEXT:
-        raise ValueError(f"expected a file of at most {_MOST_TEXT} bytes, found {'a larger one' if file.is_file() else 'none'}")
-    return disk.json_object(file.read_text(encoding="utf-8"))
