@@ -48,3 +48,25 @@ def merge_(
 ) -> None: ...
 def mask_grads_(grads: Sequence[Tensor], masks: Sequence[Tensor], dims: Sequence[int]) -> None: ...
 def build_info() -> dict[str, Any]: ...
+
+class LinearPlan:
+    """How one apt_linear is computed: what takes which route, and how its launches are cut."""
+
+    route: str  # "library" or "passes"
+    padded: bool
+    rows: int
+    up_splits_N: int
+    up_splits_K: int
+    span_N: int
+    span_K: int
+
+def launch_plan(
+    M: int,
+    N: int,
+    K: int,
+    R: int,
+    dtype: str = "bfloat16",
+    capability: int = 90,
+    multiprocessors: int = 132,
+    shared_bytes: int = 232448,
+) -> LinearPlan: ...

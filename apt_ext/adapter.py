@@ -194,24 +194,31 @@ class APTAdapter(Merging):
             self._check_override("mask_in", mask_in, self.in_features, x)
         if mask_out is not None:
             self._check_override("mask_out", mask_out, self.out_features, x)
-        base = self.base_layer
+        # The registries themselves: attribute access through nn.Module costs as much as a small product.
+        base = self._modules["base_layer"]
         if self._merged or self._disabled:
             if base is None:
                 raise RuntimeError("disable_adapter: this APTAdapter has no base layer to fall back on")
             if self._merged:
                 self._warn_if_learning()
             return base(x)  # type: ignore[no-any-return]
-        mask_in = self._effective_mask("mask_in") if mask_in is None else mask_in
-        mask_out = self._effective_mask("mask_out") if mask_out is None else mask_out
-        weight, bias = self._matrix(), self.bias
+        compiling = torch.compiler.is_compiling()
+        mask_in = self._effective_mask("mask_in", compiling) if mask_in is None else mask_in
+        mask_out = self._effective_mask("mask_out", compiling) if mask_out is None else mask_out
+        A, B = self._parameters["lora_A"], self._parameters["lora_B"]
+        assert A is not None and B is not None
+        weight: Any = None
+        bias: Any = None
+        if base is not None:
+            weight, bias = base.weight, base.bias
+            weight = weight.t() if self._transposed else weight
         if self.dropout > 0.0 and self.training:
             # Dropping commutes with masking, so the low-rank path is the same op on its own dropped input.
-            none_A, none_B = self.lora_A[:0], self.lora_B[:, :0]
-            low_rank = ops.apt_linear(F.dropout(x, self.dropout), None, None, self.lora_A, self.lora_B, mask_in, mask_out, self._scaling)
-            y = low_rank if weight is None else ops.apt_linear(x, weight, bias, none_A, none_B, mask_in, mask_out, 1.0) + low_rank
+            low_rank = ops.apt_linear(F.dropout(x, self.dropout), None, None, A, B, mask_in, mask_out, self._scaling)
+            y = low_rank if weight is None else ops.apt_linear(x, weight, bias, A[:0], B[:, :0], mask_in, mask_out, 1.0) + low_rank
         else:
-            y = ops.apt_linear(x, weight, bias, self.lora_A, self.lora_B, mask_in, mask_out, self._scaling)
-        return y if torch.compiler.is_compiling() else self._stamped(y)
+            y = ops.apt_linear(x, weight, bias, A, B, mask_in, mask_out, self._scaling)
+        return y if compiling else self._stamped(y)
 
     def _stamped(self, y: Tensor) -> Tensor:
         """Under activation checkpointing the masks must not change before the recomputation: an error, never a wrong gradient.
@@ -219,12 +226,13 @@ class APTAdapter(Merging):
         Non-reentrant checkpoints compare the shapes of saved tensors, so the epoch is saved as a shape. A reentrant one
         saves nothing: there a forward that runs inside a backward must find the epoch of the last forward outside it.
         """
-        if torch._C._current_graph_task_id() == -1:
-            self._forward_epoch = self._mask_epoch
-        elif self._forward_epoch != self._mask_epoch:
-            raise RuntimeError("masks changed between a checkpointed forward and its recomputation; call backward() before set_masks()")
-        if self._mask_epoch and y.requires_grad and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            return _Stamp.apply(y, self._mask_epoch)  # type: ignore[no-untyped-call, no-any-return]
+        epoch = self._mask_epoch
+        if self._forward_epoch != epoch:
+            if torch._C._current_graph_task_id() != -1:
+                raise RuntimeError("masks changed between a checkpointed forward and its recomputation; call backward() before set_masks()")
+            self._forward_epoch = epoch
+        if epoch and y.requires_grad and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return _Stamp.apply(y, epoch)  # type: ignore[no-untyped-call, no-any-return]
         return y
 
     def _check_override(self, name: str, mask: Tensor, size: int, x: Tensor) -> None:
@@ -305,18 +313,18 @@ class APTAdapter(Merging):
         stamp = self._mask_stamps.get(name)
         return stamp is not None and stamp == self._buffer(name)._version
 
-    def _effective_mask(self, name: str) -> Tensor | None:
+    def _effective_mask(self, name: str, compiling: bool) -> Tensor | None:
         """The mask, or None where it is known to be all ones: then it costs nothing, and no device is asked.
 
         A compiled or captured graph outlives this knowledge, so there the mask always takes part. The version counter
         notices a mask written by anybody else (DDP broadcasts buffers).
         """
-        buffer = self._buffer(name)
-        if torch.compiler.is_compiling() or not self._known_ones(name):
+        buffer = self._buffers[name]
+        assert buffer is not None
+        stamp = None if compiling else self._mask_stamps.get(name)
+        if stamp is None or stamp != buffer._version:
             return buffer
-        if buffer.is_cuda and torch.cuda.is_current_stream_capturing():
-            return buffer
-        return None
+        return buffer if buffer.is_cuda and torch.cuda.is_current_stream_capturing() else None
 
     # -- rank --------------------------------------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "ops.h"
+#include "plan.h"
 
 namespace apt {
 namespace {
@@ -64,6 +65,37 @@ py::dict build_info() {
   return info;
 }
 
+// The plan of a layer on a GPU with these properties, without one: for tests, and to see what a shape gets.
+void bind_plan(py::module& m) {
+  using Route = LinearPlan::Route;
+  py::class_<LinearPlan>(m, "LinearPlan")
+      .def_property_readonly(
+          "route", [](const LinearPlan& p) { return p.route == Route::kPasses ? "passes" : "library"; })
+      .def_readonly("padded", &LinearPlan::padded)
+      .def_readonly("rows", &LinearPlan::rows)
+      .def_readonly("up_splits_N", &LinearPlan::up_splits_N)
+      .def_readonly("up_splits_K", &LinearPlan::up_splits_K)
+      .def_readonly("span_N", &LinearPlan::span_N)
+      .def_readonly("span_K", &LinearPlan::span_K)
+      .def("__repr__", &LinearPlan::str);
+  m.def(
+      "launch_plan",
+      [](int64_t M, int64_t N, int64_t K, int64_t R, const std::string& dtype, int capability,
+         int multiprocessors, int64_t shared_bytes) {
+        const std::map<std::string, DType> types{{"float64", DType::kFloat64},
+                                                 {"float32", DType::kFloat32},
+                                                 {"float16", DType::kFloat16},
+                                                 {"bfloat16", DType::kBFloat16}};
+        auto type = types.find(dtype);
+        TORCH_CHECK_VALUE(type != types.end(), "dtype must be float64, float32, float16 or bfloat16, got ",
+                          dtype);
+        return launch_plan({M, N, K, R, type->second}, {capability, multiprocessors, shared_bytes});
+      },
+      py::arg("M"), py::arg("N"), py::arg("K"), py::arg("R"), py::arg("dtype") = "bfloat16",
+      py::arg("capability") = 90, py::arg("multiprocessors") = 132, py::arg("shared_bytes") = 232448,
+      "How apt_linear of this shape is computed on a GPU with these properties (default: an H100 or H200).");
+}
+
 }  // namespace
 
 TORCH_LIBRARY(apt_ext, m) {
@@ -82,6 +114,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       bind_op(m, name, schema, typed, std::index_sequence_for<Args...>{});
     }(function);
   });
+  bind_plan(m);
   m.def("build_info", &build_info,
         "What this build is: version, cuda, cuda_archs, cuda_version, torch_version, cpu_capability.");
 }

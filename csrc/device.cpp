@@ -29,6 +29,13 @@ bool is_capturing(const at::Tensor& tensor) {
   return false;
 }
 
+DeviceLimits limits_of(const at::Tensor& tensor) {
+#ifdef APT_WITH_CUDA
+  if (tensor.is_cuda()) return cuda_limits(tensor.get_device());
+#endif
+  return {};
+}
+
 DType dtype_of(const at::Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case at::kDouble:

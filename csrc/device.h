@@ -4,6 +4,7 @@
 #include <ATen/core/Tensor.h>
 
 #include "kernels.h"
+#include "plan.h"
 
 namespace apt {
 
@@ -18,9 +19,13 @@ bool is_capturing(const at::Tensor& tensor);
 
 DType dtype_of(const at::Tensor& tensor);
 
+// What launch_plan may know of the tensor's device.
+DeviceLimits limits_of(const at::Tensor& tensor);
+
 #ifdef APT_WITH_CUDA
 Stream current_cuda_stream(int device_index);  // cuda/device.cpp
 bool is_cuda_capturing();
+DeviceLimits cuda_limits(int device_index);
 #endif
 
 }  // namespace apt

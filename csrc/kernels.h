@@ -7,6 +7,12 @@
 
 namespace apt {
 
+// How the merge of a weight is cut on a device with tensor cores (merge_plan); rows 0: by the kernel without
+// them.
+struct MergePlan {
+  int rows = 0, splits = 0;
+};
+
 enum class DType : int32_t { kFloat64, kFloat32, kFloat16, kBFloat16 };
 
 // A mask along one side of a matrix: float32 or the matrix' own dtype; null data means "all ones".
@@ -19,8 +25,10 @@ struct Mask {
 // fractions do not scale: only the zeros act. src and dst may be the same matrix.
 struct LanesArgs {
   const void* src;  // [rows, cols], strides in elements
-  void* dst;        // [rows, cols]
+  void*
+      dst;  // [rows + pad_rows, cols + pad_cols], zero in what src does not fill; contiguous if there is any
   int64_t rows, cols;
+  int64_t pad_rows, pad_cols;
   int64_t src_stride[2], dst_stride[2];
   Mask mask;
   bool along_rows;  // mask has one value a row instead of one a column
@@ -41,6 +49,8 @@ struct MergeArgs {
   DType dtype, factor_dtype;
   int32_t*
       not_finite;  // null: write. Else: write nothing, set *not_finite where a result would not be finite.
+  const int32_t* unless;  // null, or: do nothing where *unless is not 0
+  MergePlan plan;
 };
 
 // One gradient of mask_grads_, seen as [outer, lanes, inner] contiguous.
@@ -51,6 +61,69 @@ struct MaskedGrad {
   DType dtype, mask_dtype;
 };
 
+// A low-rank factor in the compute dtype, contiguous: [R, channels], or by_channel [channels, R].
+struct Factor {
+  const void* data = nullptr;
+  bool by_channel = false;
+};
+
+// The passes around the dense product, for 16-bit types (cuda/low_rank.cu). With x: low = (mask * x) down^T,
+// and the masked x to `masked` if that is given. With out: out = row_mask * column_mask * (accumulate * out +
+// scaling low up^T
+// + bias). Every pointer is aligned to 16 bytes, C, E and the strides are multiples of 8, R is at most
+// kMostRank.
+struct LowRankArgs {
+  int64_t M, R;
+  const void* x;  // [M, C], rows x_stride apart; null: low is an input
+  int64_t x_stride, C;
+  Factor down;        // over C
+  const float* mask;  // [C], or null
+  void* masked;       // [M, C] contiguous, or null
+  void* low;          // [M, R] contiguous, of the compute dtype or float32; null: computed and not kept
+  void* out;          // [M, E], rows out_stride apart, or null
+  int64_t out_stride, E;
+  Factor up;                            // over E
+  const void* bias;                     // [E] of the compute dtype, or null
+  const float *column_mask, *row_mask;  // [E], [M], or null
+  bool accumulate;
+  double scaling;
+  DType dtype, low_dtype;
+  int32_t*
+      not_finite;  // null: write. Else: write nothing, set *not_finite where a result would not be finite.
+  const int32_t* unless;    // null, or: do nothing where *unless is not 0
+  int rows, column_splits;  // of a block, from launch_plan
+};
+
+// partial[s] [R, C] = sum of x[m, c] low[m, r] over the tokens m of span s (cuda/token_sums.cu), under the
+// same conditions.
+struct TokenSumArgs {
+  int64_t M, R, C;
+  const void* x;  // [M, C], rows x_stride apart
+  int64_t x_stride;
+  const void* low;  // [M, R] contiguous, of the compute dtype or float32
+  float* partial;   // [ceil(M / span), R, C]
+  DType dtype, low_dtype;
+  int64_t span;  // tokens a block, a multiple of 64, from launch_plan
+};
+
+constexpr int64_t kMostRank = 16;  // beyond it the library's products are as fast (docs/performance.md)
+
+// grad [R, C], or by_channel [C, R] = mask * scaling * the sum of `spans` partial sums [R, C], zeros
+// selected.
+struct FactorGrad {
+  const float* partial;
+  void* grad = nullptr;  // float32 or 16-bit
+  int64_t spans, R, C;
+  const float* mask;  // [C], or null
+  double scaling;
+  DType dtype;
+  bool by_channel;
+};
+
+struct FactorGradPair {
+  FactorGrad job[2];  // the second may be missing (null grad)
+};
+
 using Stream = void*;  // cudaStream_t; null on the CPU
 
 // A device is this table. ops.cpp looks it up once a call and knows nothing else of devices.
@@ -58,6 +131,10 @@ struct Kernels {
   void (*lanes)(const LanesArgs&, Stream);
   void (*merge)(const MergeArgs&, Stream);
   void (*mask_grads)(const MaskedGrad*, size_t count, Stream);
+  // Null where the device leaves the low-rank products to the library.
+  void (*low_rank)(const LowRankArgs&, Stream) = nullptr;
+  void (*token_sums)(const TokenSumArgs&, Stream) = nullptr;
+  void (*add_spans)(const FactorGradPair&, Stream) = nullptr;
 };
 
 extern const Kernels kCpuKernels;

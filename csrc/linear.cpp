@@ -41,15 +41,31 @@ Tensor down(const Tensor& lhs, const Tensor& rhs) {
   return dtype == lhs.scalar_type() ? at::mm(lhs, rhs) : at::mm(lhs, rhs, dtype);
 }
 
-// out += scaling * low (factor), accumulated in place (beta = 1); low may be float32 over float16.
-void up_(Tensor& out, const Tensor& low, const Tensor& factor, double scaling) {
-  if (low.size(1) == 0) return;
+// out = beta out + scaling low factor in place; low may be float32 over float16. With beta 0, out is not
+// read.
+void up_(Tensor& out, const Tensor& low, const Tensor& factor, double scaling, int beta) {
   if (out.scalar_type() == at::kHalf && low.scalar_type() == at::kFloat) {
     Scaled half = to_half(low);
-    out.addmm_(half.value, absorb(factor, half.inverse), 1, scaling);
+    out.addmm_(half.value, absorb(factor, half.inverse), beta, scaling);
   } else {
-    out.addmm_(low, factor, 1, scaling);
+    out.addmm_(low, factor, beta, scaling);
   }
+}
+
+// x matrix + scaling low factor, without a temporary. On CUDA the low-rank part goes first: the dense product
+// that adds to it costs nothing more, while a low-rank product that adds to the dense one reads and writes
+// all of it once more.
+Tensor dense_and_low(const Tensor& x, const Tensor& matrix, const Tensor& low, const Tensor& factor,
+                     double scaling) {
+  if (low.size(1) == 0) return at::mm(x, matrix);
+  if (!x.is_cuda()) {
+    Tensor out = at::mm(x, matrix);
+    up_(out, low, factor, scaling, 1);
+    return out;
+  }
+  Tensor out = at::empty({x.size(0), matrix.size(1)}, x.options());
+  up_(out, low, factor, scaling, 0);
+  return out.addmm_(x, matrix);
 }
 
 // scaling * inverse * lhs rhs, the sum over tokens that is the gradient of a factor, in the factor's dtype.
@@ -69,16 +85,19 @@ Tensor factor_grad(const Tensor& lhs, const Tensor& rhs, double scaling, at::Sca
   return grad.to(dtype);
 }
 
-void run_lanes(const Tensor& src, Tensor& dst, const Tensor& mask, int64_t dim, bool select_only) {
-  if (src.numel() == 0) return;
-  Tensor held = mask.contiguous();
+// dst may have more rows and columns than src: they become zero.
+void run_lanes(const Tensor& src, Tensor& dst, const OptTensor& mask, int64_t dim, bool select_only) {
+  if (dst.numel() == 0) return;
+  OptTensor held = mask.has_value() ? OptTensor(mask->contiguous()) : std::nullopt;
   LanesArgs args{src.const_data_ptr(),
                  dst.mutable_data_ptr(),
                  src.size(0),
                  src.size(1),
+                 dst.size(0) - src.size(0),
+                 dst.size(1) - src.size(1),
                  {src.stride(0), src.stride(1)},
                  {dst.stride(0), dst.stride(1)},
-                 {held.const_data_ptr(), dtype_of(held)},
+                 held.has_value() ? Mask{held->const_data_ptr(), dtype_of(*held)} : Mask{},
                  /*along_rows=*/dim == 0,
                  select_only,
                  dtype_of(src)};
@@ -117,14 +136,18 @@ OptTensor rows_of(const OptTensor& tensor, int64_t start, int64_t length,
 Tensor output_of(const Tensor& x, const Tensor& t, const Layer& layer) {
   Tensor factor = layer.lora_B.to(x.scalar_type()).t();
   Tensor y;
-  if (layer.weight.has_value()) {
-    y = at::linear(x, *layer.weight, layer.bias);
-  } else if (layer.bias.has_value()) {
-    y = layer.bias->expand({x.size(0), -1}).contiguous();
+  if (layer.weight.has_value() && !layer.bias.has_value()) {
+    y = dense_and_low(x, layer.weight->t(), t, factor, layer.scaling);
   } else {
-    y = at::zeros({x.size(0), factor.size(1)}, x.options());
+    if (layer.weight.has_value()) {
+      y = at::linear(x, *layer.weight, layer.bias);
+    } else if (layer.bias.has_value()) {
+      y = layer.bias->expand({x.size(0), -1}).contiguous();
+    } else {
+      y = at::zeros({x.size(0), factor.size(1)}, x.options());
+    }
+    if (t.size(1) > 0) up_(y, t, factor, layer.scaling, 1);
   }
-  up_(y, t, factor, layer.scaling);
   lanes_(y, layer.mask_out, 1, false);
   return y;
 }
@@ -179,10 +202,12 @@ std::array<Tensor, 4> widened_backward(const Tensor& grad, const Tensor& x, cons
   return grads;
 }
 
-}  // namespace
+LinearPlan plan_for(const Tensor& x, const Layer& layer) {
+  return launch_plan({x.size(0), layer.lora_B.size(0), x.size(1), layer.lora_A.size(0), dtype_of(x)},
+                     limits_of(x));
+}
 
-std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Layer& layer) {
-  if (is_widened(x)) return widened_forward(x, layer);
+std::tuple<Tensor, Tensor> library_forward(const Tensor& x, const Layer& layer) {
   Tensor masked = lanes(x, layer.mask_in, 1, false);
   // Pruned columns of A are selected too: 0 * NaN is NaN.
   Tensor factor = lanes(layer.lora_A.to(x.scalar_type()), layer.mask_in, 1, true);
@@ -190,9 +215,8 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Layer& layer) {
   return {output_of(masked, t, layer), t};
 }
 
-std::array<Tensor, 4> linear_backward(const Tensor& grad, const Tensor& x, const Tensor& t,
-                                      const Layer& layer, const std::array<bool, 4>& need) {
-  if (is_widened(x)) return widened_backward(grad, x, t, layer, need);
+std::array<Tensor, 4> library_backward(const Tensor& grad, const Tensor& x, const Tensor& t,
+                                       const Layer& layer, const std::array<bool, 4>& need) {
   auto [need_x, need_A, need_B, need_bias] = need;
   at::ScalarType dtype = grad.scalar_type();
   std::array<Tensor, 4> out;
@@ -200,9 +224,13 @@ std::array<Tensor, 4> linear_backward(const Tensor& grad, const Tensor& x, const
   Tensor u;  // [M, R] = g B
   if (need_x || need_A) u = down(g, lanes(layer.lora_B.to(dtype), layer.mask_out, 0, true));
   if (need_x) {
-    Tensor dx = layer.weight.has_value() ? at::mm(g, *layer.weight)
-                                         : at::zeros({g.size(0), layer.lora_A.size(1)}, g.options());
-    up_(dx, u, layer.lora_A.to(dtype), layer.scaling);
+    Tensor dx, factor = layer.lora_A.to(dtype);
+    if (layer.weight.has_value()) {
+      dx = dense_and_low(g, *layer.weight, u, factor, layer.scaling);
+    } else {
+      dx = at::zeros({g.size(0), factor.size(1)}, g.options());
+      if (u.size(1) > 0) up_(dx, u, factor, layer.scaling, 1);
+    }
     lanes_(dx, layer.mask_in, 1, false);
     out[0] = dx;
   }
@@ -224,15 +252,42 @@ std::array<Tensor, 4> linear_backward(const Tensor& grad, const Tensor& x, const
   return out;
 }
 
+}  // namespace
+
+std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Layer& layer) {
+  if (is_widened(x)) return widened_forward(x, layer);
+  LinearPlan plan = plan_for(x, layer);
+  if (plan.padded) return padded_forward(x, layer);
+  return plan.route == LinearPlan::Route::kPasses ? passes_forward(x, layer, plan)
+                                                  : library_forward(x, layer);
+}
+
+std::array<Tensor, 4> linear_backward(const Tensor& grad, const Tensor& x, const Tensor& t,
+                                      const Layer& layer, const std::array<bool, 4>& need) {
+  if (is_widened(x)) return widened_backward(grad, x, t, layer, need);
+  LinearPlan plan = plan_for(x, layer);
+  if (plan.padded) return padded_backward(grad, x, t, layer, need);
+  return plan.route == LinearPlan::Route::kPasses ? passes_backward(grad, x, t, layer, need, plan)
+                                                  : library_backward(grad, x, t, layer, need);
+}
+
 Tensor lanes(const Tensor& matrix, const OptTensor& mask, int64_t dim, bool select_only) {
   if (!mask.has_value()) return matrix;
   Tensor out = at::empty({matrix.size(0), matrix.size(1)}, matrix.options());
-  run_lanes(matrix, out, *mask, dim, select_only);
+  run_lanes(matrix, out, mask, dim, select_only);
+  return out;
+}
+
+Tensor lanes_resized(const Tensor& matrix, int64_t rows, int64_t cols, const OptTensor& mask, int64_t dim,
+                     bool select_only) {
+  Tensor out = at::empty({rows, cols}, matrix.options());
+  run_lanes(matrix.narrow(0, 0, std::min(rows, matrix.size(0))).narrow(1, 0, std::min(cols, matrix.size(1))),
+            out, mask, dim, select_only);
   return out;
 }
 
 void lanes_(Tensor& matrix, const OptTensor& mask, int64_t dim, bool select_only) {
-  if (mask.has_value()) run_lanes(matrix, matrix, *mask, dim, select_only);
+  if (mask.has_value()) run_lanes(matrix, matrix, mask, dim, select_only);
 }
 
 }  // namespace apt

@@ -8,6 +8,8 @@
 #include <optional>
 #include <tuple>
 
+#include "plan.h"
+
 namespace apt {
 
 using at::Tensor;
@@ -20,6 +22,7 @@ struct Layer {
   Tensor lora_A, lora_B;        // [R, K], [N, R], compute dtype or float32
   OptTensor mask_in, mask_out;  // [K], [N]
   double scaling;
+  bool keep_low = true;  // whether forward's t is wanted
 };
 
 // x [M, K] -> (y [M, N], t [M, R])
@@ -29,9 +32,25 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Layer& layer);
 std::array<Tensor, 4> linear_backward(const Tensor& grad, const Tensor& x, const Tensor& t,
                                       const Layer& layer, const std::array<bool, 4>& need);
 
+// The route of 16-bit types on CUDA (passes.cpp): the same signatures, for a plan that says kPasses.
+std::tuple<Tensor, Tensor> passes_forward(const Tensor& x, const Layer& layer, const LinearPlan& plan);
+std::array<Tensor, 4> passes_backward(const Tensor& grad, const Tensor& x, const Tensor& t,
+                                      const Layer& layer, const std::array<bool, 4>& need,
+                                      const LinearPlan& plan);
+
+// The route of widths that are no multiple of 8 (padded.cpp): copies with rows of whole 16 bytes go through
+// linear_forward and linear_backward, and what comes back is copied to its own width.
+std::tuple<Tensor, Tensor> padded_forward(const Tensor& x, const Layer& layer);
+std::array<Tensor, 4> padded_backward(const Tensor& grad, const Tensor& x, const Tensor& t,
+                                      const Layer& layer, const std::array<bool, 4>& need);
+
 // matrix [rows, cols] scaled by a mask along `dim` (0: one value a row), zeros selected; select_only: only
 // the zeros act. Without a mask the matrix itself comes back.
 Tensor lanes(const Tensor& matrix, const OptTensor& mask, int64_t dim, bool select_only);
+// The same with another number of rows and columns: cut, or filled with zeros. Always a new contiguous
+// matrix.
+Tensor lanes_resized(const Tensor& matrix, int64_t rows, int64_t cols, const OptTensor& mask, int64_t dim,
+                     bool select_only);
 void lanes_(Tensor& matrix, const OptTensor& mask, int64_t dim, bool select_only);
 
 }  // namespace apt

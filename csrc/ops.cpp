@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "check.h"
@@ -86,24 +87,35 @@ struct Scope {
 
 }  // namespace
 
-Tensor apt_linear(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const Tensor& lora_A,
-                  const Tensor& lora_B, const OptTensor& mask_in, const OptTensor& mask_out, double scaling) {
-  return std::get<0>(apt_linear_forward(x, weight, bias, lora_A, lora_B, mask_in, mask_out, scaling));
-}
+namespace {
 
-std::tuple<Tensor, Tensor> apt_linear_forward(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
-                                              const Tensor& lora_A, const Tensor& lora_B,
-                                              const OptTensor& mask_in, const OptTensor& mask_out,
-                                              double scaling) {
-  Sizes size = check_linear(x, weight, bias, lora_A, lora_B, mask_in, mask_out);
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const Layer& layer) {
+  Sizes size =
+      check_linear(x, layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.mask_in, layer.mask_out);
   if (x.is_meta() || x.sym_numel() == 0) {
     Tensor y = at::empty_symint(with_last(x, size.N), x.options());
     Tensor t = at::zeros_symint(with_last(x, size.R), low_rank_options(x));
     if (x.is_meta() || y.numel() == 0) return {y, t};
   }
   Scope scope(x);
-  auto [y, t] = linear_forward(flat(x), {weight, bias, lora_A, lora_B, mask_in, mask_out, scaling});
-  return {y.view_symint(with_last(x, size.N)), t.view_symint(with_last(x, size.R))};
+  auto [y, t] = linear_forward(flat(x), layer);
+  if (t.defined()) t = t.view_symint(with_last(x, size.R));
+  return {y.view_symint(with_last(x, size.N)), t};
+}
+
+}  // namespace
+
+Tensor apt_linear(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const Tensor& lora_A,
+                  const Tensor& lora_B, const OptTensor& mask_in, const OptTensor& mask_out, double scaling) {
+  return std::get<0>(
+      forward(x, {weight, bias, lora_A, lora_B, mask_in, mask_out, scaling, /*keep_low=*/false}));
+}
+
+std::tuple<Tensor, Tensor> apt_linear_forward(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                                              const Tensor& lora_A, const Tensor& lora_B,
+                                              const OptTensor& mask_in, const OptTensor& mask_out,
+                                              double scaling) {
+  return forward(x, {weight, bias, lora_A, lora_B, mask_in, mask_out, scaling, /*keep_low=*/true});
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> apt_linear_backward(const Tensor& grad, const Tensor& x,
@@ -178,22 +190,34 @@ void merge_(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, do
   auto as_mask = [](const Tensor& mask) {
     return mask.defined() ? Mask{mask.const_data_ptr(), dtype_of(mask)} : Mask{};
   };
-  MergeArgs args{
-      W.mutable_data_ptr(),       A.const_data_ptr(), B.const_data_ptr(), W.size(0), W.size(1),   A.size(0),
-      {W.stride(0), W.stride(1)}, as_mask(m_in),      as_mask(m_out),     scaling,   dtype_of(W), dtype_of(A),
-      /*not_finite=*/nullptr};
+  MergeArgs args{W.mutable_data_ptr(),
+                 A.const_data_ptr(),
+                 B.const_data_ptr(),
+                 W.size(0),
+                 W.size(1),
+                 A.size(0),
+                 {W.stride(0), W.stride(1)},
+                 as_mask(m_in),
+                 as_mask(m_out),
+                 scaling,
+                 dtype_of(W),
+                 dtype_of(A),
+                 /*not_finite=*/nullptr,
+                 /*unless=*/nullptr,
+                 merge_plan({0, W.size(0), W.size(1), A.size(0), dtype_of(W)}, limits_of(W))};
   const Kernels& kernels = kernels_for(weight);
   Stream stream = current_stream(weight);
-  if (check) {
-    Tensor not_finite = at::zeros({1}, weight.options().dtype(at::kInt));
-    args.not_finite = not_finite.mutable_data_ptr<int32_t>();
-    kernels.merge(args, stream);
-    TORCH_CHECK(not_finite.item<int32_t>() == 0,
-                "merge_: the merged weight would not be finite (NaN or Inf in a kept lane, or a sum beyond ",
-                name_of(weight.scalar_type()), "'s range); weight is unchanged");
-    args.not_finite = nullptr;
-  }
+  if (!check) return kernels.merge(args, stream);
+  // Both passes are queued before the answer is read, and the second does nothing where the first found a
+  // fault: so the device never waits for the host.
+  Tensor not_finite = at::zeros({1}, weight.options().dtype(at::kInt));
+  args.not_finite = not_finite.mutable_data_ptr<int32_t>();
   kernels.merge(args, stream);
+  args.unless = std::exchange(args.not_finite, nullptr);
+  kernels.merge(args, stream);
+  TORCH_CHECK(not_finite.item<int32_t>() == 0,
+              "merge_: the merged weight would not be finite (NaN or Inf in a kept lane, or a sum beyond ",
+              name_of(weight.scalar_type()), "'s range); weight is unchanged");
 }
 
 namespace {

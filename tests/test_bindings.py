@@ -16,11 +16,12 @@ OPS = ["apt_linear", "apt_linear_backward", "apt_linear_forward", "mask_grads_",
 def test_both_doors_and_the_stub_list_the_same_names():
     registered = sorted(n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("apt_ext::"))
     assert registered == OPS
-    assert sorted(n for n in dir(_C) if not n.startswith("__")) == sorted([*OPS, "build_info"])
+    others = ["build_info", "launch_plan"]
+    assert sorted(n for n in dir(_C) if not n.startswith("__")) == sorted([*OPS, *others, "LinearPlan"])
     stub = ast.parse(Path(apt_ext.__file__).with_name("_C.pyi").read_text())
-    assert sorted(f.name for f in stub.body if isinstance(f, ast.FunctionDef)) == sorted([*OPS, "build_info"])
+    assert sorted(f.name for f in stub.body if isinstance(f, ast.FunctionDef)) == sorted([*OPS, *others])
     for function in stub.body:
-        if isinstance(function, ast.FunctionDef) and function.name != "build_info":
+        if isinstance(function, ast.FunctionDef) and function.name not in others:
             schema = getattr(torch.ops.apt_ext, function.name).default._schema
             assert [a.arg for a in function.args.args] == [a.name for a in schema.arguments]
 

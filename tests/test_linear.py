@@ -18,6 +18,14 @@ SHAPES = [
     ((), 12, 10, 3),
     ((3,), 0, 6, 0),
     ((3,), 6, 0, 0),
+    # On CUDA in 16 bits these take the passes around the dense product, the last three in padded widths.
+    ((96,), 40, 72, 3),
+    ((77,), 136, 264, 6),
+    ((2, 70), 264, 136, 16),
+    ((300,), 128, 384, 17),
+    ((64,), 130, 24, 12),
+    ((65,), 24, 131, 20),
+    ((70,), 33, 41, 5),
 ]
 MASKS = ["none", "hard", "soft", "zero", "one"]
 

@@ -36,8 +36,9 @@ class MaskedLinear(APTAdapter):
         for name, mask, size in (("mask_in", mask_in, self.in_features), ("mask_out", mask_out, self.out_features)):
             if mask is not None:
                 self._check_override(name, mask, size, x)
-        mask_in = self._effective_mask("mask_in") if mask_in is None else mask_in
-        mask_out = self._effective_mask("mask_out") if mask_out is None else mask_out
+        compiling = torch.compiler.is_compiling()
+        mask_in = self._effective_mask("mask_in", compiling) if mask_in is None else mask_in
+        mask_out = self._effective_mask("mask_out", compiling) if mask_out is None else mask_out
         return scale_lanes(self.base_layer(scale_lanes(x, mask_in)), mask_out)
 
 

@@ -101,6 +101,9 @@ APT_ROWS(at::BFloat16)
 void lanes(const LanesArgs& args, Stream) {
   visit(args.dtype, [&](auto zero) {
     using T = decltype(zero);
+    if (args.pad_rows + args.pad_cols > 0) {
+      std::fill_n(static_cast<T*>(args.dst), (args.rows + args.pad_rows) * (args.cols + args.pad_cols), T(0));
+    }
     auto factor = widened<T>(args.mask, args.along_rows ? args.rows : args.cols);
     const T* src = static_cast<const T*>(args.src);
     T* dst = static_cast<T*>(args.dst);
@@ -124,6 +127,7 @@ void lanes(const LanesArgs& args, Stream) {
 }
 
 void merge(const MergeArgs& args, Stream) {
+  if (args.unless != nullptr && *args.unless != 0) return;
   visit(args.dtype, [&](auto zero) {
     using T = decltype(zero);
     auto in = widened<T>(args.mask_in, args.K), out = widened<T>(args.mask_out, args.N);

@@ -1,5 +1,6 @@
 // The only file of this folder that knows torch: the current stream, and the table the rest of the library
 // looks up.
+#include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
 
@@ -16,6 +17,14 @@ bool is_cuda_capturing() {
   return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
 }
 
-const Kernels kCudaKernels{&cuda::lanes, &cuda::merge, &cuda::mask_grads};
+DeviceLimits cuda_limits(int device_index) {
+  const cudaDeviceProp* properties =
+      at::cuda::getDeviceProperties(static_cast<c10::DeviceIndex>(device_index));
+  return {properties->major * 10 + properties->minor, properties->multiProcessorCount,
+          static_cast<int64_t>(properties->sharedMemPerBlockOptin)};
+}
+
+const Kernels kCudaKernels{&cuda::lanes,    &cuda::merge,      &cuda::mask_grads,
+                           &cuda::low_rank, &cuda::token_sums, &cuda::add_spans};
 
 }  // namespace apt

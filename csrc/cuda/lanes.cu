@@ -20,6 +20,10 @@ __global__ void __launch_bounds__(128) apt_lanes(LanesArgs args) {
 #pragma unroll
     for (int j = 0; j < kWidth; ++j)
       factor[j] = mask_at<Wide<T>>(args.mask.data, args.mask.dtype, column + j);
+    bool all_ones = args.src == args.dst;  // in place, lanes that keep their values are not even read
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) all_ones &= factor[j] == Wide<T>(1);
+    if (all_ones) return;
   }
 #pragma unroll 4
   for (int64_t row = blockIdx.y; row < args.rows; row += gridDim.y) {
@@ -39,12 +43,66 @@ __global__ void __launch_bounds__(128) apt_lanes(LanesArgs args) {
   }
 }
 
+// For rows that do not begin at whole 16 bytes, on either side: dst is contiguous, a thread writes 16 bytes
+// of it wherever rows end, and gathers what belongs there one value at a time (neighbouring lanes share the
+// lines).
+template <class T, class Index>
+__global__ void __launch_bounds__(256) apt_lanes_flat(LanesArgs args) {
+  constexpr int kWidth = kVector<T>;
+  const Index cols = static_cast<Index>(args.cols + args.pad_cols);
+  const Index size = static_cast<Index>(args.rows + args.pad_rows) * cols;
+  const Index first = (Index{blockIdx.x} * blockDim.x + threadIdx.x) * kWidth;
+  if (first >= size) return;
+  Index row = first / cols, column = first % cols;
+  const T* src = static_cast<const T*>(args.src);
+  Packed<T> values;
+#pragma unroll
+  for (int j = 0; j < kWidth; ++j) {
+    const bool valid = row < args.rows && column < args.cols;
+    values.at[j] = valid ? src[row * args.src_stride[0] + column * args.src_stride[1]] : narrow<T>(0);
+    if (valid && args.mask.data != nullptr) {
+      const int64_t lane = args.along_rows ? row : column;
+      values.at[j] =
+          scaled(values.at[j], mask_at<Wide<T>>(args.mask.data, args.mask.dtype, lane), args.select_only);
+    }
+    if (++column == cols) column = 0, ++row;
+  }
+  T* dst = static_cast<T*>(args.dst);
+  if (first + kWidth <= size) {
+    store128(dst + first, values);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+      if (first + j < size) dst[first + j] = values.at[j];
+    }
+  }
+}
+
+template <class T>
+bool is_flat(const LanesArgs& args) {
+  const int64_t cols = args.cols + args.pad_cols;
+  return args.dst != args.src && args.dst_stride[1] == 1 && args.dst_stride[0] == cols &&
+         is_aligned(args.dst);
+}
+
+template <class T>
+void launch_flat(const LanesArgs& args, cudaStream_t stream) {
+  const int64_t size = (args.rows + args.pad_rows) * (args.cols + args.pad_cols);
+  const int64_t blocks = (size + 256 * kVector<T> - 1) / (256 * kVector<T>);
+  if (size < 0x7fff0000) {
+    apt_lanes_flat<T, uint32_t><<<static_cast<unsigned>(blocks), 256, 0, stream>>>(args);
+  } else {
+    apt_lanes_flat<T, uint64_t><<<static_cast<unsigned>(blocks), 256, 0, stream>>>(args);
+  }
+  check_launch("apt_lanes_flat");
+}
+
 template <class T>
 bool is_vectorizable(const LanesArgs& args) {
   constexpr int width = kVector<T>;
   return args.src_stride[1] == 1 && args.dst_stride[1] == 1 && args.cols % width == 0 &&
-         args.src_stride[0] % width == 0 && args.dst_stride[0] % width == 0 && is_aligned(args.src) &&
-         is_aligned(args.dst);
+         args.pad_rows + args.pad_cols == 0 && args.src_stride[0] % width == 0 &&
+         args.dst_stride[0] % width == 0 && is_aligned(args.src) && is_aligned(args.dst);
 }
 
 }  // namespace
@@ -53,6 +111,9 @@ void lanes(const LanesArgs& args, Stream stream) {
   visit(args.dtype, [&](auto zero) {
     using T = decltype(zero);
     bool vector = is_vectorizable<T>(args);
+    if constexpr (sizeof(T) == 2) {
+      if (!vector && is_flat<T>(args)) return launch_flat<T>(args, static_cast<cudaStream_t>(stream));
+    }
     constexpr int kThreads = 128;
     int64_t columns = vector ? args.cols / kVector<T> : args.cols;
     int64_t across = (columns + kThreads - 1) / kThreads;

@@ -21,29 +21,43 @@ struct Table {
 };
 static_assert(sizeof(Table) <= 32764);
 
-template <class T>
-__device__ void mask_span(const MaskedGrad& grad, int64_t begin, int64_t end) {
+// Index: 32 bits where the tensor allows, since a 64-bit division costs more than the access it serves.
+template <class T, class Index>
+__device__ void mask_span(const MaskedGrad& grad, Index begin, Index end) {
   T* data = static_cast<T*>(grad.grad);
   constexpr int width = kVector<T>;
+  const Index inner = static_cast<Index>(grad.inner), lanes = static_cast<Index>(grad.lanes);
   bool vector = reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
-                (grad.inner % width == 0 || (grad.inner == 1 && grad.lanes % width == 0));
+                (inner % width == 0 || (inner == 1 && lanes % width == 0));
   if (vector) {
-    for (int64_t i = begin + threadIdx.x * width; i < end; i += kThreads * width) {
+    for (Index i = begin + threadIdx.x * width; i < end; i += kThreads * width) {
       Packed<T> values = load128(data + i);
-      int64_t lane = i / grad.inner % grad.lanes;
-      Wide<T> one = mask_at<Wide<T>>(grad.mask, grad.mask_dtype, lane);
+      Index lane = (inner == 1 ? i : i / inner) % lanes;
+      Wide<T> factor[width];
+      if (inner == 1) {
+        masks_at(factor, grad.mask, grad.mask_dtype, lane);
+      } else {
+        factor[0] = mask_at<Wide<T>>(grad.mask, grad.mask_dtype, lane);
 #pragma unroll
-      for (int j = 0; j < width; ++j) {
-        Wide<T> factor = grad.inner == 1 ? mask_at<Wide<T>>(grad.mask, grad.mask_dtype, lane + j) : one;
-        values.at[j] = scaled(values.at[j], factor, false);
+        for (int j = 1; j < width; ++j) factor[j] = factor[0];
       }
+#pragma unroll
+      for (int j = 0; j < width; ++j) values.at[j] = scaled(values.at[j], factor[j], false);
       store128(data + i, values);
     }
   } else {
-    for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-      data[i] =
-          scaled(data[i], mask_at<Wide<T>>(grad.mask, grad.mask_dtype, i / grad.inner % grad.lanes), false);
+    for (Index i = begin + threadIdx.x; i < end; i += kThreads) {
+      data[i] = scaled(data[i], mask_at<Wide<T>>(grad.mask, grad.mask_dtype, i / inner % lanes), false);
     }
+  }
+}
+
+template <class T>
+__device__ void mask_block(const MaskedGrad& grad, int64_t begin, int64_t end) {
+  if (grad.size < 0x7fff0000) {
+    mask_span<T, uint32_t>(grad, static_cast<uint32_t>(begin), static_cast<uint32_t>(end));
+  } else {
+    mask_span<T, uint64_t>(grad, static_cast<uint64_t>(begin), static_cast<uint64_t>(end));
   }
 }
 
@@ -63,13 +77,13 @@ __global__ void __launch_bounds__(kThreads) apt_mask_grads(const __grid_constant
   int64_t end = begin + kBlockElements < grad.size ? begin + kBlockElements : grad.size;
   switch (grad.dtype) {
     case DType::kFloat64:
-      return mask_span<double>(grad, begin, end);
+      return mask_block<double>(grad, begin, end);
     case DType::kFloat32:
-      return mask_span<float>(grad, begin, end);
+      return mask_block<float>(grad, begin, end);
     case DType::kFloat16:
-      return mask_span<__half>(grad, begin, end);
+      return mask_block<__half>(grad, begin, end);
     case DType::kBFloat16:
-      return mask_span<__nv_bfloat16>(grad, begin, end);
+      return mask_block<__nv_bfloat16>(grad, begin, end);
   }
 }
 

@@ -20,8 +20,9 @@ __device__ __forceinline__ Wide<T> factor_at(const void* data, bool is_float32, 
 
 // A lane of a warp owns kWidth neighbouring columns, a warp every kWarps-th row of the tile.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(kWarps * 32) apt_merge(MergeArgs args) {
+__global__ void __launch_bounds__(kWarps * 32, 2) apt_merge(MergeArgs args) {
   using W = Wide<T>;
+  if (args.unless != nullptr && *args.unless != 0) return;
   constexpr int kTileColumns = 32 * kWidth;
   __shared__ W tile_A[kChunk][kTileColumns];
   __shared__ W tile_B[kTileRows][kChunk];
@@ -108,7 +109,38 @@ void launch(const MergeArgs& args, cudaStream_t stream) {
 
 }  // namespace
 
+namespace {
+
+// On the tensor cores it is the up pass of low_rank.cu: rows of W are the output, lora_B is low and lora_A
+// the factor.
+bool is_up_pass(const MergeArgs& args) {
+  auto fits = [](const Mask& mask) {
+    return mask.data == nullptr || (mask.dtype == DType::kFloat32 && is_aligned(mask.data));
+  };
+  return args.plan.rows > 0 && args.dtype == args.factor_dtype && fits(args.mask_in) && fits(args.mask_out) &&
+         args.stride[1] == 1 && args.stride[0] % 8 == 0 && is_aligned(args.weight) &&
+         is_aligned(args.lora_A) && is_aligned(args.lora_B);
+}
+
+void merge_as_up_pass(const MergeArgs& args, Stream stream) {
+  LowRankArgs up{};
+  up.M = args.N, up.R = args.R, up.E = args.K;
+  up.low = const_cast<void*>(args.lora_B);
+  up.out = args.weight, up.out_stride = args.stride[0];
+  up.up = {args.lora_A, /*by_channel=*/false};
+  up.column_mask = static_cast<const float*>(args.mask_in.data);
+  up.row_mask = static_cast<const float*>(args.mask_out.data);
+  up.accumulate = true, up.scaling = args.scaling;
+  up.dtype = up.low_dtype = args.dtype;
+  up.not_finite = args.not_finite, up.unless = args.unless;
+  up.rows = args.plan.rows, up.column_splits = args.plan.splits;
+  low_rank(up, stream);
+}
+
+}  // namespace
+
 void merge(const MergeArgs& args, Stream stream) {
+  if (is_up_pass(args)) return merge_as_up_pass(args, stream);
   visit(args.dtype, [&](auto zero) {
     using T = decltype(zero);
     bool vector = args.stride[1] == 1 && args.stride[0] % kVector<T> == 0 && args.K % kVector<T> == 0 &&

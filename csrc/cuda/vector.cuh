@@ -60,6 +60,13 @@ __device__ __forceinline__ void store128(T* to, const Packed<T>& value) {
   *reinterpret_cast<Packed<T>*>(to) = value;
 }
 
+// Four 32-bit words to global memory in one access. In PTX, because assigned through a union they became four
+// accesses.
+__device__ __forceinline__ void store_words(void* to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};\n" ::"l"(to), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
 // One mask value in the accumulation type. The branch is the same for the whole launch.
 template <class W>
 __device__ __forceinline__ W mask_at(const void* data, DType dtype, int64_t i) {
@@ -74,6 +81,24 @@ __device__ __forceinline__ W mask_at(const void* data, DType dtype, int64_t i) {
     default:
       return W(__bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]));
   }
+}
+
+// `count` neighbouring mask values; float32 ones 16 bytes at a time where they are aligned.
+template <int count, class W>
+__device__ __forceinline__ void masks_at(W (&to)[count], const void* data, DType dtype, int64_t i) {
+  const float* from = static_cast<const float*>(data) + i;
+  if constexpr (count % 4 == 0) {
+    if (data != nullptr && dtype == DType::kFloat32 && reinterpret_cast<uintptr_t>(from) % 16 == 0) {
+#pragma unroll
+      for (int j = 0; j < count; j += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(from + j);
+        to[j] = four.x, to[j + 1] = four.y, to[j + 2] = four.z, to[j + 3] = four.w;
+      }
+      return;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < count; ++j) to[j] = mask_at<W>(data, dtype, i + j);
 }
 
 // Selection: a factor of exactly 0 gives exactly 0, whatever the lane holds.

@@ -1,0 +1,101 @@
+// Sixteen bytes a lane: eight 16-bit neighbours in registers, their masks, and the queue through which they
+// come.
+#pragma once
+
+#include "mma.cuh"
+
+namespace apt {
+
+// Eight 16-bit neighbours as the fragments see them: four pairs.
+union Eight {
+  uint4 all;
+  uint32_t pair[4];
+};
+
+// What a thread will need comes to shared memory ahead of it, past the registers: kPieces of 16 bytes a step,
+// kStages steps. Nobody else reads it, so there is nothing to wait for but one's own copies: no barrier, and
+// as much on its way as shared memory holds.
+template <int kStages, int kPieces, int kThreads>
+struct Queue {
+  unsigned char* memory;  // [kStages][kPieces][kThreads] pieces of 16 bytes
+
+  __device__ __forceinline__ unsigned char* piece(int stage, int i) const {
+    return memory + ((stage * kPieces + i) * kThreads + int(threadIdx.x)) * 16;
+  }
+  __device__ __forceinline__ void push(int stage, int i, const void* from, const void* safe,
+                                       bool valid) const {
+    copy_async16(piece(stage, i), valid ? from : safe, valid);
+  }
+  __device__ __forceinline__ Eight pop(int stage, int i) const {
+    Eight out;
+    out.all = *reinterpret_cast<const uint4*>(piece(stage, i));
+    return out;
+  }
+
+  // Runs body(step, stage) for step = begin, begin + by, ... < end, its copies complete; fill(step, stage)
+  // starts those of a later one, early(step) what else it can begin before it waits.
+  template <class Fill, class Early, class Body>
+  __device__ __forceinline__ void run(int begin, int end, int by, Fill fill, Early early, Body body) const {
+    int ahead = begin;
+#pragma unroll
+    for (int stage = 0; stage < kStages - 1; ++stage, ahead += by) {
+      if (ahead < end) fill(ahead, stage);
+      commit_copies();
+    }
+    int stage = 0;
+    for (int step = begin; step < end; step += by, ahead += by) {
+      early(step);
+      wait_copies<kStages - 2>();
+      const int free = stage == 0 ? kStages - 1 : stage - 1;  // its values have been used
+      if (ahead < end) fill(ahead, free);
+      commit_copies();
+      body(step, stage);
+      stage = stage + 1 == kStages ? 0 : stage + 1;
+    }
+    wait_copies<0>();
+  }
+};
+
+// Ranks [r, r + 4) of a row that holds R of them, in half a piece; zeros behind R.
+template <class T>
+__device__ __forceinline__ void push_ranks(unsigned char* to, const T* row, const T* safe, int r, int64_t R,
+                                           bool valid) {
+  if (R % 4 == 0) {
+    const bool inside = valid && r < R;
+    copy_async8(to, inside ? row + r : safe, inside);
+  } else {
+#pragma unroll
+    for (int j = 0; j < 4; ++j) reinterpret_cast<T*>(to)[j] = valid && r + j < R ? row[r + j] : narrow<T>(0);
+  }
+}
+
+// Two values rounded to 16 bits, side by side.
+template <class T>
+__device__ __forceinline__ uint32_t two(float low, float high) {
+  union {
+    T at[2];
+    uint32_t both;
+  } out{{narrow<T>(low), narrow<T>(high)}};
+  return out.both;
+}
+
+struct Mask8 {
+  float at[8];
+
+  __device__ __forceinline__ void load(const float* from, bool valid) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float4 four = valid ? reinterpret_cast<const float4*>(from)[half] : float4{1.f, 1.f, 1.f, 1.f};
+      at[4 * half] = four.x, at[4 * half + 1] = four.y, at[4 * half + 2] = four.z, at[4 * half + 3] = four.w;
+    }
+  }
+};
+
+template <class T>
+__device__ __forceinline__ void mask_eight(Eight& values, const Mask8& mask, bool select_only) {
+  auto* at = reinterpret_cast<T*>(values.pair);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) at[j] = scaled(at[j], mask.at[j], select_only);
+}
+
+}  // namespace apt

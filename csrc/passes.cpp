@@ -1,0 +1,181 @@
+// apt_linear of 16-bit types on CUDA: the library's dense product, and around it passes of our own at the
+// speed of memory (cuda/low_rank.cu, cuda/token_sums.cu). What a mask on the output side decides is the
+// order:
+//
+//   no mask   low-rank part into the output first, then the dense product on top (beta = 1): one write of the
+//   output a mask    dense product first, then low-rank part, bias and mask in one pass over the output
+//
+// Saved for the backward are x and t [M, R], never a masked copy of x. Workspace: that copy during a call,
+// and partial sums of the factors' gradients, at most (M / 64) R (N + K) floats.
+#include <ATen/ATen.h>
+
+#include "device.h"
+#include "linear.h"
+
+namespace apt {
+namespace {
+
+// Rows of whole 16 bytes at aligned addresses, copied only if need be.
+Tensor aligned_rows(const Tensor& matrix) {
+  auto is_aligned = [](const Tensor& m) { return reinterpret_cast<uintptr_t>(m.const_data_ptr()) % 16 == 0; };
+  bool dense = matrix.stride(1) == 1 && matrix.stride(0) % 8 == 0 && matrix.stride(0) >= matrix.size(1);
+  if (dense && is_aligned(matrix)) return matrix;
+  Tensor copy = matrix.contiguous();
+  return is_aligned(copy) ? copy : copy.clone();
+}
+
+Tensor contiguous_factor(const Tensor& factor, at::ScalarType dtype) {
+  Tensor out = factor.to(dtype).contiguous();
+  return reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 16 == 0 ? out : out.clone();
+}
+
+// A vector at an aligned address; masks in float32 (autocast brings them in 16 bits).
+OptTensor aligned_vector(const OptTensor& vector, at::ScalarType dtype) {
+  return vector.has_value() ? OptTensor(contiguous_factor(*vector, dtype)) : std::nullopt;
+}
+
+const float* data_of(const OptTensor& mask) {
+  return mask.has_value() ? mask->const_data_ptr<float>() : nullptr;
+}
+
+at::ScalarType low_type(at::ScalarType type) { return type == at::kHalf ? at::kFloat : type; }
+
+// One direction of the layer: out [M, E] = column_mask * ((mask * x) matrix + scaling low up^T + bias) with
+// low [M, R] = (mask * x) down^T. Forward and, with the roles of the sides exchanged, the gradient of x.
+struct Direction {
+  Tensor x;                           // [M, C], aligned rows
+  OptTensor matrix;                   // [C, E], or none for the low-rank part alone
+  Tensor down, up;                    // contiguous factors; the one of lora_B is stored by channel
+  bool backward;                      // down is lora_B and up is lora_A
+  OptTensor mask, column_mask, bias;  // aligned, masks in float32
+  double scaling;
+  bool keep_low;
+  int rows, up_splits;
+};
+
+struct Result {
+  Tensor out, low, masked;  // masked: (mask * x) where it was written, else x itself
+};
+
+Result run(const Direction& d, bool need_out) {
+  int64_t M = d.x.size(0), C = d.x.size(1), R = d.down.size(d.backward ? 1 : 0),
+          E = d.up.size(d.backward ? 1 : 0);
+  const Kernels& kernels = kernels_for(d.x);
+  Stream stream = current_stream(d.x);
+  Result result;
+  // One launch writes all where no mask on the output side asks for the dense product in between.
+  const bool low_first = !d.matrix.has_value() || !d.column_mask.has_value();
+  at::ScalarType low_dtype = low_type(d.x.scalar_type());
+  if (d.keep_low || !low_first) result.low = at::empty({M, R}, d.x.options().dtype(low_dtype));
+  result.masked =
+      d.mask.has_value() && need_out && d.matrix.has_value() ? at::empty({M, C}, d.x.options()) : d.x;
+
+  LowRankArgs args{};
+  args.M = M, args.R = R, args.C = C, args.E = E;
+  args.x = d.x.const_data_ptr(), args.x_stride = d.x.stride(0);
+  args.down = {d.down.const_data_ptr(), d.backward};
+  args.up = {d.up.const_data_ptr(), !d.backward};
+  args.mask = data_of(d.mask), args.column_mask = data_of(d.column_mask);
+  args.masked = result.masked.is_same(d.x) ? nullptr : result.masked.mutable_data_ptr();
+  args.low = result.low.defined() ? result.low.mutable_data_ptr() : nullptr;
+  args.bias = d.bias.has_value() ? d.bias->const_data_ptr() : nullptr;
+  args.scaling = d.scaling;
+  args.dtype = dtype_of(d.x), args.low_dtype = low_dtype == at::kFloat ? DType::kFloat32 : args.dtype;
+  args.rows = d.rows, args.column_splits = 1;
+  args.out_stride = E;
+  if (!need_out) {
+    kernels.low_rank(args, stream);
+  } else if (low_first) {
+    result.out = at::empty({M, E}, d.x.options());
+    args.out = result.out.mutable_data_ptr();
+    kernels.low_rank(args, stream);
+    if (d.matrix.has_value()) result.out.addmm_(result.masked, *d.matrix);
+  } else {
+    kernels.low_rank(args, stream);
+    result.out = at::mm(result.masked, *d.matrix);
+    args.x = nullptr, args.masked = nullptr;
+    args.out = result.out.mutable_data_ptr();
+    args.accumulate = true;
+    args.column_splits = d.up_splits;
+    kernels.low_rank(args, stream);
+  }
+  return result;
+}
+
+// Partial sums over tokens of x[m, c] low[m, r]; the job that adds them up into `grad`.
+FactorGrad sum_tokens(const Tensor& x, const Tensor& low, Tensor& partial, int64_t span) {
+  int64_t M = x.size(0), C = x.size(1), R = low.size(1), spans = (M + span - 1) / span;
+  partial = at::empty({spans, R, C}, x.options().dtype(at::kFloat));
+  TokenSumArgs args{M,
+                    R,
+                    C,
+                    x.const_data_ptr(),
+                    x.stride(0),
+                    low.const_data_ptr(),
+                    partial.mutable_data_ptr<float>(),
+                    dtype_of(x),
+                    dtype_of(low),
+                    span};
+  kernels_for(x).token_sums(args, current_stream(x));
+  FactorGrad job{};
+  job.partial = args.partial, job.spans = spans, job.R = R, job.C = C;
+  return job;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> passes_forward(const Tensor& x, const Layer& layer, const LinearPlan& plan) {
+  at::ScalarType dtype = x.scalar_type();
+  OptTensor matrix = layer.weight.has_value() ? OptTensor(layer.weight->t()) : std::nullopt;
+  Result result = run({aligned_rows(x), matrix, contiguous_factor(layer.lora_A, dtype),
+                       contiguous_factor(layer.lora_B, dtype),
+                       /*backward=*/false, aligned_vector(layer.mask_in, at::kFloat),
+                       aligned_vector(layer.mask_out, at::kFloat), aligned_vector(layer.bias, dtype),
+                       layer.scaling, layer.keep_low, plan.rows, plan.up_splits_N},
+                      /*need_out=*/true);
+  return {result.out, result.low};
+}
+
+std::array<Tensor, 4> passes_backward(const Tensor& grad, const Tensor& x, const Tensor& t,
+                                      const Layer& layer, const std::array<bool, 4>& need,
+                                      const LinearPlan& plan) {
+  auto [need_x, need_A, need_B, need_bias] = need;
+  at::ScalarType dtype = x.scalar_type();
+  Tensor g = aligned_rows(grad), low = t.contiguous();
+  OptTensor mask_in = aligned_vector(layer.mask_in, at::kFloat),
+            mask_out = aligned_vector(layer.mask_out, at::kFloat);
+  std::array<Tensor, 4> out;
+  FactorGradPair pair;
+  int jobs = 0;
+  Tensor partial_A, partial_B, masked_g;
+  // First the pass from g's first token to its last, then the one that goes back: it finds g's end in the L2
+  // cache.
+  if (need_B) {
+    out[2] = at::empty_like(layer.lora_B, at::MemoryFormat::Contiguous);
+    FactorGrad& job = pair.job[jobs++] = sum_tokens(g, low, partial_B, plan.span_N);
+    job.grad = out[2].mutable_data_ptr(), job.dtype = dtype_of(out[2]), job.by_channel = true;
+    job.mask = data_of(mask_out), job.scaling = layer.scaling;
+  }
+  if (need_x || need_A) {
+    Result result =
+        run({g, layer.weight, contiguous_factor(layer.lora_B, dtype), contiguous_factor(layer.lora_A, dtype),
+             /*backward=*/true, mask_out, mask_in, std::nullopt, layer.scaling, /*keep_low=*/true, plan.rows,
+             plan.up_splits_K},
+            need_x);
+    out[0] = result.out;
+    if (mask_out.has_value() && !result.masked.is_same(g)) masked_g = result.masked;
+    if (need_A) {
+      // From the unmasked x: the mask acts on the sums, so a NaN in a pruned lane ends in a pruned column.
+      out[1] = at::empty_like(layer.lora_A, at::MemoryFormat::Contiguous);
+      Tensor rows = aligned_rows(x);
+      FactorGrad& job = pair.job[jobs++] = sum_tokens(rows, result.low, partial_A, plan.span_K);
+      job.grad = out[1].mutable_data_ptr(), job.dtype = dtype_of(out[1]);
+      job.mask = data_of(mask_in), job.scaling = layer.scaling;
+    }
+  }
+  if (jobs > 0) kernels_for(x).add_spans(pair, current_stream(x));
+  if (need_bias) out[3] = (masked_g.defined() ? masked_g : lanes(grad, mask_out, 1, false)).sum(0);
+  return out;
+}
+
+}  // namespace apt

@@ -1,0 +1,72 @@
+#include "plan.h"
+
+#include <algorithm>
+
+namespace apt {
+namespace {
+
+int64_t divided(int64_t size, int64_t by) { return (size + by - 1) / by; }
+
+bool has_passes(const LinearProblem& p, const DeviceLimits& device) {
+  constexpr int64_t kSharedBytes = 99 * 1024;  // what the low-rank pass takes
+  bool sixteen = p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16;
+  return sixteen && device.capability >= 80 && device.shared_bytes >= kSharedBytes && p.R > 0 &&
+         p.R <= kMostRank;
+}
+
+// A block owns whole rows, 32 of them as long as three quarters of the multiprocessors have work.
+int rows_of(int64_t M, const DeviceLimits& device) {
+  return divided(M, 32) * 4 >= device.multiprocessors * 3 ? 32 : 16;
+}
+
+// Of the up pass alone the columns can be cut too, until there are two blocks for each multiprocessor.
+int splits_of_up(int64_t M, int64_t columns, const DeviceLimits& device) {
+  int64_t blocks = divided(M, rows_of(M, device));
+  return static_cast<int>(std::clamp<int64_t>(2 * device.multiprocessors / blocks, 1,
+                                              std::max<int64_t>(1, divided(columns, 512))));
+}
+
+// Tokens a block adds up: long spans mean few partial sums to write and add, and two blocks for each
+// multiprocessor are enough.
+int64_t span_of(int64_t M, int64_t channels, const DeviceLimits& device) {
+  int64_t spans = std::max<int64_t>(1, 2 * device.multiprocessors / divided(channels, 128));
+  return std::max<int64_t>(64, divided(divided(M, spans), 64) * 64);
+}
+
+}  // namespace
+
+LinearPlan launch_plan(const LinearProblem& p, const DeviceLimits& device) {
+  LinearPlan plan;
+  if (device.multiprocessors == 0 || p.M == 0 || p.N == 0 || p.K == 0) return plan;
+  bool sixteen = p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16;
+  // Below 64 tokens the copy of W costs more than the slow product does.
+  plan.padded = sixteen && (p.N % 8 != 0 || p.K % 8 != 0) && p.M >= 64;
+  bool aligned = p.N % 8 == 0 && p.K % 8 == 0;
+  if (!has_passes(p, device) || !(aligned || plan.padded)) return plan;
+  plan.route = LinearPlan::Route::kPasses;
+  plan.rows = rows_of(p.M, device);
+  plan.up_splits_N = splits_of_up(p.M, p.N, device);
+  plan.up_splits_K = splits_of_up(p.M, p.K, device);
+  plan.span_N = span_of(p.M, p.N, device);
+  plan.span_K = span_of(p.M, p.K, device);
+  return plan;
+}
+
+MergePlan merge_plan(const LinearProblem& p, const DeviceLimits& device) {
+  bool fits = has_passes(p, device) && p.K % 8 == 0;
+  return fits ? MergePlan{rows_of(p.N, device), splits_of_up(p.N, p.K, device)} : MergePlan{};
+}
+
+std::string LinearPlan::str() const {
+  auto text = [](int64_t number) { return std::to_string(number); };
+  std::string out = route == Route::kPasses ? "passes" : "library";
+  if (padded) out += ", padded to multiples of 8";
+  if (route == Route::kPasses) {
+    out += ", " + text(rows) + " rows a block, the up pass cut in " + text(up_splits_N) + " (N) and " +
+           text(up_splits_K) + " (K), sums over tokens: spans of " + text(span_N) + " (N) and " +
+           text(span_K) + " (K)";
+  }
+  return out;
+}
+
+}  // namespace apt
