@@ -1,6 +1,7 @@
 """Block masks: what they mean in each architecture, checked against hooks on the stock model, and what they refuse."""
 
 import copy
+import pathlib
 import pickle
 
 import pytest
@@ -93,7 +94,7 @@ def test_hidden_masks_select():
     close(outputs(apt, family.inputs()), clean, 0)
 
 
-@pytest.mark.parametrize("kind", ["LayerNorm", "LlamaRMSNorm", "GemmaRMSNorm", "T5LayerNorm"])
+@pytest.mark.parametrize("kind", ["LayerNorm", "RMSNorm", "LlamaRMSNorm", "GemmaRMSNorm", "T5LayerNorm"])
 def test_a_norm_sees_the_kept_dimensions_alone(kind):
     norms = {**vars(nn), **vars(llama), **vars(gemma), **vars(t5)}
     wide, narrow = norms[kind](6).double(), norms[kind](4).double()
@@ -274,3 +275,78 @@ def test_a_checkpoint_with_hidden_masks_leaves_another_model_as_it_was(tmp_path)
     with pytest.raises(ValueError, match="expected shape"):
         APTModel.from_pretrained(other, tmp_path)
     assert before == [(name, id(module)) for name, module in other.named_modules()]
+
+
+@pytest.mark.parametrize("name", ["bert", "llama-tied"])
+def test_masked_models_compile_whole(name):
+    family = FAMILIES[name]
+    apt = adapted(family, dtype=torch.float32)
+    mask_all(apt, some(family, apt.blocks, ("heads", "neurons", "hidden"), "soft"))
+    compiled = torch.compile(apt, fullgraph=True, backend="aot_eager")
+    inputs = {"input_ids": family.inputs()["input_ids"], **({"use_cache": False} if family.decoder else {})}
+    loss = compiled(**inputs).logits.square().mean()
+    loss.backward()
+    assert torch.allclose(loss, apt(**inputs).logits.square().mean(), rtol=1e-5)
+    assert any(adapter.lora_A.grad.abs().sum() > 0 for _, adapter in adapters(apt) if adapter.rank)
+
+
+def test_activation_checkpointing_gives_the_same_gradients():
+    family = FAMILIES["bert"]
+    grads = []
+    for checkpointed in (False, True):
+        apt = adapted(family)
+        mask_all(apt, some(family, apt.blocks, ("heads", "neurons", "hidden"), "soft"))
+        if checkpointed:
+            apt.train()  # stock models checkpoint in training mode alone
+            for module in apt.modules():
+                if isinstance(module, nn.Dropout):
+                    module.p = 0.0
+                if hasattr(module, "dropout") and isinstance(module.dropout, float):
+                    module.dropout = 0.0
+            apt.model.activation_checkpointing_enable({"use_reentrant": False})
+        apt(**family.inputs()).logits.square().mean().backward()
+        grads.append([p.grad for p in apt_ext.adapter_parameters(apt)])
+    close(*grads, 1e-12)
+
+
+class Documented(nn.Module):
+    """What the row in docs/architectures.md describes."""
+
+    class config:
+        model_type = "mine"
+        hidden_size, intermediate_size, num_attention_heads = 12, 10, 3
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head, self.norm = nn.Embedding(9, 12), nn.Linear(12, 9), nn.RMSNorm(12)
+        self.layers = nn.ModuleList()
+        for _ in range(2):
+            layer = nn.ModuleDict(
+                {"up": nn.Linear(12, 10), "down": nn.Linear(10, 12), "norm1": nn.LayerNorm(12), "norm2": nn.LayerNorm(12)}
+            )
+            layer["attn"] = nn.ModuleDict({name: nn.Linear(12, 12) for name in "qkvo"})
+            layer["attn"].head_dim = 4
+            self.layers.append(layer)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        for layer in self.layers:
+            attn, y = layer["attn"], layer["norm1"](x)
+            q, k, v = (attn[name](y).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for name in "qkv")
+            x = x + attn["o"](nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+            x = x + layer["down"](layer["up"](layer["norm2"](x)).relu())
+        return self.head(self.norm(x))
+
+
+def test_the_documented_row_works(table):
+    text = (pathlib.Path(__file__).parents[1] / "docs" / "architectures.md").read_text()
+    exec(text.split("```python\n")[1].split("```")[0], {})  # noqa: S102  # our own
+    apt = get_apt_model(Documented().double(), APTConfig(r=2))
+    assert list(apt.blocks) == ["0.neurons", "0.heads", "1.neurons", "1.heads", "hidden"]
+    masks = {"0.heads": torch.tensor([1.0, 0, 0.5]), "1.neurons": torch.arange(10).clamp(max=1).float(), "hidden": torch.ones(12)}
+    masks["hidden"][5:8] = 0
+    tokens = torch.arange(9).view(1, 9)
+    expected = mask_all(apt, masks)(tokens)
+    small = shrink(apt)
+    assert torch.allclose(small(tokens), expected, rtol=0, atol=1e-12)
+    assert (small.embed.embedding_dim, small.layers[0]["attn"]["q"].out_features, small.config.hidden_size) == (9, 8, 9)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn import functional as F
 
 from ..adapter import APTAdapter
 from ..reference import scale_lanes
@@ -134,19 +134,16 @@ class MaskedNorm(StreamCarrier):
         kept = self.kept
         if kept is None or self._disabled:
             return self.base_layer(x)  # type: ignore[no-any-return]
-        narrow = narrowed(self.base_layer, len(kept))
-        parameters = {name: parameter.index_select(0, kept) for name, parameter in self.base_layer.named_parameters()}
-        y: Tensor = functional_call(narrow, parameters, (x.index_select(-1, kept),))
+        norm, gathered = self.base_layer, x.index_select(-1, kept)
+        parameters = {name: parameter.index_select(0, kept) for name, parameter in norm.named_parameters()}
+        width = (len(kept),)  # which torch's norms hold beside their Parameters
+        if isinstance(norm, nn.LayerNorm):
+            y = F.layer_norm(gathered, width, parameters["weight"], parameters.get("bias"), norm.eps)
+        elif isinstance(norm, nn.RMSNorm):
+            y = F.rms_norm(gathered, width, parameters["weight"], norm.eps)
+        else:
+            y = functional_call(norm, parameters, (gathered,))
         return y.new_zeros(x.shape).index_copy(-1, kept, y)
-
-
-def narrowed(norm: nn.Module, width: int) -> nn.Module:
-    """A copy of the norm that says it is `width` wide; its Parameters are those of `norm`, for `functional_call` to replace."""
-    twin = copy.copy(norm)
-    twin._parameters = dict(norm._parameters)
-    if isinstance(twin, nn.LayerNorm):
-        twin.normalized_shape = (width,)
-    return twin
 
 
 def carrier_for(module: nn.Module, of: str) -> nn.Module:
