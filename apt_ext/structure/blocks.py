@@ -55,7 +55,11 @@ def set_mask(model: nn.Module, name: str, block: Block, mask: Tensor, agree: Cal
 def missing_carriers(model: nn.Module, block: Block) -> dict[str, nn.Module]:
     """{name: what carries a mask there} for what the block touches and cannot carry one yet: embeddings, norms, heads of the stream."""
     bare = {side.module: side.of for side in block.sides if side.acts and not is_carrier(model.get_submodule(side.module))}
-    return {name: carrier_for(model.get_submodule(name), of) for name, of in bare.items()}
+    made = {name: carrier_for(model.get_submodule(name), of) for name, of in bare.items()}
+    for name, carrier in made.items():
+        if isinstance(carrier, APTAdapter):
+            carrier._label = name
+    return made
 
 
 def place_carriers(model: nn.Module, block: Block) -> None:
