@@ -1,9 +1,9 @@
 """Ratios to the frozen GEMM of the same run: F.linear(x, W) without bias (forward), plus g @ W (forward + backward).
 
-    python benchmarks/bench.py [--device cuda] [--dtype bfloat16] [--rounds 12] [--quick] [--json FILE]
+    python benchmarks/bench.py [--device cuda] [--dtype bfloat16] [--only layers,merge] [--json FILE] [--plot FILE]
 
 Peers are interleaved: every round times each of them once, on random data, and the table shows medians over the rounds, with the
-quartiles in the JSON. "masks" has 1 % zeros and 1 % at 0.5 in every mask; "none" has masks of ones.
+quartiles in the JSON. "masks" has 1 % zeros and 1 % at 0.5 in every mask; "none" has masks of ones. On CUDA the clock is the device's.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from peers import by_hand, naive, peft_linear
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -25,9 +26,11 @@ import apt_ext
 from apt_ext import APTAdapter
 
 SHAPES = {
-    "cuda": [(8192, 4096, 4096), (8192, 11008, 4096), (8192, 4096, 11008), (4096, 768, 768), (4096, 3072, 768)],
+    "cuda": [(8192, 4096, 4096), (8192, 11008, 4096), (8192, 4096, 11008), (4096, 768, 768)],
     "cpu": [(1024, 768, 768), (1024, 3072, 768), (1024, 768, 3072)],
 }
+# (out, in) of the linears of one layer of a LLaMA-style model with 1.1 billion parameters, which has 22 of them.
+BILLION = [(2048, 2048), (256, 2048), (256, 2048), (2048, 2048), (5632, 2048), (5632, 2048), (2048, 5632)]
 
 
 def spread(size, device):
@@ -49,7 +52,7 @@ def measure(peers, rounds, device, inner):
         for name, call in peers.items():
             if device == "cuda":
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                torch.cuda._sleep(400_000)  # the queue fills while the device sleeps, so host time stays out
+                torch.cuda._sleep(2_000_000)  # the queue fills while the device sleeps, so host time stays out
                 start.record()
                 for _ in range(inner):
                     call()
@@ -78,44 +81,110 @@ def host_time(peers, rounds, device):
 
 
 def rows_of(times, base, **labels):
+    """One row a peer: the ratio of medians, and of the quartiles."""
     divisor = statistics.median(times[base])
     for name, values in times.items():
         low, _, high = statistics.quantiles(values, n=4)
         yield {**labels, "peer": name, "ratio": statistics.median(values) / divisor, "low": low / divisor, "high": high / divisor}
 
 
+def labels_of(M, N, K, rank, dtype):
+    return {"M": M, "N": N, "K": K, "rank": rank, "dtype": str(dtype).removeprefix("torch.")}
+
+
+class Layer:
+    """One linear with a plain and a masked adapter, its peers, and an input and an output gradient."""
+
+    def __init__(self, M, N, K, rank, dtype, device):
+        self.x, self.grad = (torch.randn(M, side, device=device).to(dtype) for side in (K, N))
+        self.leaf = self.x.clone().requires_grad_()
+        linear = nn.Linear(K, N, bias=False, device=device, dtype=dtype)
+        self.W = linear.weight
+        self.plain, self.masked = (APTAdapter.from_linear(linear, rank) for _ in range(2))
+        self.masked.set_masks(spread(K, device), spread(N, device))
+        with torch.no_grad():
+            self.plain.lora_B.normal_(), self.masked.lora_B.normal_()
+        A, B, scaling = self.plain.lora_A, self.plain.lora_B, self.plain.scaling
+        in_dtype = (self.masked.mask_in.to(dtype), self.masked.mask_out.to(dtype))
+        self.peers = {
+            "apt none": (self.plain, A, B),
+            "apt masks": (self.masked, self.masked.lora_A, self.masked.lora_B),
+            "naive eager, masks": (naive(self.W, A, B, scaling, *in_dtype), A, B),
+            "mm + addmm_, none": (by_hand(self.W, A, B, scaling), A, B),
+        }
+        twin = nn.Linear(K, N, bias=False, device=device, dtype=dtype).requires_grad_(False)
+        if (peft := peft_linear(twin, rank, scaling)) is not None:
+            self.peers["PEFT, none"] = (peft, peft.lora_A["default"].weight, peft.lora_B["default"].weight)
+
+    def forwards(self, only=None):
+        return {name: (lambda f=f: f(self.x)) for name, (f, _, _) in self.peers.items() if only is None or name in only}
+
+    def steps(self, only=None):
+        def step(f, A, B):
+            torch.autograd.grad(f(self.leaf), (self.leaf, A, B), self.grad)
+
+        return {name: (lambda p=p: step(*p)) for name, p in self.peers.items() if only is None or name in only}
+
+    def frozen(self):
+        return F.linear(self.x, self.W)
+
+    def frozen_step(self):
+        return F.linear(self.x, self.W.detach()), self.grad @ self.W.detach()
+
+
 def layer_rows(M, N, K, rank, dtype, device, rounds):
-    x, grad = (torch.randn(M, side, device=device).to(dtype) for side in (K, N))
-    linear = nn.Linear(K, N, bias=False, device=device, dtype=dtype)
-    plain = APTAdapter.from_linear(linear, rank)
-    masked = APTAdapter.from_linear(linear, rank)
-    masked.set_masks(spread(K, device), spread(N, device))
+    layer, labels = Layer(M, N, K, rank, dtype, device), labels_of(M, N, K, rank, dtype)
+    inner = 4 if device == "cuda" else 2
     with torch.no_grad():
-        plain.lora_B.normal_(), masked.lora_B.normal_()
-    W, A, B, s = linear.weight, plain.lora_A, plain.lora_B, plain.scaling
-    m_in, m_out = masked.mask_in.to(dtype), masked.mask_out.to(dtype)
-    leaf = x.clone().requires_grad_()
-
-    def naive(x):
-        h = x * m_in
-        return m_out * (F.linear(h, W) + s * F.linear(F.linear(h, A), B))
-
-    forwards = {"apt none": plain, "apt masks": masked, "naive eager, masks": naive}
-    peers = {"frozen": lambda: F.linear(x, W), **{n: (lambda f=f: f(x)) for n, f in forwards.items()}}
-    inner = 5 if device == "cuda" else 2
-    labels = {"M": M, "N": N, "K": K, "rank": rank, "dtype": str(dtype).removeprefix("torch.")}
-    with torch.no_grad():
-        yield from rows_of(measure(peers, rounds, device, inner), "frozen", work="forward", **labels)
-
-    def train(f):
-        torch.autograd.grad(f(leaf), (leaf, A if f is not masked else masked.lora_A, B if f is not masked else masked.lora_B), grad)
-
-    peers = {"frozen": lambda: (F.linear(x, W), grad @ W), **{n: (lambda f=f: train(f)) for n, f in forwards.items()}}
+        yield from rows_of(measure({"frozen": layer.frozen, **layer.forwards()}, rounds, device, inner), "frozen", work="forward", **labels)
+    peers = {"frozen": layer.frozen_step, **layer.steps()}
     yield from rows_of(measure(peers, rounds, device, inner), "frozen", work="forward+backward", **labels)
-    small = x[:1]
-    hosts = {"F.linear": lambda: F.linear(small, W), "apt none": lambda: plain(small), "apt masks": lambda: masked(small)}
+
+
+def graph_rows(M, N, K, rank, dtype, device, rounds):
+    """Ten calls in one CUDA graph each, so that no host time is left. A captured adapter computes its masks, ones or not."""
+    layer, ours = Layer(M, N, K, rank, dtype, device), ("apt none", "apt masks")
+    bare = (layer.W, None, layer.plain.lora_A, layer.plain.lora_B, None, None, layer.plain.scaling)
+    layer.peers["apt_linear, no masks"] = (lambda x: apt_ext.ops.apt_linear(x, *bare), layer.plain.lora_A, layer.plain.lora_B)
+
+    def captured(call):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(10):
+                call()
+        return graph.replay
+
+    only = (*ours, "apt_linear, no masks", "mm + addmm_, none")
+    labels = labels_of(M, N, K, rank, dtype)
     with torch.no_grad():
-        yield from rows_of(host_time(hosts, rounds, device), "F.linear", work="host time a call, M=1", **labels)
+        peers = {name: captured(call) for name, call in {"frozen": layer.frozen, **layer.forwards(only)}.items()}
+    yield from rows_of(measure(peers, rounds, device, 2), "frozen", work="graph: forward", **labels)
+    peers = {name: captured(call) for name, call in {"frozen": layer.frozen_step, **layer.steps(only)}.items()}
+    yield from rows_of(measure(peers, rounds, device, 2), "frozen", work="graph: forward+backward", **labels)
+
+
+def host_rows(N, K, rank, dtype, device, rounds):
+    layer = Layer(1, N, K, rank, dtype, device)
+    with torch.no_grad():
+        times = host_time({"F.linear": layer.frozen, **layer.forwards()}, rounds, device)
+    yield from rows_of(times, "F.linear", work="host time a call", **labels_of(1, N, K, rank, dtype))
+
+
+def width_rows(width, rank, dtype, device, rounds):
+    """An odd width on either side against the next multiple of 8."""
+    aligned, other = (width + 7) // 8 * 8, 4096
+    for side, shapes in (("in", ((other, width), (other, aligned))), ("out", ((width, other), (aligned, other)))):
+        odd, even = (Layer(8192, N, K, rank, dtype, device) for N, K in shapes)
+        with torch.no_grad():
+            times = measure({"aligned": lambda e=even: e.plain(e.x), "odd": lambda o=odd: o.plain(o.x)}, rounds, device, 3)
+        N, K = shapes[0]
+        yield from rows_of(times, "aligned", work=f"odd {side}", **labels_of(8192, N, K, rank, dtype))
 
 
 def merge_rows(N, K, rank, dtype, device, rounds):
@@ -125,23 +194,87 @@ def merge_rows(N, K, rank, dtype, device, rounds):
         "one pass over W": lambda: W.mul_(1.0),
         "merge_ check=False": lambda: apt_ext.ops.merge_(W, A, B, 1e-3, None, None, False),
         "merge_ check=True": lambda: apt_ext.ops.merge_(W, A, B, 1e-3),
+        "W.addmm_(B, A)": lambda: W.addmm_(B, A, alpha=1e-3),
         "W += s (B @ A)": lambda: W.add_(1e-3 * (B @ A)),
     }
-    labels = {"M": 0, "N": N, "K": K, "rank": rank, "dtype": str(dtype).removeprefix("torch.")}
-    yield from rows_of(measure(peers, rounds, device, 5), "one pass over W", work="merge_", **labels)
+    yield from rows_of(measure(peers, rounds, device, 5), "one pass over W", work="merge_", **labels_of(0, N, K, rank, dtype))
+
+
+def model_merge_rows(rank, dtype, device, rounds):
+    """Every linear of a model with 1.1 billion parameters, merged and forgotten, against PEFT's own merge."""
+    linears = [nn.Linear(K, N, bias=False, device=device, dtype=dtype).requires_grad_(False) for N, K in BILLION * 22]
+    pairs = [(torch.randn(rank, m.in_features, device=device).to(dtype) * 1e-4, torch.zeros_like(m.weight[:, :rank])) for m in linears]
+    peft = [peft_linear(m, rank, 2.0) for m in linears]
+    if peft[0] is None:
+        return
+
+    def ours():
+        for linear, (A, B) in zip(linears, pairs, strict=True):
+            apt_ext.ops.merge_(linear.weight, A, B, 2.0, None, None, False)
+
+    def theirs():
+        for layer in peft:
+            layer.merge()
+            layer.merged_adapters.clear()
+
+    peers = {"PEFT merge": theirs, "merge_ check=False": ours}
+    yield from rows_of(measure(peers, rounds, device, 1), "PEFT merge", work="merge, 1.1 B model", **labels_of(0, 0, 0, rank, dtype))
 
 
 def mask_rows(tensors, dtype, device, rounds):
     grads = [torch.randn(16, 4096, device=device).to(dtype) for _ in range(tensors)]
     masks, dims = [torch.rand(4096, device=device) for _ in grads], [1] * tensors
-    copies = [torch.empty_like(g) for g in grads]
+    flat = torch.randn(tensors * 16 * 4096, device=device).to(dtype)
+    copy = torch.empty_like(flat)
     peers = {
-        "foreach copy": lambda: torch._foreach_copy_(copies, grads),
+        "one copy of the same bytes": lambda: copy.copy_(flat),
         "mask_grads_": lambda: apt_ext.ops.mask_grads_(grads, masks, dims),
         "foreach mul (no selection)": lambda: torch._foreach_mul_(grads, masks),
     }
-    labels = {"M": 0, "N": tensors, "K": 4096, "rank": 16, "dtype": str(dtype).removeprefix("torch.")}
-    yield from rows_of(measure(peers, rounds, device, 2), "foreach copy", work=f"mask_grads_ of {tensors} tensors", **labels)
+    base, work = "one copy of the same bytes", f"mask_grads_ of {tensors}"
+    yield from rows_of(measure(peers, rounds, device, 2), base, work=work, **labels_of(0, tensors, 4096, 16, dtype))
+
+
+def jobs_of(options, dtype):
+    """[(function, its arguments before device and rounds)] of what was asked for."""
+    cuda = options.device == "cuda"
+    ranks = (16,) if options.quick else (16, 64)
+    shapes = SHAPES[options.device][: 1 if options.quick else None]
+    side = 4096 if cuda else 1024
+    groups = {
+        "layers": [(layer_rows, (*shape, rank, dtype)) for shape in shapes for rank in ranks],
+        "graph": [(graph_rows, (4096, 768, 768, rank, dtype)) for rank in ranks] if cuda else [],
+        "host": [(host_rows, (side, side, 16, dtype))],
+        "widths": [(width_rows, (width, 16, dtype)) for width in (4097, 2055, 383)] if cuda and not options.quick else [],
+        "merge": [(merge_rows, (side, side, 16, dtype))] + ([(model_merge_rows, (16, dtype))] if cuda else []),
+        "mask_grads": [(mask_rows, (448 if cuda else 64, dtype))],
+    }
+    asked = options.only.split(",") if options.only else list(groups)
+    unknown = [name for name in asked if name not in groups]
+    if unknown:
+        raise SystemExit(f"--only: expected some of {', '.join(groups)}, got {', '.join(unknown)}")
+    return [job for name in asked for job in groups[name]]
+
+
+def plot(rows, path):
+    """Bars of every layer row: one panel a work, one group a shape and rank, one bar a peer."""
+    from matplotlib.figure import Figure
+
+    works = list(dict.fromkeys(row["work"] for row in rows if "forward" in row["work"]))
+    figure = Figure(figsize=(11, 3 * len(works)), layout="constrained")
+    for work, axes in zip(works, figure.subplots(len(works), 1, squeeze=False)[:, 0], strict=True):
+        of_work = [row for row in rows if row["work"] == work and row["peer"] != "frozen"]
+        peers = list(dict.fromkeys(row["peer"] for row in of_work))
+        cases = list(dict.fromkeys((row["M"], row["N"], row["K"], row["rank"]) for row in of_work))
+        for i, peer in enumerate(peers):
+            values = {(r["M"], r["N"], r["K"], r["rank"]): r["ratio"] for r in of_work if r["peer"] == peer}
+            places = [j + (i - (len(peers) - 1) / 2) * 0.8 / len(peers) for j in range(len(cases))]
+            axes.bar(places, [values.get(case, 0) for case in cases], 0.8 / len(peers), label=peer)
+        axes.axhline(1, color="0.4", linewidth=0.8)
+        axes.set_xticks(range(len(cases)), [f"{m} x {n} x {k}\nr {r}" for m, n, k, r in cases])
+        axes.set(title=work, ylabel="time / frozen GEMM")
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=130)
 
 
 def main():
@@ -150,14 +283,13 @@ def main():
     parser.add_argument("--dtype", default=None, help="float32, float16 or bfloat16; default: bfloat16 on cuda, float32 on the CPU")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--quick", action="store_true", help="the first shape and rank 16 only")
+    parser.add_argument("--only", help="some of layers,graph,host,widths,merge,mask_grads")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path, help="a PNG of the layers")
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype or ("bfloat16" if options.device == "cuda" else "float32"))
     torch.manual_seed(0)
-    shapes = SHAPES[options.device][: 1 if options.quick else None]
-    jobs = [(layer_rows, (*shape, rank, dtype)) for shape in shapes for rank in ((16,) if options.quick else (16, 64))]
-    side = 4096 if options.device == "cuda" else 1024
-    jobs += [(merge_rows, (side, side, 16, dtype)), (mask_rows, (448 if options.device == "cuda" else 64, dtype))]
+    jobs = jobs_of(options, dtype)
     rows = [row for job, arguments in tqdm(jobs, unit="case") for row in job(*arguments, options.device, options.rounds)]
 
     print(f"{'work':<24} {'M':>6} {'N':>6} {'K':>6} {'rank':>5}  {'peer':<28} ratio (quartiles)")
@@ -170,6 +302,8 @@ def main():
         build = {**apt_ext.ops.build_info(), "torch": torch.__version__}
         header = {"commit": commit, "device": name, "threads": torch.get_num_threads(), "rounds": options.rounds, "build": build}
         options.json.write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
+    if options.plot:
+        plot(rows, options.plot)
 
 
 if __name__ == "__main__":

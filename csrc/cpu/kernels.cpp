@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <limits>
 #include <type_traits>
@@ -56,28 +57,73 @@ constexpr int64_t kGrain = 32768;  // elements: below this a second thread costs
 
 int64_t rows_a_task(int64_t columns) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns)); }
 
+// bfloat16 as the bits it is: loops over at::BFloat16 objects are not vectorised, loops over integers are.
+template <class T>
+using Stored = std::conditional_t<std::is_same_v<T, at::BFloat16>, uint16_t, T>;
+
+template <class T>
+[[gnu::always_inline]] inline Wide<T> widen(Stored<T> value) {
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    return std::bit_cast<float>(uint32_t{value} << 16);
+  } else {
+    return Wide<T>(value);
+  }
+}
+
+// Rounded to the nearest, ties to even; a NaN stays one.
+template <class T>
+[[gnu::always_inline]] inline Stored<T> narrow(Wide<T> value) {
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    const uint32_t bits = std::bit_cast<uint32_t>(value);
+    const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+    return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+  } else {
+    return T(value);
+  }
+}
+
 // The two inner loops. A factor of exactly 0 selects, so 0 * NaN never happens.
 template <class T>
-[[gnu::always_inline]] inline void scale_row_body(const T* src, T* dst, const Wide<T>* factor, int64_t count,
-                                                  bool select_only) {
+[[gnu::always_inline]] inline void scale_row_body(const Stored<T>* src, Stored<T>* dst, const Wide<T>* factor,
+                                                  int64_t count, bool select_only) {
   if (select_only) {
-    for (int64_t j = 0; j < count; ++j) dst[j] = factor[j] == 0 ? T(0) : src[j];
+    for (int64_t j = 0; j < count; ++j) dst[j] = factor[j] == 0 ? Stored<T>(0) : src[j];
   } else {
-    for (int64_t j = 0; j < count; ++j) dst[j] = factor[j] == 0 ? T(0) : T(Wide<T>(src[j]) * factor[j]);
+    for (int64_t j = 0; j < count; ++j) {
+      const Wide<T> product = widen<T>(src[j]) * factor[j];
+      dst[j] = narrow<T>(factor[j] == 0 ? Wide<T>(0) : product);
+    }
+  }
+}
+
+// Whether a stored value is Inf or NaN, in integers: a comparison of floats would keep the loop from being
+// vectorised.
+template <class T>
+[[gnu::always_inline]] inline uint32_t is_not_finite(Stored<T> value) {
+  if constexpr (std::is_same_v<T, at::BFloat16>) {
+    return (value & 0x7f80u) == 0x7f80u;
+  } else if constexpr (std::is_same_v<T, double>) {
+    return (std::bit_cast<uint64_t>(value) & 0x7ff0000000000000ull) == 0x7ff0000000000000ull;
+  } else {
+    return (std::bit_cast<uint32_t>(Wide<T>(value)) & 0x7f800000u) == 0x7f800000u;
   }
 }
 
 // weight + delta under both masks, rounded once; returns whether every result is finite.
-template <class T>
-[[gnu::always_inline]] inline bool merge_row_body(T* weight, const Wide<T>* delta, const Wide<T>* mask_in,
-                                                  Wide<T> mask_out, int64_t count, int64_t stride,
-                                                  bool write) {
-  int bad = 0;
+template <bool write, class T>
+[[gnu::always_inline]] inline bool merge_row_body(Stored<T>* __restrict__ weight,
+                                                  const Wide<T>* __restrict__ delta,
+                                                  const Wide<T>* __restrict__ mask_in, Wide<T> mask_out,
+                                                  int64_t count, int64_t stride) {
+  uint32_t bad = 0;
   for (int64_t k = 0; k < count; ++k) {
-    Wide<T> kept = (Wide<T>(weight[k * stride]) + delta[k]) * mask_in[k] * mask_out;
-    T rounded = mask_in[k] == 0 || mask_out == 0 ? T(0) : T(kept);
-    bad |= !(std::abs(Wide<T>(rounded)) <= std::numeric_limits<Wide<T>>::max());
-    if (write) weight[k * stride] = rounded;
+    const Wide<T> kept = (widen<T>(weight[k * stride]) + delta[k]) * (mask_in[k] * mask_out);
+    const Stored<T> rounded = narrow<T>(mask_in[k] == 0 || mask_out == 0 ? Wide<T>(0) : kept);
+    if constexpr (write) {
+      weight[k * stride] = rounded;
+    } else {
+      bad |= is_not_finite<T>(rounded);
+    }
   }
   return bad == 0;
 }
@@ -85,12 +131,18 @@ template <class T>
 // target_clones takes no templates, so each type gets its overload.
 #define APT_ROWS(T)                                                                                         \
   APT_CLONES void scale_row(const T* src, T* dst, const Wide<T>* factor, int64_t count, bool select_only) { \
-    scale_row_body(src, dst, factor, count, select_only);                                                   \
+    scale_row_body<T>(reinterpret_cast<const Stored<T>*>(src), reinterpret_cast<Stored<T>*>(dst), factor,   \
+                      count, select_only);                                                                  \
   }                                                                                                         \
   APT_CLONES bool merge_row(T* weight, const Wide<T>* delta, const Wide<T>* mask_in, Wide<T> mask_out,      \
                             int64_t count, int64_t stride, bool write) {                                    \
-    return stride == 1 ? merge_row_body(weight, delta, mask_in, mask_out, count, 1, write)                  \
-                       : merge_row_body(weight, delta, mask_in, mask_out, count, stride, write);            \
+    auto* row = reinterpret_cast<Stored<T>*>(weight);                                                       \
+    if (stride != 1) {                                                                                      \
+      return write ? merge_row_body<true, T>(row, delta, mask_in, mask_out, count, stride)                  \
+                   : merge_row_body<false, T>(row, delta, mask_in, mask_out, count, stride);                \
+    }                                                                                                       \
+    return write ? merge_row_body<true, T>(row, delta, mask_in, mask_out, count, 1)                         \
+                 : merge_row_body<false, T>(row, delta, mask_in, mask_out, count, 1);                       \
   }
 APT_ROWS(double)
 APT_ROWS(float)

@@ -1,0 +1,54 @@
+"""What others do with the same layer, as functions of x with gradients: the naive formula, two cuBLAS products by hand, PEFT."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+def naive(W, A, B, scaling, mask_in, mask_out):
+    """The masked formula in eager torch; masks in the layer's dtype."""
+
+    def forward(x):
+        h = x * mask_in
+        return mask_out * (F.linear(h, W) + scaling * F.linear(F.linear(h, A), B))
+
+    return forward
+
+
+class _ByHand(torch.autograd.Function):
+    """LoRA without masks from library products alone, the second one added in place: what fast trainers write."""
+
+    @staticmethod
+    def forward(ctx, x, W, A, B, scaling):
+        t = x @ A.t()
+        ctx.save_for_backward(x, W, A, B, t)
+        ctx.scaling = scaling
+        return (x @ W.t()).addmm_(t, B.t(), alpha=scaling)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, W, A, B, t = ctx.saved_tensors
+        u = g @ B
+        dx = (g @ W).addmm_(u, A, alpha=ctx.scaling)
+        return dx, None, (u.t() @ x).mul_(ctx.scaling), (g.t() @ t).mul_(ctx.scaling), None
+
+
+def by_hand(W, A, B, scaling):
+    return lambda x: _ByHand.apply(x, W, A, B, scaling)
+
+
+def peft_linear(linear: nn.Linear, rank: int, scaling: float):
+    """PEFT's LoRA layer around `linear`, adapters in its dtype, or None where PEFT is not installed."""
+    try:
+        from peft import LoraConfig
+        from peft.tuners.lora.layer import Linear
+    except ImportError:
+        return None
+    config = LoraConfig(r=rank, lora_alpha=int(scaling * rank))
+    try:
+        layer = Linear(linear, "default", config=config, r=rank, lora_alpha=int(scaling * rank))
+    except TypeError:  # PEFT before 0.18 takes no config
+        layer = Linear(linear, "default", r=rank, lora_alpha=int(scaling * rank))
+    return layer.to(linear.weight.device, linear.weight.dtype)
