@@ -87,8 +87,6 @@ class APTAdapter(Merging):
         self._label = ""  # its name in the model, for messages
         self._mask_stamps: dict[str, int | None] = {}
         self._disabled = False
-        self._mask_epoch = 0  # counts mask changes: a checkpointed forward must be recomputed under the same masks
-        self._forward_epoch = 0
         self.register_module("base_layer", None)
         stored = rank if max_rank is None else max_rank
         with torch.inference_mode(False):  # a tensor born in inference mode could never be trained
@@ -118,7 +116,7 @@ class APTAdapter(Merging):
 
         Raises:
             TypeError: another module type (quantised layers are named), or a dtype that does not fit.
-            ValueError: a rank that does not fit, or a weight or bias that is not finite (not looked at on meta).
+            ValueError: a rank that does not fit, or a weight that is not finite (not looked at on meta).
         """
         out_features, in_features, transposed = linear_shape(linear)
         weight, bias = linear.weight, linear.bias
@@ -131,7 +129,7 @@ class APTAdapter(Merging):
                 f"rank must be at most min(out_features, in_features) = {min(out_features, in_features)} "
                 f"for {type(linear).__name__}({in_features}, {out_features}), got {rank}"
             )
-        if not weight.is_meta and not bool(torch.isfinite(weight).all()):
+        if not weight.is_meta and not bool(torch.isfinite(weight.detach()).all()):
             raise ValueError(f"weight of {type(linear).__name__}({in_features}, {out_features}) must be finite, got NaN or Inf")
         adapter = cls(
             in_features,
@@ -194,6 +192,9 @@ class APTAdapter(Merging):
             self._check_override("mask_in", mask_in, self.in_features, x)
         if mask_out is not None:
             self._check_override("mask_out", mask_out, self.out_features, x)
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self._changes.check()
         # The registries themselves: attribute access through nn.Module costs as much as a small product.
         base = self._modules["base_layer"]
         if self._merged or self._disabled:
@@ -202,10 +203,13 @@ class APTAdapter(Merging):
             if self._merged:
                 self._warn_if_learning()
             return base(x)  # type: ignore[no-any-return]
-        compiling = torch.compiler.is_compiling()
         mask_in = self._effective_mask("mask_in", compiling) if mask_in is None else mask_in
         mask_out = self._effective_mask("mask_out", compiling) if mask_out is None else mask_out
-        A, B = self._parameters["lora_A"], self._parameters["lora_B"]
+        return self._compute(x, mask_in, mask_out)
+
+    def _compute(self, x: Tensor, mask_in: Tensor | None, mask_out: Tensor | None) -> Tensor:
+        """Eq. 2 under these masks, None for all ones."""
+        base, A, B = self._modules["base_layer"], self._parameters["lora_A"], self._parameters["lora_B"]
         assert A is not None and B is not None
         weight: Any = None
         bias: Any = None
@@ -215,25 +219,13 @@ class APTAdapter(Merging):
         if self.dropout > 0.0 and self.training:
             # Dropping commutes with masking, so the low-rank path is the same op on its own dropped input.
             low_rank = ops.apt_linear(F.dropout(x, self.dropout), None, None, A, B, mask_in, mask_out, self._scaling)
-            y = low_rank if weight is None else ops.apt_linear(x, weight, bias, A[:0], B[:, :0], mask_in, mask_out, 1.0) + low_rank
-        else:
-            y = ops.apt_linear(x, weight, bias, A, B, mask_in, mask_out, self._scaling)
-        return y if compiling else self._stamped(y)
+            return low_rank if weight is None else ops.apt_linear(x, weight, bias, A[:0], B[:, :0], mask_in, mask_out, 1.0) + low_rank
+        return ops.apt_linear(x, weight, bias, A, B, mask_in, mask_out, self._scaling)
 
-    def _stamped(self, y: Tensor) -> Tensor:
-        """Under activation checkpointing the masks must not change before the recomputation: an error, never a wrong gradient.
-
-        Non-reentrant checkpoints compare the shapes of saved tensors, so the epoch is saved as a shape. A reentrant one
-        saves nothing: there a forward that runs inside a backward must find the epoch of the last forward outside it.
-        """
-        epoch = self._mask_epoch
-        if self._forward_epoch != epoch:
-            if torch._C._current_graph_task_id() != -1:
-                raise RuntimeError("masks changed between a checkpointed forward and its recomputation; call backward() before set_masks()")
-            self._forward_epoch = epoch
-        if epoch and y.requires_grad and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-            return _Stamp.apply(y, epoch)  # type: ignore[no-untyped-call, no-any-return]
-        return y
+    def _set_disabled(self, disabled: bool) -> None:
+        if disabled != self._disabled:
+            self._disabled = disabled
+            self._changes.note()
 
     def _check_override(self, name: str, mask: Tensor, size: int, x: Tensor) -> None:
         if self._merged:
@@ -306,7 +298,7 @@ class APTAdapter(Merging):
 
     def _stamp_mask(self, name: str, ones: bool) -> None:
         buffer = self._buffer(name)
-        self._mask_epoch += 1
+        self._changes.note()
         self._mask_stamps[name] = buffer._version if ones and not buffer.is_inference() else None
 
     def _known_ones(self, name: str) -> bool:
@@ -472,17 +464,3 @@ class APTAdapter(Merging):
         for name, ones in dict(self._mask_stamps).items():
             self._stamp_mask(name, bool(ones))
         self._guard()
-
-
-class _Stamp(torch.autograd.Function):
-    """The identity, saving an empty tensor whose shape carries the epoch."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, epoch: int) -> Tensor:
-        ctx.save_for_backward(torch.empty(0, epoch))
-        return y.view_as(y)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        _ = ctx.saved_tensors  # looked at, so that the checkpoint compares it
-        return grads[0], None

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from . import growth, ops
+from .changes import Changes
 from .reference import scale_lanes
 from .sharding import is_sharded
 
@@ -31,6 +34,7 @@ class Merging(nn.Module):
         self._kept: dict[str, Tensor] = {}  # "weight" and "bias" as they were before the merge
         self._transposed = False  # Conv1D stores [K, N]
         self._warned = False
+        self._changes = Changes()
 
     @property
     def weight(self) -> Tensor | None:
@@ -68,8 +72,9 @@ class Merging(nn.Module):
         if is_sharded(weight) or is_sharded(self.lora_A):
             raise RuntimeError("merge_weights: FSDP2 has sharded this layer; load its full state_dict into a model that is not sharded")
         growth.refuse_gathered(self.lora_A, "merge_weights")
-        if getattr(weight, "_apt_merged", False):
-            raise RuntimeError("merge_weights: this weight already carries the merge of another adapter; unmerge that one first")
+        for name, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and merged_into(tensor):
+                raise RuntimeError(f"merge_weights: this {name} already carries the merge of another adapter; unmerge that one first")
         with torch.inference_mode(False), torch.no_grad():
             kept = {"weight": _copy(weight, keep)}
             masked_bias = None
@@ -78,11 +83,13 @@ class Merging(nn.Module):
                 masked_bias = scale_lanes(bias.detach(), self.mask_out)
                 if not bias.is_meta and not bool(torch.isfinite(masked_bias).all()):
                     raise RuntimeError("merge_weights: the merged bias would not be finite; weight and bias are unchanged")
+        with _writable(weight, bias):
             ops.merge_(matrix.detach(), self.lora_A, self.lora_B, self.scaling, self.mask_in, self.mask_out, check=True)
             if bias is not None and masked_bias is not None:
                 bias.copy_(masked_bias)
         self._kept, self._keep, self._merged = kept, keep, True
-        self._mark_weight()
+        merged_adapters.add(self)
+        self._changes.note()
 
     def unmerge_weights(self) -> None:
         """Restore the base layer bitwise from what :meth:`merge_weights` kept. Idempotent."""
@@ -90,16 +97,16 @@ class Merging(nn.Module):
             raise RuntimeError("unmerge_weights: this APTAdapter has no base layer; build it with APTAdapter.from_linear")
         if not self._merged:
             return
-        with torch.no_grad():
+        with _writable(self.weight, self.bias):
             for name, value in self._kept.items():
                 getattr(self.base_layer, name).copy_(value)
         self._merged, self._kept = False, {}
-        self._mark_weight()
+        merged_adapters.discard(self)
+        self._changes.note()
 
-    def _mark_weight(self) -> None:
-        # On the Parameter itself, because it is what two adapters can share.
-        if self.weight is not None:
-            self.weight._apt_merged = self._merged  # type: ignore[attr-defined]
+    def _merge_for_good(self) -> None:
+        """The merged weight is an ordinary one again, which another adapter may merge into. This one is not to be used again."""
+        merged_adapters.discard(self)
 
     def _warn_if_learning(self) -> None:
         if self.training and torch.is_grad_enabled() and not self._warned and not torch.compiler.is_compiling():
@@ -107,16 +114,49 @@ class Merging(nn.Module):
             warnings.warn("this APTAdapter is merged: lora_A and lora_B get no gradient until unmerge_weights()", stacklevel=3)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Merging:
+        moved = {name: fn(value) for name, value in self._kept.items()}
+        if self._keep == "cpu":
+            moved = {name: value if value.is_meta else value.cpu() for name, value in moved.items()}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._kept = {name: fn(value) if self._keep == "device" else fn(value).cpu() for name, value in self._kept.items()}
-        if self._merged:
-            self._mark_weight()
+        self._kept = moved
         return self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        if self._merged:  # attributes of a Parameter do not survive a copy
-            self._mark_weight()
+        if self._merged:
+            merged_adapters.add(self)
+
+
+merged_adapters: WeakSet[Merging] = WeakSet()
+
+
+def merged_into(tensor: Tensor) -> list[tuple[Merging, str]]:
+    """(adapter, "weight" or "bias") of what merged adapters hold and is, or shares memory with, ``tensor``.
+
+    Looked up by memory: a tie can be one Parameter in two layers, or two Parameters over one storage.
+    """
+    held = ((adapter, name, getattr(adapter, name)) for adapter in list(merged_adapters) for name in adapter._kept)
+    return [(adapter, name) for adapter, name, other in held if other is tensor or _extents_meet(other, tensor)]
+
+
+def _extents_meet(one: Tensor, other: Tensor) -> bool:
+    if one.is_meta or one.device != other.device or not one.numel() or not other.numel():
+        return False
+    (start, stop), (first, last) = (_extent(tensor) for tensor in (one, other))
+    return start < last and first < stop
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
+
+
+@contextmanager
+def _writable(*tensors: Tensor | None) -> Iterator[None]:
+    """No graph; in inference mode where a tensor was made in it, since torch writes to those only there."""
+    born_there = any(tensor is not None and tensor.is_inference() for tensor in tensors)
+    with torch.inference_mode(born_there), torch.no_grad():
+        yield
 
 
 def _copy(tensor: Tensor, keep: str) -> Tensor:

@@ -146,15 +146,15 @@ class APTModel(nn.Module):
         try:
             for adapter, _, _, _ in entered:
                 adapter.unmerge_weights()
-                adapter._disabled = True
+                adapter._set_disabled(True)
             for module, _ in stream:
-                module._disabled = True
+                module._set_disabled(True)
             yield
         finally:
             for module, disabled in stream:
-                module._disabled = disabled
+                module._set_disabled(disabled)
             for adapter, disabled, _, _ in entered:
-                adapter._disabled = disabled
+                adapter._set_disabled(disabled)
             for adapter, _, merged, keep in entered:
                 if merged:
                     adapter.merge_weights(keep)

@@ -25,6 +25,16 @@ _merge_ = torch.ops.apt_ext.merge_.default
 _mask_grads_ = torch.ops.apt_ext.mask_grads_.default
 
 
+def _call(op: Any, *args: Any) -> Any:
+    """``op(*args)``; what torch cannot convert at all (a list, None, a string) is a TypeError and no RuntimeError."""
+    try:
+        return op(*args)
+    except RuntimeError as error:
+        if "Expected a value of type" not in (text := str(error)):
+            raise
+        raise TypeError(text.split("\n")[0]) from None
+
+
 def apt_linear(
     x: Tensor,
     weight: Tensor | None,
@@ -51,9 +61,10 @@ def apt_linear(
         ``torch.get_float32_matmul_precision()``.
 
     Gradients for x, lora_A, lora_B and bias, under the masks of this forward. weight and masks are constants: a
-    RuntimeError names one that requires a gradient. Second derivatives and forward mode are refused in words.
+    RuntimeError names one that requires a gradient. Second derivatives, forward mode, ``torch.func`` and ``vmap`` run the
+    same formula in plain torch operations, wider and slower.
     """
-    return _apt_linear(x, weight, bias, lora_A, lora_B, mask_in, mask_out, scaling)  # type: ignore[no-any-return]
+    return _call(_apt_linear, x, weight, bias, lora_A, lora_B, mask_in, mask_out, scaling)  # type: ignore[no-any-return]
 
 
 def merge_(
@@ -76,7 +87,7 @@ def merge_(
         check: True reads before it writes and raises RuntimeError, weight bitwise as it was, when a result would not be
             finite. False is one asynchronous pass, the one that can be captured in a CUDA graph.
     """
-    _merge_(weight, lora_A, lora_B, scaling, mask_in, mask_out, check)
+    _call(_merge_, weight, lora_A, lora_B, scaling, mask_in, mask_out, check)
     return weight
 
 
@@ -87,7 +98,7 @@ def mask_grads_(grads: Sequence[Tensor], masks: Sequence[Tensor], dims: Sequence
     gradients may not share memory. ``masks[i]`` has shape [grads[i].shape[dims[i]]] and lies on the gradient's device.
     """
     if len(grads) or len(masks) or len(dims):  # without a tensor there is no device to dispatch on, and nothing to do
-        _mask_grads_(list(grads), list(masks), list(dims))
+        _call(_mask_grads_, list(grads), list(masks), list(dims))
 
 
 def build_info() -> dict[str, Any]:

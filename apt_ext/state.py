@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import growth
 from .arguments import all_ones, checked_mask
+from .merging import merged_adapters, merged_into
 
 if TYPE_CHECKING:
     from .adapter import APTAdapter
@@ -25,11 +27,17 @@ def install(adapter: APTAdapter) -> None:
 
 
 def _save(adapter: APTAdapter, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
-    """Add rank and merged; a merged layer is saved unmerged, so a state_dict never holds a rounded weight."""
+    """Add rank and merged; a merged layer is saved unmerged, so an adapter's state never holds a rounded weight.
+
+    Not even where it is another adapter that merged into a tied weight.
+    """
     state[prefix + "rank"] = torch.tensor(adapter.rank)
     state[prefix + "merged"] = torch.tensor(adapter.merged)
-    for name, value in adapter._kept.items():
-        state[f"{prefix}base_layer.{name}"] = value
+    for name in ("weight", "bias"):
+        tensor = getattr(adapter, name)
+        for holder, held in merged_into(tensor) if tensor is not None else ():
+            if holder._kept[held].shape == tensor.shape:
+                state[f"{prefix}base_layer.{name}"] = holder._kept[held]
 
 
 def _load(
@@ -65,31 +73,67 @@ def _load(
         warnings.warn(f"{prefix or 'state_dict'} says merged, but the seed never merged a weight: loaded unmerged", stacklevel=2)
         merged = False
 
+    merged = merged and adapter.base_layer is not None
+
+    # What can run out of memory, before anything changes.
+    ones = {name: all_ones(mask) for name, mask in masks.items()}
+    stored = rank if adapter.max_rank is None else adapter.max_rank
+    factors: dict[str, Tensor] = {}
+    storages: list[tuple[nn.Parameter, Tensor]] = []
+    if A is not None and B is not None:
+        storages = _fitting_storages(adapter, stored)
+        factors = {"lora_A": _padded(A.detach()[:rank], stored, 0), "lora_B": _padded(B.detach()[:, :rank], stored, 1)}
+    undo = _undo(adapter) if merged else None  # merging again can still fail
+
     # Nothing above changed anything; from here on the adapter takes the saved form.
-    if A is not None:
-        _fit_storage(adapter, rank)  # the one step that can still refuse
+    with torch.inference_mode(False), torch.no_grad():
+        for param, storage in storages:
+            param.set_(storage)  # type: ignore[call-overload]
+            param.grad = None
     if adapter.merged:
         adapter.unmerge_weights()
-    adapter.__dict__["_merge_after_load"] = merged and adapter.base_layer is not None
+    adapter._rank = rank
     for name in ("rank", "merged", *_SEED_NAMES):
         state.pop(prefix + name, None)
-    if A is not None and B is not None:
-        stored = adapter.lora_A.shape[0]
-        state[prefix + "lora_A"] = _padded(A.detach()[:rank], stored, 0)
-        state[prefix + "lora_B"] = _padded(B.detach()[:, :rank], stored, 1)
-        adapter._rank = rank
-    for name, mask in masks.items():
-        state[prefix + name] = mask
-    adapter.__dict__["_ones_after_load"] = {name: all_ones(mask) for name, mask in masks.items()}
+    for name, value in {**factors, **masks}.items():
+        state[prefix + name] = value
+    adapter.__dict__["_after_load"] = (ones, undo)
 
 
 def _after_load(adapter: APTAdapter, _incompatible: Any) -> None:
     """The base layer is loaded by now: merge again if the state was merged, and note which masks are all ones."""
-    for name, ones in adapter.__dict__.pop("_ones_after_load", {}).items():
-        adapter._stamp_mask(name, ones)
+    ones, undo = adapter.__dict__.pop("_after_load", ({}, None))
+    for name, value in ones.items():
+        adapter._stamp_mask(name, value)
     adapter._guard()
-    if adapter.__dict__.pop("_merge_after_load", False):
-        adapter.merge_weights(adapter._keep)
+    if undo is not None:
+        try:
+            adapter.merge_weights(adapter._keep)
+        except BaseException:
+            undo()
+            raise
+
+
+def _undo(adapter: APTAdapter) -> Callable[[], None]:
+    """A function that brings the adapter back to what it is now, from copies made now."""
+    tensors = [adapter.lora_A, adapter.lora_B, adapter.mask_in, adapter.mask_out, adapter.weight, adapter.bias]
+    copies = [None if tensor is None else tensor.detach().clone() for tensor in tensors]
+    plain = {name: adapter.__dict__[name] for name in ("_rank", "_merged", "_kept", "_keep")}
+    ones = {name: adapter._known_ones(name) for name in ("mask_in", "mask_out")}
+
+    def undo() -> None:
+        now = [adapter.lora_A, adapter.lora_B, adapter.mask_in, adapter.mask_out, adapter.weight, adapter.bias]
+        with torch.inference_mode(False), torch.no_grad():
+            for tensor, copy in zip(now, copies, strict=True):
+                if tensor is not None and copy is not None:
+                    tensor.set_(copy) if tensor.shape != copy.shape else tensor.copy_(copy)  # type: ignore[call-overload]
+        adapter.__dict__.update(plain)
+        if adapter.merged:
+            merged_adapters.add(adapter)
+        for name, value in ones.items():
+            adapter._stamp_mask(name, value)
+
+    return undo
 
 
 def _saved_rank(adapter: APTAdapter, prefix: str, A: Tensor | None, B: Tensor | None, rank: Tensor | None) -> int:
@@ -112,15 +156,17 @@ def _saved_rank(adapter: APTAdapter, prefix: str, A: Tensor | None, B: Tensor | 
     return saved
 
 
-def _fit_storage(adapter: APTAdapter, rank: int) -> None:
-    """Without max_rank the storage is as large as the rank: re-allocate in place, same Parameter objects."""
-    if adapter.max_rank is not None or adapter.lora_A.shape[0] == rank:
-        return
-    growth.resizable_state([adapter.lora_A, adapter.lora_B], [])  # refuses what DDP or FSDP holds
-    with torch.inference_mode(False), torch.no_grad():
-        for param, shape in ((adapter.lora_A, (rank, adapter.in_features)), (adapter.lora_B, (adapter.out_features, rank))):
-            param.set_(torch.empty(shape, dtype=param.dtype, device=param.device))  # type: ignore[call-overload]
-            param.grad = None
+def _fitting_storages(adapter: APTAdapter, stored: int) -> list[tuple[nn.Parameter, Tensor]]:
+    """New memory for factors of another rank (same Parameter objects will take it), or none where they fit.
+
+    RuntimeError where DDP or FSDP holds them.
+    """
+    if adapter.lora_A.shape[0] == stored:
+        return []
+    growth.resizable_state([adapter.lora_A, adapter.lora_B], [])
+    shapes = ((adapter.lora_A, (stored, adapter.in_features)), (adapter.lora_B, (adapter.out_features, stored)))
+    with torch.inference_mode(False):
+        return [(param, torch.empty(shape, dtype=param.dtype, device=param.device)) for param, shape in shapes]
 
 
 def _padded(value: Tensor, size: int, dim: int) -> Tensor:

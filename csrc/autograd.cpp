@@ -5,7 +5,11 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <utility>
+
 #include "check.h"
+#include "composite.h"
 #include "ops.h"
 
 namespace apt {
@@ -23,36 +27,8 @@ auto& handle(const char* name) {
   return op;
 }
 
-void check_no_forward_ad(std::initializer_list<const Tensor*> tensors) {
-  for (const Tensor* tensor : tensors) {
-    TORCH_CHECK(!tensor->defined() || !tensor->_fw_grad(/*level=*/0).defined(),
-                "apt_linear has no forward-mode derivative (jvp, dual numbers); use reverse mode, or "
-                "apt_ext.reference.apt_linear, which is plain differentiable torch");
-  }
-}
-
 Tensor or_undefined(const OptTensor& tensor) { return tensor.value_or(Tensor()); }
 OptTensor or_none(const Tensor& tensor) { return tensor.defined() ? OptTensor(tensor) : std::nullopt; }
-
-// The gradient formula itself: refuses to be differentiated, in words and only when somebody tries.
-struct Backward : torch::autograd::Function<Backward> {
-  static variable_list forward(AutogradContext*, const Tensor& grad, const Tensor& x, const OptTensor& weight,
-                               const Tensor& lora_A, const Tensor& lora_B, const Tensor& t,
-                               const OptTensor& mask_in, const OptTensor& mask_out, double scaling,
-                               std::array<bool, 4> output_mask) {
-    at::AutoDispatchBelowADInplaceOrView below;
-    auto [dx, dA, dB, db] =
-        handle<&apt_linear_backward>("apt_linear_backward")
-            .call(grad, x, weight, lora_A, lora_B, t, mask_in, mask_out, scaling, output_mask);
-    return {dx, dA, dB, db};
-  }
-  static variable_list backward(AutogradContext*, const variable_list&) {
-    TORCH_CHECK(false,
-                "apt_linear cannot be differentiated twice (create_graph=True); use "
-                "apt_ext.reference.apt_linear, which "
-                "is plain differentiable torch");
-  }
-};
 
 struct Linear : torch::autograd::Function<Linear> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptTensor& weight, const OptTensor& bias,
@@ -94,70 +70,139 @@ struct Linear : torch::autograd::Function<Linear> {
 
 bool wants_grad(const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
 
+bool wants_grad(const OptTensor& tensor) { return tensor.has_value() && tensor->requires_grad(); }
+
+bool is_dual(const Tensor& tensor) { return tensor.defined() && tensor._fw_grad(/*level=*/0).defined(); }
+
+// Whether somebody else differentiates: forward mode (dual numbers), or a gradient transform of torch.func.
+bool is_transformed(const Tensor& tensor) {
+  return is_dual(tensor) ||
+         (tensor.defined() && tensor.key_set().has(c10::DispatchKey::FuncTorchGradWrapper));
+}
+bool is_transformed(const OptTensor& tensor) { return tensor.has_value() && is_transformed(*tensor); }
+
+// A layout that is a Python subclass (jagged) would reach its own code before an op's door.
+template <class Name>
+void check_dense(const OptTensor& tensor, const Name& name) {
+  if (tensor.has_value()) check_strided(*tensor, name);
+}
+
+template <class... Tensors>
+bool any_transformed(const Tensors&... tensors) {
+  return (is_transformed(tensors) || ...);
+}
+
+template <class... Tensors>
+bool any_wants_grad(const Tensors&... tensors) {
+  return at::GradMode::is_enabled() && (wants_grad(tensors) || ...);
+}
+
 Tensor linear_autograd(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const Tensor& lora_A,
                        const Tensor& lora_B, const OptTensor& mask_in, const OptTensor& mask_out,
                        double scaling) {
-  check_strided(x, "x");
-  Tensor b = or_undefined(bias);
-  check_no_forward_ad({&x, &lora_A, &lora_B, &b});
-  if (at::GradMode::is_enabled()) {
-    check_constant("apt_linear", weight, "weight");
-    check_constant("apt_linear", mask_in, "mask_in");
-    check_constant("apt_linear", mask_out, "mask_out");
-    if (wants_grad(x) || wants_grad(lora_A) || wants_grad(lora_B) || wants_grad(b)) {
-      return Linear::apply(x, weight, bias, lora_A, lora_B, mask_in, mask_out, scaling);
-    }
+  check_dense(x, "x");
+  check_dense(weight, "weight");
+  check_dense(bias, "bias");
+  check_dense(lora_A, "lora_A");
+  check_dense(lora_B, "lora_B");
+  check_dense(mask_in, "mask_in");
+  check_dense(mask_out, "mask_out");
+  check_constant("apt_linear", weight, "weight");
+  check_constant("apt_linear", mask_in, "mask_in");
+  check_constant("apt_linear", mask_out, "mask_out");
+  if (any_transformed(x, weight, bias, lora_A, lora_B, mask_in, mask_out)) {
+    return composite_linear(x, weight, bias, lora_A, lora_B, mask_in, mask_out, scaling);
+  }
+  if (any_wants_grad(x, bias, lora_A, lora_B)) {
+    return Linear::apply(x, weight, bias, lora_A, lora_B, mask_in, mask_out, scaling);
   }
   at::AutoDispatchBelowADInplaceOrView below;
   return handle<&apt_linear>("apt_linear").call(x, weight, bias, lora_A, lora_B, mask_in, mask_out, scaling);
 }
 
-// The two halves are ops of their own so that a compiler can place them; alone they are not differentiable.
+// The first half is an op of its own so that a compiler can place it; alone it is not differentiable.
 std::tuple<Tensor, Tensor> forward_autograd(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
                                             const Tensor& lora_A, const Tensor& lora_B,
                                             const OptTensor& mask_in, const OptTensor& mask_out,
                                             double scaling) {
-  TORCH_CHECK(!at::GradMode::is_enabled() || !(wants_grad(x) || wants_grad(lora_A) || wants_grad(lora_B) ||
-                                               wants_grad(or_undefined(bias))),
+  TORCH_CHECK(!any_wants_grad(x, weight, bias, lora_A, lora_B, mask_in, mask_out) &&
+                  !any_transformed(x, weight, bias, lora_A, lora_B, mask_in, mask_out),
               "apt_linear_forward is one half of apt_linear and has no gradient of its own; call apt_linear");
   at::AutoDispatchBelowADInplaceOrView below;
   return handle<&apt_linear_forward>("apt_linear_forward")
       .call(x, weight, bias, lora_A, lora_B, mask_in, mask_out, scaling);
 }
 
+// The gradient is differentiated where somebody asks for it: create_graph=True, forward over reverse.
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward_autograd(const Tensor& grad, const Tensor& x,
                                                              const OptTensor& weight, const Tensor& lora_A,
                                                              const Tensor& lora_B, const Tensor& t,
                                                              const OptTensor& mask_in,
                                                              const OptTensor& mask_out, double scaling,
                                                              std::array<bool, 4> output_mask) {
-  auto out = Backward::apply(grad, x, weight, lora_A, lora_B, t, mask_in, mask_out, scaling, output_mask);
-  return {out[0], out[1], out[2], out[3]};
+  if (any_wants_grad(grad, x, lora_A, lora_B) ||
+      any_transformed(grad, x, weight, lora_A, lora_B, mask_in, mask_out)) {
+    return composite_backward(grad, x, weight, lora_A, lora_B, t, mask_in, mask_out, scaling, output_mask);
+  }
+  at::AutoDispatchBelowADInplaceOrView below;
+  return handle<&apt_linear_backward>("apt_linear_backward")
+      .call(grad, x, weight, lora_A, lora_B, t, mask_in, mask_out, scaling, output_mask);
+}
+
+template <class Name>
+void check_plain(const char* op, const OptTensor& tensor, const Name& name) {
+  check_dense(tensor, name);
+  TORCH_CHECK(!tensor.has_value() || !is_dual(*tensor), op, " has no forward-mode derivative, but ", name,
+              " carries a tangent (dual numbers, torch.func.jvp); expected it without");
 }
 
 void merge_autograd(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
                     const OptTensor& mask_in, const OptTensor& mask_out, bool check) {
   check_constant("merge_", weight, "weight");
+  check_plain("merge_", weight, "weight");
+  check_plain("merge_", lora_A, "lora_A");
+  check_plain("merge_", lora_B, "lora_B");
+  check_plain("merge_", mask_in, "mask_in");
+  check_plain("merge_", mask_out, "mask_out");
+  at::AutoDispatchBelowAutograd below;
+  handle<&merge_>("merge_").call(weight, lora_A, lora_B, scaling, mask_in, mask_out, check);
+}
+
+void mask_grads_autograd(at::TensorList grads, at::TensorList masks, at::IntArrayRef dims) {
+  for (size_t i = 0; i < grads.size(); ++i) {
+    check_constant("mask_grads_", grads[i], Indexed{"grads", i});
+    check_plain("mask_grads_", grads[i], Indexed{"grads", i});
+  }
+  for (size_t i = 0; i < masks.size(); ++i) check_plain("mask_grads_", masks[i], Indexed{"masks", i});
+  at::AutoDispatchBelowAutograd below;
+  handle<&mask_grads_>("mask_grads_").call(grads, masks, dims);
+}
+
+// A write through a raw pointer is invisible to autograd unless it is counted. Counted here and not under
+// Autograd, which inference mode leaves out.
+void count_write(const Tensor& tensor) {
+  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+}
+
+void merge_counted(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
+                   const OptTensor& mask_in, const OptTensor& mask_out, bool check) {
   {
     at::AutoDispatchBelowADInplaceOrView below;
     handle<&merge_>("merge_").call(weight, lora_A, lora_B, scaling, mask_in, mask_out, check);
   }
-  // A write through a raw pointer is invisible to autograd unless it is counted.
-  if (!weight.is_inference()) weight.unsafeGetTensorImpl()->bump_version();
+  count_write(weight);
 }
 
-void mask_grads_autograd(at::TensorList grads, at::TensorList masks, at::IntArrayRef dims) {
-  for (const Tensor& grad : grads) check_constant("mask_grads_", grad, "a tensor of grads");
+void mask_grads_counted(at::TensorList grads, at::TensorList masks, at::IntArrayRef dims) {
   {
     at::AutoDispatchBelowADInplaceOrView below;
     handle<&mask_grads_>("mask_grads_").call(grads, masks, dims);
   }
-  for (const Tensor& grad : grads) {
-    if (!grad.is_inference()) grad.unsafeGetTensorImpl()->bump_version();
-  }
+  for (const Tensor& grad : grads) count_write(grad);
 }
 
-// Under autocast(T): floating inputs other than float64, and the masks, are cast to T; the output is T.
+// Under autocast(T): floating inputs other than float64 are cast to T, and the masks with them; the output is
+// T.
 template <c10::DeviceType device>
 Tensor linear_autocast(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const Tensor& lora_A,
                        const Tensor& lora_B, const OptTensor& mask_in, const OptTensor& mask_out,
@@ -165,9 +210,11 @@ Tensor linear_autocast(const Tensor& x, const OptTensor& weight, const OptTensor
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   at::ScalarType to = at::autocast::get_autocast_dtype(device);
   auto cast = [to](const auto& tensor) { return at::autocast::cached_cast(to, tensor, device); };
+  Tensor input = cast(x);
+  auto cast_mask = [&](const OptTensor& mask) { return input.scalar_type() == to ? cast(mask) : mask; };
   return handle<&apt_linear>("apt_linear")
-      .call(cast(x), cast(weight), cast(bias), cast(lora_A), cast(lora_B), cast(mask_in), cast(mask_out),
-            scaling);
+      .call(input, cast(weight), cast(bias), cast(lora_A), cast(lora_B), cast_mask(mask_in),
+            cast_mask(mask_out), scaling);
 }
 
 }  // namespace
@@ -178,6 +225,17 @@ TORCH_LIBRARY_IMPL(apt_ext, Autograd, m) {
   m.impl("apt_linear_backward", &backward_autograd);
   m.impl("merge_", &merge_autograd);
   m.impl("mask_grads_", &mask_grads_autograd);
+}
+
+TORCH_LIBRARY_IMPL(apt_ext, ADInplaceOrView, m) {
+  m.impl("merge_", &merge_counted);
+  m.impl("mask_grads_", &mask_grads_counted);
+}
+
+// torch.func.vmap batches the plain operations.
+TORCH_LIBRARY_IMPL(apt_ext, FuncTorchBatched, m) {
+  m.impl("apt_linear", &composite_linear);
+  m.impl("apt_linear_backward", &composite_backward);
 }
 
 TORCH_LIBRARY_IMPL(apt_ext, AutocastCPU, m) { m.impl("apt_linear", &linear_autocast<at::kCPU>); }

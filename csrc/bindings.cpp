@@ -1,8 +1,13 @@
 // Both doors, from the one table in ops.h: the dispatcher (torch.ops.apt_ext) and pybind11 (apt_ext._C).
+#include <ATen/SequenceNumber.h>
+#include <ATen/record_function.h>
+#include <torch/csrc/autograd/function.h>
 #include <torch/extension.h>
 
 #include <map>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "ops.h"
@@ -38,6 +43,16 @@ void bind_op(py::module& m, const std::string& name, const std::string& schema, 
       name.c_str(), [op](typename Held<Args>::type... args) -> Return { return op.call(args...); },
       py::arg(arguments[index].name().c_str())..., py::call_guard<py::gil_scoped_release>(),
       (name + schema).c_str());
+}
+
+// When an autograd node is made: nodes count up in each thread by itself.
+using Moment = std::pair<uint64_t, uint64_t>;
+
+Moment next_moment() { return {at::RecordFunction::currentThreadId(), at::sequence_number::peek()}; }
+
+std::optional<Moment> node_moment() {
+  auto node = torch::autograd::get_current_node();
+  return node ? std::optional(Moment{node->thread_id(), node->sequence_nr()}) : std::nullopt;
 }
 
 py::dict build_info() {
@@ -98,12 +113,28 @@ void bind_plan(py::module& m) {
 
 }  // namespace
 
+// The first three have kernels. The others reach the same door, which refuses their layout in words.
+constexpr c10::DispatchKey kBackends[] = {c10::DispatchKey::CPU,
+                                          c10::DispatchKey::CUDA,
+                                          c10::DispatchKey::Meta,
+                                          c10::DispatchKey::SparseCPU,
+                                          c10::DispatchKey::SparseCUDA,
+                                          c10::DispatchKey::SparseMeta,
+                                          c10::DispatchKey::SparseCsrCPU,
+                                          c10::DispatchKey::SparseCsrCUDA,
+                                          c10::DispatchKey::SparseCsrMeta,
+                                          c10::DispatchKey::QuantizedCPU,
+                                          c10::DispatchKey::QuantizedCUDA,
+                                          c10::DispatchKey::QuantizedMeta,
+                                          c10::DispatchKey::NestedTensorCPU,
+                                          c10::DispatchKey::NestedTensorCUDA,
+                                          c10::DispatchKey::NestedTensorMeta,
+                                          c10::DispatchKey::MkldnnCPU};
+
 TORCH_LIBRARY(apt_ext, m) {
   for_each_op([&](const char* name, const char* schema, auto* function) {
     m.def((std::string(name) + schema).c_str(), {at::Tag::pt2_compliant_tag});
-    for (auto key : {c10::DispatchKey::CPU, c10::DispatchKey::CUDA, c10::DispatchKey::Meta}) {
-      m.impl(name, torch::dispatch(key, function));
-    }
+    for (auto key : kBackends) m.impl(name, torch::dispatch(key, function));
   });
 }
 
@@ -115,6 +146,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     }(function);
   });
   bind_plan(m);
+  m.def("next_moment", &next_moment,
+        "(thread, sequence number) that the next autograd node made here will have.");
+  m.def("node_moment", &node_moment,
+        "(thread, sequence number) of the autograd node that runs here, or None.");
   m.def("build_info", &build_info,
         "What this build is: version, cuda, cuda_archs, cuda_version, torch_version, cpu_capability.");
 }

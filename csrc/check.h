@@ -6,8 +6,11 @@
 #include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
 
+#include <algorithm>
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace apt {
 
@@ -58,6 +61,7 @@ inline const char* name_of(at::ScalarType t) {
 
 template <class Name>
 void check_strided(const Tensor& tensor, const Name& name) {
+  TORCH_CHECK_TYPE(tensor.defined(), name, " must be a Tensor, got None");
   TORCH_CHECK_TYPE(tensor.layout() == at::kStrided && !tensor.is_nested(), name,
                    " must be a dense strided tensor, got ",
                    tensor.is_nested() ? "a nested tensor" : c10::str("layout ", tensor.layout()));
@@ -118,7 +122,41 @@ void check_mask(const OptTensor& mask, const Name& name, const char* size_name, 
   check_vector(*mask, name, size_name, size);
 }
 
-inline void check_constant(const char* op, const OptTensor& tensor, const char* name) {
+// The memory of a tensor with elements, first byte to one past the last: two that do not meet share nothing.
+struct Extent {
+  const char *begin, *end;
+  bool meets(const Extent& other) const { return begin < other.end && other.begin < end; }
+};
+
+inline Extent extent(const Tensor& tensor) {
+  const char* begin = static_cast<const char*>(tensor.const_data_ptr());
+  int64_t last = 0;
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) last += (tensor.size(dim) - 1) * tensor.stride(dim);
+  return {begin, begin + (tensor.numel() == 0 ? 0 : (last + 1) * tensor.element_size())};
+}
+
+// Each dimension, smallest stride first, must step over all that the ones before it reach. Stricter than no
+// overlap: layouts that interleave exactly (as_strided can make them) are refused too.
+template <class Name>
+void check_no_self_overlap(const Tensor& tensor, const Name& name) {
+  std::vector<std::pair<int64_t, int64_t>> steps;
+  for (int64_t dim = 0; dim < tensor.dim(); ++dim) {
+    if (tensor.size(dim) > 1) steps.emplace_back(tensor.stride(dim), tensor.size(dim) - 1);
+  }
+  std::sort(steps.begin(), steps.end());
+  int64_t reach = 0;
+  for (auto [stride, count] : steps) {
+    TORCH_CHECK(
+        stride > reach, name,
+        " is written, so no two of its elements may share memory, but more than one of them refers to "
+        "a single memory location (expanded or overlapping); expected a tensor of its own, .clone() "
+        "makes one");
+    reach += stride * count;
+  }
+}
+
+template <class Name>
+void check_constant(const char* op, const OptTensor& tensor, const Name& name) {
   TORCH_CHECK(!(tensor.has_value() && tensor->requires_grad() && at::GradMode::is_enabled()), op, ": ", name,
               " is a constant here and has no gradient, but it requires one; expected ", name,
               ".requires_grad to be False (detach it), got True");

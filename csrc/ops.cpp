@@ -3,7 +3,6 @@
 #include "ops.h"
 
 #include <ATen/ATen.h>
-#include <ATen/MemoryOverlap.h>
 #include <ATen/autocast_mode.h>
 #include <c10/core/DeviceGuard.h>
 
@@ -71,6 +70,25 @@ at::TensorOptions low_rank_options(const Tensor& x) {
   return x.options().dtype(x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type());
 }
 
+Sizes check_backward(const Tensor& grad, const Tensor& x, const OptTensor& weight, const Tensor& lora_A,
+                     const Tensor& lora_B, const Tensor& t, const OptTensor& mask_in,
+                     const OptTensor& mask_out) {
+  Sizes size = check_linear(x, weight, std::nullopt, lora_A, lora_B, mask_in, mask_out);
+  check_strided(grad, "grad");
+  check_same_dtype(grad, "grad", x, "x");
+  check_same_device(grad, "grad", x, "x");
+  TORCH_CHECK_VALUE(grad.sym_sizes() == c10::SymIntArrayRef(with_last(x, size.N)), "grad must have shape ",
+                    text(with_last(x, size.N)), ", got ", text(grad.sym_sizes()));
+  check_strided(t, "t");
+  check_same_device(t, "t", x, "x");
+  at::ScalarType low_rank = c10::typeMetaToScalarType(low_rank_options(x).dtype());
+  TORCH_CHECK_TYPE(t.scalar_type() == low_rank, "t must have dtype ", name_of(low_rank), ", got ",
+                   name_of(t.scalar_type()));
+  TORCH_CHECK_VALUE(t.sym_sizes() == c10::SymIntArrayRef(with_last(x, size.R)), "t must have shape ",
+                    text(with_last(x, size.R)), ", got ", text(t.sym_sizes()));
+  return size;
+}
+
 Tensor flat(const Tensor& x) {
   int64_t columns = x.size(-1), rows = 1;
   for (int64_t dim = 0; dim + 1 < x.dim(); ++dim) rows *= x.size(dim);
@@ -86,6 +104,17 @@ struct Scope {
 };
 
 }  // namespace
+
+void check_apt_linear(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const Tensor& lora_A,
+                      const Tensor& lora_B, const OptTensor& mask_in, const OptTensor& mask_out) {
+  check_linear(x, weight, bias, lora_A, lora_B, mask_in, mask_out);
+}
+
+void check_apt_linear_backward(const Tensor& grad, const Tensor& x, const OptTensor& weight,
+                               const Tensor& lora_A, const Tensor& lora_B, const Tensor& t,
+                               const OptTensor& mask_in, const OptTensor& mask_out) {
+  check_backward(grad, x, weight, lora_A, lora_B, t, mask_in, mask_out);
+}
 
 namespace {
 
@@ -124,14 +153,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> apt_linear_backward(const Tensor& gra
                                                                const OptTensor& mask_in,
                                                                const OptTensor& mask_out, double scaling,
                                                                std::array<bool, 4> output_mask) {
-  Sizes size = check_linear(x, weight, std::nullopt, lora_A, lora_B, mask_in, mask_out);
-  check_strided(grad, "grad");
-  check_same_dtype(grad, "grad", x, "x");
-  check_same_device(grad, "grad", x, "x");
-  TORCH_CHECK_VALUE(grad.sym_sizes() == c10::SymIntArrayRef(with_last(x, size.N)), "grad must have shape ",
-                    text(with_last(x, size.N)), ", got ", text(grad.sym_sizes()));
-  TORCH_CHECK_VALUE(t.sym_sizes() == c10::SymIntArrayRef(with_last(x, size.R)), "t must have shape ",
-                    text(with_last(x, size.R)), ", got ", text(t.sym_sizes()));
+  Sizes size = check_backward(grad, x, weight, lora_A, lora_B, t, mask_in, mask_out);
   auto [need_x, need_A, need_B, need_bias] = output_mask;
   std::array<Tensor, 4> out;
   if (x.is_meta()) {
@@ -167,10 +189,10 @@ void merge_(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, do
   check_mask(mask_in, "mask_in", "K", weight.sym_size(1), weight, "weight");
   check_mask(mask_out, "mask_out", "N", weight.sym_size(0), weight, "weight");
   if (weight.is_meta() || weight.numel() == 0) return;
-  at::assert_no_internal_overlap(weight);
-  for (auto [tensor, name] : {std::pair(&lora_A, "lora_A"), std::pair(&lora_B, "lora_B")}) {
-    auto overlap = at::get_overlap_status(weight, *tensor);
-    TORCH_CHECK_VALUE(overlap != at::MemOverlapStatus::Full && overlap != at::MemOverlapStatus::Partial, name,
+  check_no_self_overlap(weight, "weight");
+  for (auto [tensor, name] : {std::pair(OptTensor(lora_A), "lora_A"), std::pair(OptTensor(lora_B), "lora_B"),
+                              std::pair(mask_in, "mask_in"), std::pair(mask_out, "mask_out")}) {
+    TORCH_CHECK_VALUE(!tensor.has_value() || !extent(weight).meets(extent(*tensor)), name,
                       " must not share memory with weight, which merge_ writes");
   }
   TORCH_CHECK(
@@ -222,27 +244,25 @@ void merge_(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, do
 
 namespace {
 
-// [first byte, one past the last byte] of a dense tensor
-std::pair<const char*, const char*> extent(const Tensor& tensor) {
-  const char* start = static_cast<const char*>(tensor.const_data_ptr());
-  int64_t last = 0;
-  for (int64_t dim = 0; dim < tensor.dim(); ++dim) last += (tensor.size(dim) - 1) * tensor.stride(dim);
-  return {start, start + (last + 1) * tensor.element_size()};
-}
-
-// One launch writes them all, so the order between two views of the same memory would be chance.
-void check_disjoint(const std::vector<Tensor>& grads) {
-  std::vector<std::pair<const char*, const char*>> extents;
+// One launch reads and writes them all, so the order between two views of the same memory would be chance.
+void check_disjoint(const std::vector<Tensor>& grads, const std::vector<Tensor>& masks) {
+  std::vector<Extent> extents;
   for (const Tensor& grad : grads) extents.push_back(extent(grad));
-  std::sort(extents.begin(), extents.end());
+  std::sort(extents.begin(), extents.end(), [](auto& a, auto& b) { return a.begin < b.begin; });
   for (size_t i = 1; i < extents.size(); ++i) {
-    TORCH_CHECK_VALUE(extents[i - 1].second <= extents[i].first,
+    TORCH_CHECK_VALUE(!extents[i - 1].meets(extents[i]),
                       "grads must be distinct tensors, got two that share memory");
+  }
+  for (const Tensor& mask : masks) {
+    Extent read = extent(mask);
+    auto after = std::partition_point(extents.begin(), extents.end(),
+                                      [&](auto& grad) { return grad.begin < read.end; });
+    TORCH_CHECK_VALUE(after == extents.begin() || !std::prev(after)->meets(read),
+                      "masks must not share memory with grads, which mask_grads_ writes");
   }
 }
 
 void launch_mask_grads(const std::vector<MaskedGrad>& table, const Tensor& like) {
-  if (table.empty()) return;
   Scope scope(like);
   kernels_for(like).mask_grads(table.data(), table.size(), current_stream(like));
 }
@@ -260,6 +280,7 @@ void mask_grads_(at::TensorList grads, at::TensorList masks, at::IntArrayRef dim
     check_strided(grad, grad_name);
     check_floating(grad, grad_name);
     int64_t dim = dims[i], rank = grad.dim();
+    TORCH_CHECK_VALUE(rank >= 1, grad_name, " must have a dimension to mask, got a 0-dimensional tensor");
     TORCH_CHECK_VALUE(-rank <= dim && dim < rank, Indexed{"dims", i}, " must lie in [", std::to_string(-rank),
                       ", ", std::to_string(rank - 1), "] for ", grad_name, " of shape ",
                       text(grad.sym_sizes()), ", got ", std::to_string(dim));
@@ -267,42 +288,41 @@ void mask_grads_(at::TensorList grads, at::TensorList masks, at::IntArrayRef dim
     check_mask(mask, mask_name, "size", grad.sym_size(wrapped[i]), grad, grad_name);
   }
   std::vector<Tensor> live, held;  // held: contiguous masks, alive until the launch
-  std::vector<size_t> index;
+  std::vector<int64_t> along;
   for (size_t i = 0; i < grads.size(); ++i) {
     if (grads[i].is_meta() || grads[i].numel() == 0) continue;
-    at::assert_no_internal_overlap(grads[i]);
-    live.push_back(grads[i]);
-    index.push_back(i);
+    check_no_self_overlap(grads[i], Indexed{"grads", i});
     kernels_for(grads[i]);
+    live.push_back(grads[i]);
+    held.push_back(masks[i].contiguous());
+    along.push_back(wrapped[i]);
   }
-  check_disjoint(live);
+  check_disjoint(live, held);
 
-  std::vector<bool> done(live.size(), false);
-  for (size_t first = 0; first < live.size(); ++first) {  // one round a device
-    if (done[first]) continue;
-    std::vector<MaskedGrad> table;
-    for (size_t i = first; i < live.size(); ++i) {
-      const Tensor& grad = live[i];
-      if (done[i] || grad.device() != live[first].device()) continue;
-      done[i] = true;
-      int64_t dim = wrapped[index[i]];
-      Tensor mask = masks[index[i]].contiguous();
-      if (grad.is_contiguous()) {
-        held.push_back(mask);
-        int64_t inner = 1;
-        for (int64_t d = dim + 1; d < grad.dim(); ++d) inner *= grad.size(d);
-        table.push_back({grad.mutable_data_ptr(), mask.const_data_ptr(), grad.numel(), grad.size(dim), inner,
-                         dtype_of(grad), dtype_of(mask)});
-      } else {  // rare: a gradient that is not contiguous takes ATen's two passes
-        Scope scope(grad);
-        std::vector<int64_t> shape(grad.dim(), 1);
-        shape[dim] = -1;
-        Tensor along = mask.view(shape);
-        Tensor(grad).mul_(along).masked_fill_(along == 0, 0);
-      }
+  // All that can run out of memory comes before the first write.
+  std::vector<std::pair<Tensor, std::vector<MaskedGrad>>> launches;  // one a device
+  std::vector<std::pair<Tensor, Tensor>>
+      copies;  // rare: a gradient that is not contiguous takes ATen's passes
+  for (size_t i = 0; i < live.size(); ++i) {
+    const Tensor &grad = live[i], &mask = held[i];
+    if (!grad.is_contiguous()) {
+      Scope scope(grad);
+      std::vector<int64_t> shape(grad.dim(), 1);
+      shape[along[i]] = -1;
+      Tensor factor = mask.view(shape);
+      copies.emplace_back(grad, at::where(factor == 0, 0, grad * factor).to(grad.scalar_type()));
+      continue;
     }
-    launch_mask_grads(table, live[first]);
+    auto launch = std::find_if(launches.begin(), launches.end(),
+                               [&](auto& entry) { return entry.first.device() == grad.device(); });
+    if (launch == launches.end()) launch = launches.insert(launch, {grad, {}});
+    int64_t inner = 1;
+    for (int64_t d = along[i] + 1; d < grad.dim(); ++d) inner *= grad.size(d);
+    launch->second.push_back({grad.mutable_data_ptr(), mask.const_data_ptr(), grad.numel(),
+                              grad.size(along[i]), inner, dtype_of(grad), dtype_of(mask)});
   }
+  for (auto& [grad, masked] : copies) grad.copy_(masked);
+  for (auto& [like, table] : launches) launch_mask_grads(table, like);
 }
 
 }  // namespace apt

@@ -43,6 +43,13 @@ void merge_(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, do
 
 void mask_grads_(at::TensorList grads, at::TensorList masks, at::IntArrayRef dims);
 
+// The refusals of the two ops without the work, for other ways to the same values.
+void check_apt_linear(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const Tensor& lora_A,
+                      const Tensor& lora_B, const OptTensor& mask_in, const OptTensor& mask_out);
+void check_apt_linear_backward(const Tensor& grad, const Tensor& x, const OptTensor& weight,
+                               const Tensor& lora_A, const Tensor& lora_B, const Tensor& t,
+                               const OptTensor& mask_in, const OptTensor& mask_out);
+
 // One line an op: name, schema, function. Schemas, dispatcher registrations and pybind11 bindings all come
 // from here. An op that mutates returns nothing: returning the mutated argument fails opcheck.
 template <class Def>

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -10,9 +11,15 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import settings
 
 import apt_ext
 from apt_ext import reference
+
+# HYPOTHESIS_PROFILE=nightly searches longer. Failures are kept in .hypothesis, which git ignores.
+settings.register_profile("default", deadline=None)
+settings.register_profile("nightly", deadline=None, max_examples=2000)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 pytest.register_assert_rewrite("low_rank_pair")
 
@@ -148,6 +155,14 @@ def _cuda_context():
             warnings.simplefilter("ignore")
             leaf = torch.ones(2, 2, device="cuda", requires_grad=True)
             (leaf @ leaf).sum().backward()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_memory_is_nan(request):
+    """torch fills what it allocates with NaN, at::empty in C++ too: a read of it shows. Not on CUDA, where the switch rules cuBLAS too."""
+    torch.use_deterministic_algorithms(request.node.get_closest_marker("cuda") is None)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)

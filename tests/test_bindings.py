@@ -16,7 +16,7 @@ OPS = ["apt_linear", "apt_linear_backward", "apt_linear_forward", "mask_grads_",
 def test_both_doors_and_the_stub_list_the_same_names():
     registered = sorted(n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("apt_ext::"))
     assert registered == OPS
-    others = ["build_info", "launch_plan"]
+    others = ["build_info", "launch_plan", "next_moment", "node_moment"]
     assert sorted(n for n in dir(_C) if not n.startswith("__")) == sorted([*OPS, *others, "LinearPlan"])
     stub = ast.parse(Path(apt_ext.__file__).with_name("_C.pyi").read_text())
     assert sorted(f.name for f in stub.body if isinstance(f, ast.FunctionDef)) == sorted([*OPS, *others])

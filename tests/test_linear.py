@@ -182,33 +182,6 @@ def test_bad_arguments_are_worded(change, error, match):
         ops.apt_linear(*(change[n](p) if n in change else getattr(p, n) for n in names))
 
 
-def test_second_derivatives_and_forward_mode_are_refused_in_words():
-    p = Problem((4,), 6, 5, 3, torch.float64)
-    A = p.lora_A.clone().requires_grad_()
-    y = ops.apt_linear(p.x, p.weight, p.bias, A, p.lora_B)
-    (first,) = torch.autograd.grad(y.square().sum(), A, create_graph=True)
-    with pytest.raises(RuntimeError, match="apt_linear cannot be differentiated twice"):
-        first.sum().backward()
-    with pytest.raises(RuntimeError, match="apt_linear has no forward-mode derivative"):
-        torch.func.jvp(lambda x: ops.apt_linear(x, p.weight, p.bias, p.lora_A, p.lora_B), (p.x,), (p.x,))
-    from torch.autograd import forward_ad
-
-    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="apt_linear has no forward-mode derivative"):
-        ops.apt_linear(forward_ad.make_dual(p.x, p.x), p.weight, p.bias, p.lora_A, p.lora_B)
-
-
-@pytest.mark.parametrize("name", ["mask_in", "mask_out", "lora_A", "x"])
-def test_a_saved_tensor_changed_before_backward_is_torchs_error(name):
-    p = Problem((4,), 6, 5, 3, torch.float64, masks="soft")
-    for leaf in ("x", "lora_A", "lora_B"):
-        getattr(p, leaf).requires_grad_()
-    y = ops.apt_linear(p.x, p.weight, p.bias, p.lora_A, p.lora_B, p.mask_in, p.mask_out)
-    with torch.no_grad():
-        getattr(p, name).mul_(0.5)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
-
-
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiles_whole_and_once_across_mask_changes(device, backend):
     p = Problem((4,), 6, 5, 3, torch.float32, device, "soft")

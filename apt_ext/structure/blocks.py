@@ -105,7 +105,7 @@ def merged_linear(adapter: APTAdapter) -> nn.Module:
     linear = adapter.base_layer
     if linear is None:
         raise RuntimeError("merged_linear: this APTAdapter has no base layer")
-    linear.weight._apt_merged = False  # type: ignore[union-attr]  # an ordinary weight again, which another adapter may merge into
+    adapter._merge_for_good()
     return linear
 
 

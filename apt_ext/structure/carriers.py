@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from ..adapter import APTAdapter
+from ..changes import Changes
 from ..reference import scale_lanes
 
 
@@ -29,16 +30,9 @@ class MaskedLinear(APTAdapter):
             parameter.requires_grad_(flag)
         return masked  # type: ignore[return-value]  # from_linear builds a cls
 
-    def forward(self, x: Tensor, mask_in: Tensor | None = None, mask_out: Tensor | None = None) -> Tensor:
-        """x [..., K] -> y [..., N], with gradients for the weight and bias too."""
-        if self.merged or self._disabled or self.base_layer is None:
-            return super().forward(x, mask_in, mask_out)
-        for name, mask, size in (("mask_in", mask_in, self.in_features), ("mask_out", mask_out, self.out_features)):
-            if mask is not None:
-                self._check_override(name, mask, size, x)
-        compiling = torch.compiler.is_compiling()
-        mask_in = self._effective_mask("mask_in", compiling) if mask_in is None else mask_in
-        mask_out = self._effective_mask("mask_out", compiling) if mask_out is None else mask_out
+    def _compute(self, x: Tensor, mask_in: Tensor | None, mask_out: Tensor | None) -> Tensor:
+        """With gradients for the weight and bias too."""
+        assert self.base_layer is not None
         return scale_lanes(self.base_layer(scale_lanes(x, mask_in)), mask_out)
 
 
@@ -51,6 +45,7 @@ class StreamCarrier(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.merged = self._disabled = False
+        self._changes = Changes()
         self.train(base_layer.training)
         device = next(base_layer.parameters()).device
         self.register_buffer("mask_out", torch.ones(width, dtype=torch.float32, device=device))
@@ -82,12 +77,18 @@ class StreamCarrier(nn.Module):
                 else:
                     self._buffers["mask_out"] = new
             self._buffers.update(derived)
+            self._changes.note()
 
         return make
 
     def _derived(self, mask_out: Tensor) -> dict[str, Tensor | None]:
         """Further buffers that follow from the mask."""
         return {}
+
+    def _set_disabled(self, disabled: bool) -> None:
+        if disabled != self._disabled:
+            self._disabled = disabled
+            self._changes.note()
 
     def _apply(self, fn: Any, recurse: bool = True) -> StreamCarrier:
         mask = self.mask_out
@@ -99,6 +100,7 @@ class StreamCarrier(nn.Module):
 
 def _after_load(carrier: StreamCarrier, _incompatible: Any) -> None:
     carrier._buffers.update(carrier._derived(carrier.mask_out))
+    carrier._changes.note()
 
 
 class MaskedEmbedding(StreamCarrier):
@@ -109,6 +111,8 @@ class MaskedEmbedding(StreamCarrier):
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., embedding_dim]."""
+        if not torch.compiler.is_compiling():
+            self._changes.check()
         found: Tensor = self.base_layer(ids)
         return found if self._disabled else scale_lanes(found, self.mask_out)
 
@@ -131,6 +135,8 @@ class MaskedNorm(StreamCarrier):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> the same shape, 0 in pruned dimensions."""
+        if not torch.compiler.is_compiling():
+            self._changes.check()
         kept = self.kept
         if kept is None or self._disabled:
             return self.base_layer(x)  # type: ignore[no-any-return]

@@ -1,0 +1,180 @@
+"""What an op must refuse, generated for every tensor of every op: layouts, dtypes, devices, shapes; nothing has then changed."""
+
+import re
+
+import pytest
+import torch
+from conftest import Problem
+from hypothesis import given
+from hypothesis import strategies as st
+
+from apt_ext import ops, reference
+
+N, K, R = 6, 5, 3
+
+
+def operands(dtype=torch.float32):
+    p = Problem((4,), N, K, R, dtype, masks="soft")
+    forward = {name: getattr(p, name) for name in ("x", "weight", "bias", "lora_A", "lora_B", "mask_in", "mask_out")}
+    backward = {"grad": p.grad, **{name: t for name, t in forward.items() if name != "bias"}, "t": torch.randn(4, R, dtype=dtype)}
+    merge = {name: forward[name] for name in ("weight", "lora_A", "lora_B", "mask_in", "mask_out")}
+    masked = {"grads[0]": torch.randn(4, K, dtype=dtype), "masks[0]": p.mask_in}
+    return {"apt_linear": forward, "apt_linear_forward": forward, "apt_linear_backward": backward, "merge_": merge, "mask_grads_": masked}
+
+
+def call(op, given):
+    t = {name.partition("[")[0]: value for name, value in given.items()}
+    function = getattr(torch.ops.apt_ext, op)
+    if op in ("apt_linear", "apt_linear_forward"):
+        return function(t["x"], t["weight"], t["bias"], t["lora_A"], t["lora_B"], t["mask_in"], t["mask_out"], 1.0)
+    if op == "apt_linear_backward":
+        four = [True] * 4
+        return function(t["grad"], t["x"], t["weight"], t["lora_A"], t["lora_B"], t["t"], t["mask_in"], t["mask_out"], 1.0, four)
+    if op == "merge_":
+        return function(t["weight"], t["lora_A"], t["lora_B"], 1.0, t["mask_in"], t["mask_out"])
+    return function([t["grads"]], [t["masks"]], [1])
+
+
+def quantised(t):
+    return torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8)
+
+
+def nested(t, layout):
+    return torch.nested.nested_tensor([t[:1], t[:2]] if t.dim() > 1 else [t, t], layout=layout)
+
+
+BAD = {
+    "float8": (lambda t: t.to(torch.float8_e4m3fn), TypeError),
+    "int32": (lambda t: t.int(), TypeError),
+    "bool": (lambda t: t.bool(), TypeError),
+    "complex64": (lambda t: t.to(torch.complex64), TypeError),
+    "float16": (lambda t: t.half(), TypeError),
+    "bfloat16": (lambda t: t.bfloat16(), TypeError),
+    "quantised": (quantised, TypeError),
+    "sparse": (lambda t: t.to_sparse(), TypeError),
+    "compressed": (lambda t: t.to_sparse_csr(), TypeError),
+    "mkldnn": (lambda t: t.to_mkldnn(), TypeError),
+    "nested": (lambda t: nested(t, torch.strided), TypeError),
+    "jagged": (lambda t: nested(t, torch.jagged), TypeError),
+    "meta": (lambda t: t.to("meta"), ValueError),
+    "a row more": (lambda t: torch.cat([t, t[:1]]), ValueError),
+    "a row less": (lambda t: t[1:], ValueError),
+    "a column more": (lambda t: torch.cat([t, t[..., :1]], -1), ValueError),
+    "a column less": (lambda t: t[..., 1:], ValueError),
+    "a dimension more": (lambda t: t.unsqueeze(0), ValueError),
+    "a dimension less": (lambda t: t[0], ValueError),
+    "no dimension": (lambda t: t.flatten()[0], ValueError),
+}
+ROWS = ("a row more", "a row less")
+RIGHT = {  # what is right where the operand stands
+    *((op, "x", kind) for op in ("apt_linear", "apt_linear_forward") for kind in (*ROWS, "a dimension more", "a dimension less")),
+    *(("mask_grads_", "grads[0]", kind) for kind in (*ROWS, "float16", "bfloat16")),  # any shape but along dim, any mask is float32
+    *(("merge_", "weight", kind) for kind in ("float16", "bfloat16")),  # under float32 factors
+}
+
+
+def cases():
+    for op, tensors in operands().items():
+        for name, tensor in tensors.items():
+            for kind in BAD:
+                if (op, name, kind) in RIGHT or (kind == "compressed" and tensor.dim() < 2):
+                    continue
+                if kind == "jagged" and op in ("apt_linear_forward", "apt_linear_backward"):
+                    continue  # torch's own refusal: it is a Python subclass, and these two are no public names
+                yield pytest.param(op, name, kind, id=f"{op}-{name}-{kind}")
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta", "ignore:The PyTorch API of nested tensors is in prototype")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+@pytest.mark.parametrize("op,name,kind", list(cases()))
+def test_every_operand_is_refused_in_words(op, name, kind):
+    change, error = BAD[kind]
+    given = operands()[op]
+    before = {n: t.clone() for n, t in given.items()}
+    bad = change(given[name])
+    with pytest.raises(error) as refused:
+        call(op, {**given, name: bad})
+    text = str(refused.value)
+    assert re.match(r"\w+(\[\d\])? must .*got ", text), text
+    # It names the operand, or the one that no longer fits it: a weight of another dtype than x, a mask of another length.
+    assert text.startswith(name) or kind in ("float16", "bfloat16", "meta") or error is ValueError, text
+    for n, t in given.items():
+        assert torch.equal(t, before[n]), n
+
+
+def test_the_table_refuses_nothing_right():
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        for op, tensors in operands(dtype).items():
+            if "t" in tensors and dtype == torch.float16:
+                tensors["t"] = tensors["t"].float()
+            call(op, tensors)
+
+
+def test_the_table_knows_every_op():
+    registered = {n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("apt_ext::")}
+    assert registered == set(operands())
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_layouts_are_named_without_autograd_too(inference):
+    p = operands()["apt_linear"]
+    with torch.inference_mode(inference), torch.no_grad():
+        with pytest.raises(TypeError, match="weight must be a dense strided tensor, got layout Sparse"):
+            ops.apt_linear(p["x"], p["weight"].to_sparse(), None, p["lora_A"], p["lora_B"])
+        with pytest.raises(TypeError, match=r"masks\[1\] must be a dense strided tensor, got layout Sparse"):
+            ops.mask_grads_([p["x"], p["weight"]], [p["mask_in"], p["mask_in"].to_sparse()], [1, 1])
+
+
+@pytest.mark.parametrize("bad", [None, [[1.0]], "x", 3])
+def test_what_is_no_tensor_is_a_type_error(bad):
+    A, B, W = torch.randn(R, K), torch.randn(N, R), torch.randn(N, K)
+    for function, arguments, places in (
+        (ops.apt_linear, [torch.randn(4, K), W, None, A, B, None, None, 1.0], {0: "x", 1: "weight", 3: "lora_A", 5: "mask_in"}),
+        (ops.merge_, [W, A, B, 1.0], {0: "weight", 1: "lora_A", 2: "lora_B"}),
+        (ops.mask_grads_, [[W], [torch.ones(K)], [1]], {0: "grads", 1: "masks"}),
+    ):
+        for place, name in places.items():
+            if bad is None and name in ("weight", "mask_in") and function is ops.apt_linear:
+                continue
+            given = list(arguments)
+            given[place] = [bad] if isinstance(given[place], list) else bad
+            with pytest.raises(TypeError, match=name):
+                function(*given)
+    with pytest.raises(TypeError, match="scaling"):
+        ops.apt_linear(torch.randn(4, K), None, None, A, B, scaling="1")
+
+
+# -- small sizes, all of them --------------------------------------------------------------------------------------------
+
+SIZE = st.integers(0, 5)
+MASK = st.sampled_from(["none", "hard", "soft", "zero", "one"])
+
+
+@given(st.lists(SIZE, min_size=0, max_size=3), SIZE, SIZE, SIZE, MASK, st.booleans(), st.booleans(), st.integers(0, 2**16))
+def test_apt_linear_of_every_small_size(shape, n, k, r, masks, weight, bias, seed):
+    p = Problem(shape, n, k, r, torch.float64, masks=masks, weight=weight, bias=bias, seed=seed)
+    got, want = p.run(ops.apt_linear), p.run(reference.apt_linear)
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-12, atol=1e-12, msg=name)
+
+
+@given(SIZE, SIZE, SIZE, MASK, st.booleans(), st.integers(0, 2**16))
+def test_merge_of_every_small_size(n, k, r, masks, check, seed):
+    p = Problem((1,), n, k, r, torch.float64, masks=masks, seed=seed)
+    want = reference.merge_(p.weight.clone(), p.lora_A, p.lora_B, 1.5, p.mask_in, p.mask_out)
+    torch.testing.assert_close(ops.merge_(p.weight, p.lora_A, p.lora_B, 1.5, p.mask_in, p.mask_out, check), want, rtol=1e-12, atol=1e-12)
+
+
+@given(st.lists(st.tuples(st.lists(SIZE, min_size=1, max_size=3), st.integers(0, 2), st.booleans()), max_size=4), st.integers(0, 2**16))
+def test_mask_grads_of_every_small_size(grads, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tensors, masks, dims = [], [], []
+    for shape, dim, transposed in grads:
+        grad = torch.randn(shape, generator=generator)
+        tensors.append(grad.transpose(0, -1).contiguous().transpose(0, -1) if transposed else grad)
+        dims.append(dim % len(shape) - (len(shape) if transposed else 0))
+        masks.append((torch.rand(shape[dims[-1]], generator=generator) > 0.4).float() * torch.rand(shape[dims[-1]], generator=generator))
+    want = [reference.scale_lanes(t.clone(), mask, dim) for t, mask, dim in zip(tensors, masks, dims, strict=True)]
+    ops.mask_grads_(tensors, masks, dims)
+    torch.testing.assert_close(tensors, want)
