@@ -99,31 +99,44 @@ template <class T>
 // Whether a stored value is Inf or NaN, in integers: a comparison of floats would keep the loop from being
 // vectorised.
 template <class T>
-[[gnu::always_inline]] inline uint32_t is_not_finite(Stored<T> value) {
+[[gnu::always_inline]] inline auto is_not_finite(Stored<T> value) {
   if constexpr (std::is_same_v<T, at::BFloat16>) {
-    return (value & 0x7f80u) == 0x7f80u;
+    return static_cast<uint16_t>((value & 0x7f80u) == 0x7f80u);
   } else if constexpr (std::is_same_v<T, double>) {
-    return (std::bit_cast<uint64_t>(value) & 0x7ff0000000000000ull) == 0x7ff0000000000000ull;
+    return uint64_t{(std::bit_cast<uint64_t>(value) & 0x7ff0000000000000ull) == 0x7ff0000000000000ull};
   } else {
-    return (std::bit_cast<uint32_t>(Wide<T>(value)) & 0x7f800000u) == 0x7f800000u;
+    return uint32_t{(std::bit_cast<uint32_t>(Wide<T>(value)) & 0x7f800000u) == 0x7f800000u};
   }
 }
 
-// weight + delta under both masks, rounded once; returns whether every result is finite.
-template <bool write, class T>
-[[gnu::always_inline]] inline bool merge_row_body(Stored<T>* __restrict__ weight,
-                                                  const Wide<T>* __restrict__ delta,
-                                                  const Wide<T>* __restrict__ mask_in, Wide<T> mask_out,
-                                                  int64_t count, int64_t stride) {
-  uint32_t bad = 0;
+// weight + delta under both masks, rounded once, to `out`.
+template <class T>
+[[gnu::always_inline]] inline void merged(const Stored<T>* weight, Stored<T>* out,
+                                          const Wide<T>* __restrict__ delta,
+                                          const Wide<T>* __restrict__ mask_in, Wide<T> mask_out,
+                                          int64_t count, int64_t stride, int64_t out_stride) {
   for (int64_t k = 0; k < count; ++k) {
     const Wide<T> kept = (widen<T>(weight[k * stride]) + delta[k]) * (mask_in[k] * mask_out);
-    const Stored<T> rounded = narrow<T>(mask_in[k] == 0 || mask_out == 0 ? Wide<T>(0) : kept);
-    if constexpr (write) {
-      weight[k * stride] = rounded;
-    } else {
-      bad |= is_not_finite<T>(rounded);
-    }
+    out[k * out_stride] = narrow<T>(mask_in[k] == 0 || mask_out == 0 ? Wide<T>(0) : kept);
+  }
+}
+
+// The same in place, or only whether every result is finite.
+template <class T>
+[[gnu::always_inline]] inline bool merge_row_body(Stored<T>* weight, const Wide<T>* delta,
+                                                  const Wide<T>* mask_in, Wide<T> mask_out, int64_t count,
+                                                  int64_t stride, bool write) {
+  if (write) {
+    merged<T>(weight, weight, delta, mask_in, mask_out, count, stride, stride);
+    return true;
+  }
+  constexpr int64_t kChunk = 512;
+  Stored<T> result[kChunk];
+  decltype(is_not_finite<T>(result[0])) bad = 0;
+  for (int64_t start = 0; start < count; start += kChunk) {
+    const int64_t length = std::min(kChunk, count - start);
+    merged<T>(weight + start * stride, result, delta + start, mask_in + start, mask_out, length, stride, 1);
+    for (int64_t k = 0; k < length; ++k) bad |= is_not_finite<T>(result[k]);
   }
   return bad == 0;
 }
@@ -137,12 +150,8 @@ template <bool write, class T>
   APT_CLONES bool merge_row(T* weight, const Wide<T>* delta, const Wide<T>* mask_in, Wide<T> mask_out,      \
                             int64_t count, int64_t stride, bool write) {                                    \
     auto* row = reinterpret_cast<Stored<T>*>(weight);                                                       \
-    if (stride != 1) {                                                                                      \
-      return write ? merge_row_body<true, T>(row, delta, mask_in, mask_out, count, stride)                  \
-                   : merge_row_body<false, T>(row, delta, mask_in, mask_out, count, stride);                \
-    }                                                                                                       \
-    return write ? merge_row_body<true, T>(row, delta, mask_in, mask_out, count, 1)                         \
-                 : merge_row_body<false, T>(row, delta, mask_in, mask_out, count, 1);                       \
+    return stride == 1 ? merge_row_body<T>(row, delta, mask_in, mask_out, count, 1, write)                  \
+                       : merge_row_body<T>(row, delta, mask_in, mask_out, count, stride, write);            \
   }
 APT_ROWS(double)
 APT_ROWS(float)
