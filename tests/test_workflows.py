@@ -1,0 +1,42 @@
+"""The workflows ask for as little as they need, and run what was looked at."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
+if not WORKFLOWS:
+    pytest.skip("a source distribution has none", allow_module_level=True)
+
+
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_least_rights_and_pinned_actions(path):
+    text = path.read_text()
+    used = re.findall(r"uses: (.*)", text)
+    assert used and all(re.fullmatch(r"[\w-]+/[\w-]+@[0-9a-f]{40} # v\d+\.\d+\.\d+", action) for action in used), used
+    assert re.findall(r"^ *permissions:.*\n((?:  .*\n)*)", text, re.M) == ["  contents: read\n"]
+    assert text.count("persist-credentials: false") == sum(action.startswith("actions/checkout@") for action in used)
+    assert "pull_request_target" not in text and "secrets." not in text
+    # what others can name (titles, branches) is never part of a command
+    assert set(re.findall(r"\$\{\{ *([\w.]+)", text)) <= {"github.ref", "matrix.python", "matrix.run"}
+
+
+def test_pull_requests_run_on_hosted_machines_only():
+    for path in WORKFLOWS:
+        text = path.read_text()
+        if re.search(r"^  pull_request", text, re.M):
+            assert "self-hosted" not in text, path
+
+
+def test_what_they_run_exists():
+    targets = set(re.findall(r"^([\w/.-]+):", (ROOT / "Makefile").read_text(), re.M))
+    named = {
+        target
+        for path in WORKFLOWS
+        for target in re.findall(r"(?:run|-): make ([\w./-]+)|- make ([\w./-]+)", path.read_text())
+        for target in target
+        if target
+    }
+    assert named and named - {".venv/built"} <= targets
