@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 from typing import Any
 from weakref import WeakSet
 
@@ -88,7 +89,7 @@ class Merging(nn.Module):
             if bias is not None and masked_bias is not None:
                 bias.copy_(masked_bias)
         self._kept, self._keep, self._merged = kept, keep, True
-        merged_adapters.add(self)
+        hold(self)
         self._changes.note()
 
     def unmerge_weights(self) -> None:
@@ -101,12 +102,12 @@ class Merging(nn.Module):
             for name, value in self._kept.items():
                 getattr(self.base_layer, name).copy_(value)
         self._merged, self._kept = False, {}
-        merged_adapters.discard(self)
+        release(self)
         self._changes.note()
 
     def _merge_for_good(self) -> None:
         """The merged weight is an ordinary one again, which another adapter may merge into. This one is not to be used again."""
-        merged_adapters.discard(self)
+        release(self)
 
     def _warn_if_learning(self) -> None:
         if self.training and torch.is_grad_enabled() and not self._warned and not torch.compiler.is_compiling():
@@ -124,10 +125,22 @@ class Merging(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         if self._merged:
-            merged_adapters.add(self)
+            hold(self)
 
 
-merged_adapters: WeakSet[Merging] = WeakSet()
+_merged_adapters: WeakSet[Merging] = WeakSet()
+_lock = Lock()  # threads merge adapters of their own, and a set that grows cannot be walked
+
+
+def hold(adapter: Merging) -> None:
+    """Its weight and bias carry a merge from now on."""
+    with _lock:
+        _merged_adapters.add(adapter)
+
+
+def release(adapter: Merging) -> None:
+    with _lock:
+        _merged_adapters.discard(adapter)
 
 
 def merged_into(tensor: Tensor) -> list[tuple[Merging, str]]:
@@ -135,7 +148,9 @@ def merged_into(tensor: Tensor) -> list[tuple[Merging, str]]:
 
     Looked up by memory: a tie can be one Parameter in two layers, or two Parameters over one storage.
     """
-    held = ((adapter, name, getattr(adapter, name)) for adapter in list(merged_adapters) for name in adapter._kept)
+    with _lock:
+        holders = list(_merged_adapters)
+    held = ((adapter, name, getattr(adapter, name)) for adapter in holders for name in list(adapter._kept))
     return [(adapter, name) for adapter, name, other in held if other is tensor or _extents_meet(other, tensor)]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import growth
 from .arguments import all_ones, checked_mask
-from .merging import merged_adapters, merged_into
+from .merging import hold, merged_into
 
 if TYPE_CHECKING:
     from .adapter import APTAdapter
@@ -36,8 +36,9 @@ def _save(adapter: APTAdapter, state: dict[str, Tensor], prefix: str, _metadata:
     for name in ("weight", "bias"):
         tensor = getattr(adapter, name)
         for holder, held in merged_into(tensor) if tensor is not None else ():
-            if holder._kept[held].shape == tensor.shape:
-                state[f"{prefix}base_layer.{name}"] = holder._kept[held]
+            original = holder._kept.get(held)
+            if original is not None and original.shape == tensor.shape:
+                state[f"{prefix}base_layer.{name}"] = original
 
 
 def _load(
@@ -129,7 +130,7 @@ def _undo(adapter: APTAdapter) -> Callable[[], None]:
                     tensor.set_(copy) if tensor.shape != copy.shape else tensor.copy_(copy)  # type: ignore[call-overload]
         adapter.__dict__.update(plain)
         if adapter.merged:
-            merged_adapters.add(adapter)
+            hold(adapter)
         for name, value in ones.items():
             adapter._stamp_mask(name, value)
 

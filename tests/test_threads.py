@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -109,8 +110,30 @@ class Counter(threading.Thread):
             time.sleep(0.001)
 
 
+def turns_during(prepare):
+    """How often another thread got the interpreter during the call that prepare(rows) returns, with rows for at least 60 ms."""
+    counter = Counter()
+    counter.start()
+    try:
+        rows = 500
+        while True:
+            call = prepare(rows)
+            before, start = counter.count, time.perf_counter()
+            call()
+            if time.perf_counter() - start > 0.06:
+                return counter.count - before
+            rows *= 2
+    finally:
+        counter.stop = True
+        counter.join()
+
+
+def operands(rows):
+    return torch.ones(rows, 1000), torch.ones(64, 1000), torch.ones(rows, 64)
+
+
 BIG = {
-    "apt_linear": lambda door, W, A, B: door.apt_linear(W, W, None, A, B, None, None, 1.0),
+    "apt_linear": lambda door, W, A, B: door.apt_linear(W, torch.ones(1000, 1000), None, A, torch.ones(1000, 64), None, None, 1.0),
     "merge_": lambda door, W, A, B: door.merge_(W, A, B, 0.0, None, None, True),
     "mask_grads_": lambda door, W, A, B: door.mask_grads_([W], [torch.ones(len(W))], [0]),
 }
@@ -120,37 +143,15 @@ BIG = {
 @pytest.mark.parametrize("door", ["torch.ops", "_C"])
 def test_the_interpreter_goes_on_during_a_long_op(name, door):
     door = torch.ops.apt_ext if door == "torch.ops" else _C
-    size = 9000 if name == "mask_grads_" else 3000
-    W, A, B = torch.randn(size, size) / 100, torch.randn(64, size), torch.randn(size, 64)
-    counter = Counter()
-    counter.start()
-    try:
-        longest, counted = 0.0, 0
-        for _ in range(3):
-            before, start = counter.count, time.perf_counter()
-            BIG[name](door, W, A, B)
-            took = time.perf_counter() - start
-            if took > longest:
-                longest, counted = took, counter.count - before
-    finally:
-        counter.stop = True
-        counter.join()
-    assert longest > 0.03, "too short to tell"
-    assert counted >= 3, f"{counted} turns in {longest:.3f} s"  # one or two if the op held the lock
+    assert turns_during(lambda rows: partial(BIG[name], door, *operands(rows))) >= 3  # one if the op held the lock
 
 
 def test_the_interpreter_goes_on_during_a_backward():
-    x = torch.randn(2000, 2000, requires_grad=True)
-    W, A, B = torch.randn(3000, 2000), torch.randn(64, 2000, requires_grad=True), torch.randn(3000, 64, requires_grad=True)
-    y = ops.apt_linear(x, W, None, A, B).sum()
-    counter = Counter()
-    counter.start()
-    before, start = counter.count, time.perf_counter()
-    y.backward()
-    took, counted = time.perf_counter() - start, counter.count - before
-    counter.stop = True
-    counter.join()
-    assert took > 0.03 and counted >= 3, f"{counted} turns in {took:.3f} s"
+    def prepare(rows):
+        x, A, B = (t.requires_grad_() for t in operands(rows))
+        return ops.apt_linear(x, torch.randn(rows, 1000), None, A, B).sum().backward
+
+    assert turns_during(prepare) >= 3
 
 
 FORKING = """
