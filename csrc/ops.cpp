@@ -7,6 +7,7 @@
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
+#include <limits>
 #include <string>
 #include <utility>
 #include <vector>
@@ -95,6 +96,17 @@ Tensor flat(const Tensor& x) {
   return x.reshape({rows, columns});
 }
 
+// cuBLAS counts the distance between rows in 32 bits; rows farther apart than that are few, and copied.
+Tensor reachable(const Tensor& matrix) {
+  constexpr int64_t kFarthest = std::numeric_limits<int32_t>::max();
+  bool far = matrix.is_cuda() && (matrix.stride(0) >= kFarthest || matrix.stride(1) >= kFarthest);
+  return far ? matrix.contiguous() : matrix;
+}
+
+OptTensor reachable(const OptTensor& matrix) {
+  return matrix.has_value() ? OptTensor(reachable(*matrix)) : std::nullopt;
+}
+
 // Kernels run on the tensors' device, and the products inside an op are not autocast a second time.
 struct Scope {
   explicit Scope(const Tensor& tensor)
@@ -127,7 +139,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Layer& layer) {
     if (x.is_meta() || y.numel() == 0) return {y, t};
   }
   Scope scope(x);
-  auto [y, t] = linear_forward(flat(x), layer);
+  auto [y, t] =
+      linear_forward(reachable(flat(x)),
+                     {reachable(layer.weight), layer.bias, reachable(layer.lora_A), reachable(layer.lora_B),
+                      layer.mask_in, layer.mask_out, layer.scaling, layer.keep_low});
   if (t.defined()) t = t.view_symint(with_last(x, size.R));
   return {y.view_symint(with_last(x, size.N)), t};
 }
@@ -163,8 +178,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> apt_linear_backward(const Tensor& gra
     if (need_bias) out[3] = at::empty_symint({size.N}, x.options());
   } else {
     Scope scope(x);
-    out = linear_backward(flat(grad), flat(x), flat(t),
-                          {weight, std::nullopt, lora_A, lora_B, mask_in, mask_out, scaling}, output_mask);
+    out = linear_backward(
+        reachable(flat(grad)), reachable(flat(x)), flat(t),
+        {reachable(weight), std::nullopt, reachable(lora_A), reachable(lora_B), mask_in, mask_out, scaling},
+        output_mask);
     if (need_x) out[0] = out[0].view(x.sizes());
   }
   for (Tensor& gradient : out) {
