@@ -8,6 +8,7 @@ import torch
 from small_adapter import expected, make, masks
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from apt_ext import APTAdapter, APTConfig, adapters, get_apt_model
 
@@ -101,6 +102,19 @@ def test_masks_changed_between_a_compiled_forward_and_its_backward():
     adapter, x = make(dtype=torch.float32), torch.randn(4, 10)
     adapter.set_masks(*masks())
     y = torch.compile(adapter, fullgraph=True, backend="aot_eager")(x)
+    adapter.set_masks(torch.zeros(10))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_masks_changed_under_a_checkpoint_within_the_graph():
+    """The compiler keeps the masks for its recomputation. (A compiled module within an eager checkpoint is not looked at.)"""
+    adapter, x = make(dtype=torch.float32), torch.randn(4, 10, requires_grad=True)
+    adapter.set_masks(*masks())
+    compiled = torch.compile(lambda x: checkpoint(adapter, x, use_reentrant=False).sin(), fullgraph=True, backend="aot_eager")
+    (want,) = torch.autograd.grad(adapter(x).sin().sum(), x)
+    torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), x)[0], want)
+    y = compiled(x)
     adapter.set_masks(torch.zeros(10))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
