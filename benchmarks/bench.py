@@ -187,6 +187,25 @@ def width_rows(width, rank, dtype, device, rounds):
         yield from rows_of(times, "aligned", work=f"odd {side}", **labels_of(8192, N, K, rank, dtype))
 
 
+def pass_rows(M, N, K, rank, dtype, device, rounds):
+    """What one pass over x costs by itself, and the low-rank parts of the layer without its dense product."""
+    layer, ops = Layer(M, N, K, rank, dtype, device), torch.ops.apt_ext
+    A, B, t = layer.plain.lora_A.detach(), layer.plain.lora_B.detach(), torch.randn(M, rank, device=device).to(dtype)
+    to = torch.empty_like(layer.x)
+    backward = (layer.grad, layer.x, layer.W.detach(), A, B, t, None, None, 2.0)
+    peers = {
+        "frozen": layer.frozen,
+        "read x (sum)": lambda: layer.x.sum(),
+        "write x (fill_)": lambda: to.fill_(1.0),
+        "read and write x (copy_)": lambda: to.copy_(layer.x),
+        "low and out, without W": lambda: apt_ext.ops.apt_linear(layer.x, None, None, A, B, None, None, 2.0),
+        "dB": lambda: ops.apt_linear_backward(*backward, [False, False, True, False]),
+        "u and dA": lambda: ops.apt_linear_backward(*backward, [False, True, False, False]),
+    }
+    with torch.no_grad():
+        yield from rows_of(measure(peers, rounds, device, 3), "frozen", work="one pass", **labels_of(M, N, K, rank, dtype))
+
+
 def merge_rows(N, K, rank, dtype, device, rounds):
     W = torch.randn(N, K, device=device).to(dtype)
     A, B = torch.randn(rank, K, device=device).to(dtype) * 1e-4, torch.randn(N, rank, device=device).to(dtype) * 1e-4
@@ -244,6 +263,7 @@ def jobs_of(options, dtype):
     groups = {
         "layers": [(layer_rows, (*shape, rank, dtype)) for shape in shapes for rank in ranks],
         "graph": [(graph_rows, (4096, 768, 768, rank, dtype)) for rank in ranks] if cuda else [],
+        "passes": [(pass_rows, (*shapes[0], rank, dtype)) for rank in ranks],
         "host": [(host_rows, (side, side, 16, dtype))],
         "widths": [(width_rows, (width, 16, dtype)) for width in (4097, 2055, 383)] if cuda and not options.quick else [],
         "merge": [(merge_rows, (side, side, 16, dtype))] + ([(model_merge_rows, (16, dtype))] if cuda else []),
@@ -257,13 +277,15 @@ def jobs_of(options, dtype):
 
 
 def plot(rows, path):
-    """Bars of every layer row: one panel a work, one group a shape and rank, one bar a peer."""
+    """Bars of every layer row: one panel a work, one group a shape and rank, one bar a peer. Eager calls of small layers on a GPU, which
+    are host time alone, are left out."""
     from matplotlib.figure import Figure
 
-    works = list(dict.fromkeys(row["work"] for row in rows if "forward" in row["work"]))
-    figure = Figure(figsize=(11, 3 * len(works)), layout="constrained")
+    shown = [row for row in rows if "forward" in row["work"] and (row["K"] > 768 or row["M"] < 4096 or "graph" in row["work"])]
+    works = list(dict.fromkeys(row["work"] for row in shown))
+    figure = Figure(figsize=(11, 2.8 * len(works)), layout="constrained")
     for work, axes in zip(works, figure.subplots(len(works), 1, squeeze=False)[:, 0], strict=True):
-        of_work = [row for row in rows if row["work"] == work and row["peer"] != "frozen"]
+        of_work = [row for row in shown if row["work"] == work and row["peer"] != "frozen"]
         peers = list(dict.fromkeys(row["peer"] for row in of_work))
         cases = list(dict.fromkeys((row["M"], row["N"], row["K"], row["rank"]) for row in of_work))
         for i, peer in enumerate(peers):
@@ -271,10 +293,11 @@ def plot(rows, path):
             places = [j + (i - (len(peers) - 1) / 2) * 0.8 / len(peers) for j in range(len(cases))]
             axes.bar(places, [values.get(case, 0) for case in cases], 0.8 / len(peers), label=peer)
         axes.axhline(1, color="0.4", linewidth=0.8)
-        axes.set_xticks(range(len(cases)), [f"{m} x {n} x {k}\nr {r}" for m, n, k, r in cases])
+        axes.set_xticks(range(len(cases)), [f"M {m}, N {n}\nK {k}, r {r}" for m, n, k, r in cases], fontsize="small")
         axes.set(title=work, ylabel="time / frozen GEMM")
-        axes.legend(fontsize="small")
-    figure.savefig(path, dpi=130)
+        axes.legend(fontsize="x-small", loc="upper left", ncols=len(peers))
+        axes.margins(y=0.2)
+    figure.savefig(path, dpi=110)
 
 
 def main():
@@ -283,10 +306,15 @@ def main():
     parser.add_argument("--dtype", default=None, help="float32, float16 or bfloat16; default: bfloat16 on cuda, float32 on the CPU")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--quick", action="store_true", help="the first shape and rank 16 only")
-    parser.add_argument("--only", help="some of layers,graph,host,widths,merge,mask_grads")
+    parser.add_argument("--only", help="some of layers,graph,passes,host,widths,merge,mask_grads")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="a PNG of the layers")
+    parser.add_argument("--replot", type=Path, help="draw --plot from a kept JSON file and measure nothing")
     options = parser.parse_args()
+    if options.replot:
+        if options.plot is None:
+            parser.error("--replot draws --plot FILE, which is missing")
+        return plot(json.loads(options.replot.read_text())["rows"], options.plot)
     dtype = getattr(torch, options.dtype or ("bfloat16" if options.device == "cuda" else "float32"))
     torch.manual_seed(0)
     jobs = jobs_of(options, dtype)
