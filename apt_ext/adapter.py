@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import agreement, growth, ops, state
-from .arguments import FLOATING, all_ones, checked_int, checked_mask, linear_shape
+from .arguments import FLOATING, all_ones, checked_choice, checked_device, checked_int, checked_mask, checked_number, linear_shape
 from .guard import guard, reserve
 from .merging import Merging
 from .optimizers import OptimizerLike, optimizers_of
@@ -70,18 +70,18 @@ class APTAdapter(Merging):
             max_rank = min(checked_int("max_rank", max_rank, 0), limit)
             if rank > max_rank:
                 raise ValueError(f"rank must be at most max_rank = {max_rank}, got {rank}")
-        if not math.isfinite(scaling):
-            raise ValueError(f"scaling must be a finite number, got {scaling}")
-        if not 0.0 <= dropout < 1.0:
+        scaling = checked_number("scaling", scaling)
+        if not 0.0 <= checked_number("dropout", dropout) < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-        if init_std is not None and not (math.isfinite(init_std) and init_std >= 0):
-            raise ValueError(f"init_std must be a finite number of at least 0, got {init_std}")
+        if init_std is not None and checked_number("init_std", init_std) < 0:
+            raise ValueError(f"init_std must be at least 0, got {init_std}")
         dtype = torch.get_default_dtype() if dtype is None else dtype
-        if dtype not in FLOATING:
-            raise TypeError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype}")
+        if not isinstance(dtype, torch.dtype) or dtype not in FLOATING:
+            raise TypeError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype!r}")
+        checked_device(device)
         self._rank = rank
         self._max_rank = max_rank
-        self._scaling = float(scaling)
+        self._scaling = scaling
         self.dropout = float(dropout)
         self.init_std = 1.0 / math.sqrt(3 * max(in_features, 1)) if init_std is None else float(init_std)
         self._label = ""  # its name in the model, for messages
@@ -117,17 +117,27 @@ class APTAdapter(Merging):
         Raises:
             TypeError: another module type (quantised layers are named), or a dtype that does not fit.
             ValueError: a rank that does not fit, or a weight that is not finite (not looked at on meta).
+            RuntimeError: the linear has forward hooks, which would not run.
         """
         out_features, in_features, transposed = linear_shape(linear)
         weight, bias = linear.weight, linear.bias
         assert isinstance(weight, nn.Parameter)
         dtype = weight.dtype if dtype is None else dtype
-        if dtype != weight.dtype and not (dtype == torch.float32 and weight.dtype in (torch.float16, torch.bfloat16)):
-            raise TypeError(f"dtype must be the weight's {weight.dtype}, or float32 over a 16-bit weight, got {dtype}")
-        if rank > min(out_features, in_features):
+        if (
+            not isinstance(dtype, torch.dtype)
+            or dtype != weight.dtype
+            and not (dtype == torch.float32 and weight.dtype in (torch.float16, torch.bfloat16))
+        ):
+            raise TypeError(f"dtype must be the weight's {weight.dtype}, or float32 over a 16-bit weight, got {dtype!r}")
+        if checked_int("rank", rank, 0) > min(out_features, in_features):
             raise ValueError(
                 f"rank must be at most min(out_features, in_features) = {min(out_features, in_features)} "
                 f"for {type(linear).__name__}({in_features}, {out_features}), got {rank}"
+            )
+        if "forward" in vars(linear) or linear._forward_hooks or linear._forward_pre_hooks:
+            raise RuntimeError(
+                f"linear must have no forward hooks and no forward of its own, which the adapter would not run, got a "
+                f"{type(linear).__name__} with one (accelerate's device_map sets it); remove it, or hook the adapter instead"
             )
         if not weight.is_meta and not bool(torch.isfinite(weight.detach()).all()):
             raise ValueError(f"weight of {type(linear).__name__}({in_features}, {out_features}) must be finite, got NaN or Inf")
@@ -345,8 +355,9 @@ class APTAdapter(Merging):
         """
         with agreement.change(self._what(f"increase_rank({new_rank!r})")) as agree:
             checked_int("new_rank", new_rank, 0)
-            if init_type not in ("lora", "zero"):
-                raise ValueError(f"init_type must be 'lora' or 'zero', got {init_type!r}")
+            checked_choice("init_type", init_type, ("lora", "zero"))
+            if generator is not None and not isinstance(generator, torch.Generator):
+                raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
             if self._merged:
                 raise RuntimeError("increase_rank: the weight is merged; call unmerge_weights() first")
             limit = min(self.in_features, self.out_features)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
+from numbers import Real
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +20,8 @@ def checked_mask(name: str, mask: Any, like: Tensor) -> Tensor:
         raise TypeError(f"{name} must be a Tensor, got {type(mask).__name__}")
     if mask.dtype not in FLOATING:
         raise TypeError(f"{name} must be floating (float64, float32, float16 or bfloat16), got {mask.dtype}")
+    if mask.layout is not torch.strided or mask.is_nested:
+        raise TypeError(f"{name} must be a dense strided tensor, got {'a nested tensor' if mask.is_nested else f'layout {mask.layout}'}")
     if mask.shape != like.shape:
         raise ValueError(f"{name} must have shape {list(like.shape)}, got {list(mask.shape)}")
     if mask.device != like.device:
@@ -39,6 +45,51 @@ def checked_int(name: str, value: Any, least: int) -> int:
     return value
 
 
+def checked_number(name: str, value: Any) -> float:
+    """A finite float; bool is no number here, and no tensor is one, which might have to be fetched from its device."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond float64
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, got {value}")
+    return number
+
+
+def checked_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+
+
+def checked_device(device: Any) -> None:
+    """Whether a tensor can be made there now."""
+    try:
+        torch.empty(0, device=device)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:  # the last where torch was built without CUDA
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"device must be one that this torch has, got {device!r} ({str(error).splitlines()[0]})") from error
+
+
+def checked_path(path: Any) -> Path:
+    """A path that names something: the empty one would be the current directory."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path: expected a str or an os.PathLike, got {type(path).__name__}")
+    text = os.fspath(path)
+    if not isinstance(text, str):
+        raise TypeError(f"path: expected a path of text, got one of {type(text).__name__}")
+    if not text or "\0" in text:
+        raise ValueError(f"path: expected a name without null bytes, got {text!r}")
+    return Path(text)
+
+
+def checked_module(name: str, module: Any) -> nn.Module:
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{name}: expected an nn.Module, got {type(module).__name__}")
+    return module
+
+
 def linear_shape(linear: nn.Module) -> tuple[int, int, bool]:
     """(out_features, in_features, weight is stored [K, N]), or TypeError for what is no plain linear layer."""
     kind = type(linear).__name__
@@ -47,11 +98,22 @@ def linear_shape(linear: nn.Module) -> tuple[int, int, bool]:
     weight = getattr(linear, "weight", None)
     plain = type(weight) is nn.Parameter and weight.dtype in FLOATING
     if not (is_linear or is_conv1d) or not plain:
-        held = "" if plain or weight is None else f" with a weight of type {type(weight).__name__} and dtype {weight.dtype}"
+        dtype = getattr(weight, "dtype", None)
+        held = (
+            "" if plain or weight is None else f" with a weight of type {type(weight).__name__}" + (f" and dtype {dtype}" if dtype else "")
+        )
         raise TypeError(
             f"linear must be an nn.Linear or transformers' Conv1D with a plain floating weight (quantised layers cannot be "
             f"merged or cut), got {type(linear).__module__}.{kind}{held}"
         )
     assert weight is not None
+    if weight.dim() != 2:
+        raise ValueError(f"weight of {kind} must have two dimensions, got shape {list(weight.shape)}")
     rows, columns = weight.shape
+    bias = linear.bias
+    if isinstance(bias, Tensor):
+        expected, got = ([columns if is_conv1d else rows], weight.dtype, weight.device), (list(bias.shape), bias.dtype, bias.device)
+        if got != expected:
+            wanted, came = (f"shape {shape}, {dtype} on {device}" for shape, dtype, device in (expected, got))
+            raise ValueError(f"bias of {kind} must fit its weight with {wanted}, got {came}")
     return (columns, rows, True) if is_conv1d else (rows, columns, False)

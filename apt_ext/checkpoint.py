@@ -9,11 +9,11 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from torch import Tensor
 
 from . import disk, tensor_file
+from .arguments import checked_path
 from .config import APTConfig
 from .errors import naming
 
@@ -32,7 +32,7 @@ def save(path: str | os.PathLike[str], config: APTConfig, tensors: dict[str, Ten
     """
     from safetensors.torch import save as serialize
 
-    directory = Path(path)
+    directory = checked_path(path)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"path: expected a directory or a missing one, got a file: {directory}")
     text = json.dumps({"format": _FORMAT, "stream": stream, **config.to_dict()}, indent=2) + "\n"
@@ -48,7 +48,7 @@ def save(path: str | os.PathLike[str], config: APTConfig, tensors: dict[str, Ten
 @contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
     """The checkpoint in the directory `path`, one and the same whatever is saved there meanwhile. ValueError naming the file."""
-    with disk.opened(Path(path), MANIFEST_FILE, _FILES) as files:
+    with disk.opened(checked_path(path), MANIFEST_FILE, _FILES) as files:
         yield Checkpoint(files)
 
 

@@ -44,7 +44,7 @@ def hold_pruned(optimizer: object, adapters: object) -> HoldHandle:
     optimizer  a torch optimizer, accelerate's wrapper, or a list of them
     adapters   an adapter (`lora_A` [R, K], `lora_B` [N, R], `mask_in` [K], `mask_out` [N]), an iterable of them, or of (name, adapter)
 
-    Raises TypeError for anything else; nothing is then registered.
+    Raises TypeError for anything else, ValueError for no adapter at all; nothing is then registered.
     """
     optimizers = optimizers_of(optimizer)
     if not optimizers:
@@ -67,8 +67,12 @@ def _adapters_of(adapters: object) -> list[nn.Module]:
             isinstance(getattr(thing, name, None), Tensor) for name in ("lora_A", "lora_B", "mask_in", "mask_out")
         )
 
+    if isinstance(adapters, Tensor):
+        adapters = [adapters]  # it is no iterable of adapters, whatever its shape
     items: list[Any] = [adapters] if is_adapter(adapters) else list(adapters) if isinstance(adapters, Iterable) else [adapters]
     found = [item[1] if isinstance(item, tuple) and len(item) == 2 else item for item in items]
+    if not found:
+        raise ValueError("adapters: expected at least one, got none (an iterator that was used up is empty)")
     for item in found:
         if not is_adapter(item):
             raise TypeError(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import growth, ops
+from .arguments import checked_choice
 from .changes import Changes
 from .reference import scale_lanes
 from .sharding import is_sharded
@@ -64,8 +65,7 @@ class Merging(nn.Module):
         """
         if self.base_layer is None:
             raise RuntimeError("merge_weights: this APTAdapter has no base layer; build it with APTAdapter.from_linear")
-        if keep not in ("device", "cpu"):
-            raise ValueError(f"keep must be 'device' or 'cpu', got {keep!r}")
+        checked_choice("keep", keep, ("device", "cpu"))
         if self._merged:
             return
         weight, bias, matrix = self.weight, self.bias, self._matrix()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import agreement, checkpoint
 from .adapter import APTAdapter
+from .arguments import checked_module
 from .config import APTConfig, nearest, select
 from .errors import naming
 from .optimizers import OptimizerLike
@@ -30,6 +31,10 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, APTAdapter]]:
 
     Names are those before wrapping, "bert.encoder.layer.0.attention.self.query", also where DDP or torch.compile holds the APTModel.
     """
+    return _adapters(checked_module("model", model))
+
+
+def _adapters(model: nn.Module) -> Iterator[tuple[str, APTAdapter]]:
     prefix = ""
     for name, module in model.named_modules():
         if isinstance(module, APTModel):
@@ -40,7 +45,7 @@ def adapters(model: nn.Module) -> Iterator[tuple[str, APTAdapter]]:
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Every trainable Parameter that has entries, each once, in the order of the modules: factors and modules_to_save."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.numel()]
+    return [parameter for parameter in checked_module("model", model).parameters() if parameter.requires_grad and parameter.numel()]
 
 
 def get_apt_model(model: nn.Module, config: APTConfig) -> APTModel:
@@ -101,8 +106,10 @@ class APTModel(nn.Module):
         return get_mask(self.model, self._block(name))
 
     def _block(self, name: str) -> Block:
+        if not isinstance(name, str):
+            raise TypeError(f"name: expected a str, got {type(name).__name__}")
         if name not in self.blocks:
-            raise ValueError(missing_block(self.model, name, list(self.blocks), nearest(str(name), self.blocks)))
+            raise ValueError(missing_block(self.model, name, list(self.blocks), nearest(name, self.blocks)))
         return self.blocks[name]
 
     def cut(self, optimizer: OptimizerLike | None = None) -> APTModel:
@@ -240,14 +247,8 @@ class APTModel(nn.Module):
 
 def _build(model: nn.Module, config: APTConfig, then: Callable[[APTModel], None]) -> APTModel:
     """Wrap `model` and call `then` on the result; whatever raises, the model has its own linears and flags again."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected an nn.Module, got {type(model).__name__}")
-    if not isinstance(config, APTConfig):
-        raise TypeError(f"config: expected an APTConfig, got {type(config).__name__}")
-    if isinstance(model, APTModel) or any(True for _ in adapters(model)):
-        raise ValueError("model: expected a model without adapters, got one that has them; merge_and_unload() gives it back")
-    modules = dict(model.named_modules())
     found = match(model, config)
+    modules = dict(model.named_modules())
     linears, saved, whole, targets = found.linears, found.saved, found.whole, found.targets
     blocks = find_blocks(model)
     touched = {linear for block in blocks.values() if block.kind != "hidden" for linear in block.linears}
@@ -294,12 +295,19 @@ class Match:
 
 
 def match(model: nn.Module, config: APTConfig) -> Match:
-    """What `config` means in this model; the errors of `get_apt_model` about names."""
+    """What `config` means in this model; the errors of `get_apt_model` about types, names and models that have adapters."""
+    checked_module("model", model)
+    if not isinstance(config, APTConfig):
+        raise TypeError(f"config: expected an APTConfig, got {type(config).__name__}")
+    if isinstance(model, APTModel) or any(True for _ in adapters(model)):
+        raise ValueError("model: expected a model without adapters, got one that has them; merge_and_unload() gives it back")
     modules = dict(model.named_modules())
     names = [name for name in modules if name]
     saved = task_heads(model) if config.modules_to_save is None else select("modules_to_save", config.modules_to_save, names)
     inside = tuple(f"{name}." for name in saved)
     linears = [name for name in names if is_linear(modules[name])]
+    if not linears:
+        raise ValueError(f"model: expected linear layers within it, got a {type(model).__name__} with none (from_linear wraps a lone one)")
     whole = {name for name in linears if name in saved or name.startswith(inside)}
     targets = config.targets(linears, whole, output_layer(model))
     _check_targets(model, targets)

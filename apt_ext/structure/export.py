@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import disk
+from ..arguments import checked_module, checked_path
 from ..model import APTModel, adapters
 from . import per_layer as own_format
 from . import reload
@@ -71,9 +72,10 @@ def export(
         from transformers import PreTrainedModel
     except ImportError as error:
         raise ImportError('export needs transformers: pip install "apt_ext[hf]"') from error
+    checked_module("model", model)
     if not isinstance(model, APTModel) and any(True for _ in adapters(model)):
         raise TypeError(f"model: expected an APTModel or the result of shrink, got a {type(model).__name__} with adapters in it")
-    target = Path(path).absolute()
+    target = checked_path(path).absolute()
     _check_target(target)
     small: Any = shrink(model) if isinstance(model, APTModel) else model
     kind = type(small)

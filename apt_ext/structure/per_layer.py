@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import disk, tensor_file
+from ..arguments import checked_path
 from ..errors import naming
 from .architectures import Architecture, architecture_of, find_blocks
 from .cutting import configs, lanes_for, parameter_changes, replace_parameters, tell_blocks, tell_constants, tell_modules
@@ -58,7 +59,7 @@ def load_export(path: str | os.PathLike[str]) -> nn.Module:
         import transformers
     except ImportError as error:
         raise ImportError('load_export needs transformers: pip install "apt_ext[hf]"') from error
-    directory = Path(path)
+    directory = checked_path(path)
     with disk.opened(directory, MANIFEST) as files:
         if FILE not in files or "config.json" not in files:
             raise ValueError(f"{directory / FILE}: expected it and config.json in {MANIFEST}, got {sorted(files)[:8]}")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import checked_int
 from ..config import APTConfig
 from ..model import match
 from .architectures import Block, architecture_of, find_blocks, is_linear, side_width, stored, weight_dim
@@ -105,9 +106,13 @@ def plan(model: nn.Module, config: APTConfig, *, keep: Mapping[str, int] | None 
             share `config.density` of heads and neurons, neurons in multiples of `config.round_to`
     batch, length  the input of the FLOPs: matrix products and attention, as torch.utils.flop_counter counts them
 
-    Raises what get_apt_model raises about names; ValueError for a kind or number that the model does not have, and where blocks are asked
-    for of an architecture that is not in the table, saying what to declare.
+    Raises what get_apt_model raises about types, names and a model that has adapters; ValueError for a kind or number that the model does
+    not have, and where blocks are asked for of an architecture that is not in the table, saying what to declare.
     """
+    checked_int("batch", batch, 1)
+    checked_int("length", length, 1)
+    if keep is not None and not isinstance(keep, Mapping):
+        raise TypeError(f"keep: expected a mapping of kinds to numbers, got {type(keep).__name__}")
     found = match(model, config)
     blocks = find_blocks(model)
     wanted = _wanted(model, blocks, config, keep)
@@ -168,8 +173,10 @@ def _wanted(model: nn.Module, blocks: dict[str, Block], config: APTConfig, keep:
         if present[kind] == 0:
             raise ValueError(missing_block(model, kind, list(blocks), ""))
         least = 1 if kind == "hidden" else 0
-        if isinstance(count, bool) or not isinstance(count, int) or not least <= count <= present[kind]:
-            raise ValueError(f"keep: expected {least} to {present[kind]} {kind}, got {count!r}")
+        if isinstance(count, bool) or not isinstance(count, int):
+            raise TypeError(f"keep: expected an int for {kind}, got {type(count).__name__}")
+        if not least <= count <= present[kind]:
+            raise ValueError(f"keep: expected {least} to {present[kind]} {kind}, got {count}")
     return dict(keep)
 
 
@@ -226,11 +233,11 @@ def _products(model: nn.Module, blocks: dict[str, Block], batch: int, length: in
     for name, module in trial.named_modules():
         if is_linear(module):
             module.register_forward_pre_hook(note(name))
-    tokens = torch.zeros(batch, length, dtype=torch.long, device="meta")
-    inputs = {"input_ids": tokens}
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        inputs["decoder_input_ids"] = tokens
     try:
+        tokens = torch.zeros(batch, length, dtype=torch.long, device="meta")
+        inputs = {"input_ids": tokens}
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+            inputs["decoder_input_ids"] = tokens
         with torch.no_grad():
             trial(**inputs)
     except Exception:  # any model's own code: a plan without this number is better than none
