@@ -8,20 +8,44 @@ import torch
 from conftest import Problem, make_mask
 
 from apt_ext import ops, reference
+from apt_ext._C import launch_plan
+
+# Tokens, N, K, R, and how a GPU of today computes it in 16 bits (in 32 and 64: always "library").
+SHAPES = {
+    # No row starts where a vector load would like it, and no last tile is full.
+    "odd": (18, 37, 131, 5, "library"),
+    "padded": (70, 37, 131, 5, "passes, padded"),
+    # Three spans of tokens, the last one not full.
+    "spans": (150, 72, 136, 5, "passes"),
+    # Few rows and many columns: several blocks share a row.
+    "shared rows": (20, 1096, 1032, 16, "passes"),
+    "a rank beyond the passes": (20, 40, 72, 17, "library"),
+}
 
 
+def test_the_shapes_reach_every_route():
+    for tokens, N, K, R, route in SHAPES.values():
+        plan = launch_plan(tokens, N, K, R)
+        assert ("passes, padded" if plan.padded and plan.route == "passes" else plan.route) == route
+    spans, shared = (launch_plan(*SHAPES[name][:4]) for name in ("spans", "shared rows"))
+    assert spans.span_N == 64 and shared.up_splits_N > 1 and shared.up_splits_K > 1
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("masks", ["none", "soft"])
-def test_linear(device, dtype, masks):
-    # Odd sizes: no row starts where a vector load would like it, and the last tile is not full.
-    problem = Problem((2, 9), 37, 131, 5, dtype, device, masks)
+def test_linear(device, dtype, masks, shape):
+    tokens, N, K, R, _ = SHAPES[shape]
+    problem = Problem((tokens,), N, K, R, dtype, device, masks)
     problem.check(problem.run(ops.apt_linear))
 
 
+@pytest.mark.parametrize("size", [(37, 131), (40, 1032)], ids=str)
 @pytest.mark.parametrize("rank", [0, 3])
-def test_merge(device, dtype, rank):
+def test_merge(device, dtype, rank, size):
     g = torch.Generator().manual_seed(rank)
-    W, A, B = (torch.randn(size, generator=g).to(dtype) for size in ((37, 131), (rank, 131), (37, rank)))
-    masks = make_mask("soft", 131, g, "cpu"), make_mask("hard", 37, g, "cpu")
+    N, K = size
+    W, A, B = (torch.randn(shape, generator=g).to(dtype) for shape in ((N, K), (rank, K), (N, rank)))
+    masks = make_mask("soft", K, g, "cpu"), make_mask("hard", N, g, "cpu")
     for mask_in, mask_out in ((None, None), masks):
         for check in (True, False):
             weight = W.clone().to(device)
