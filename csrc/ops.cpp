@@ -40,6 +40,14 @@ Sizes check_linear(const Tensor& x, const OptTensor& weight, const OptTensor& bi
     check_strided(*weight, "weight");
     check_same_dtype(*weight, "weight", x, "x");
     check_same_device(*weight, "weight", x, "x");
+  }
+  // Where the layer agrees with itself it is x that does not fit, and not what it is held against first.
+  bool layer_agrees =
+      !weight.has_value() || (weight->dim() == 2 && weight->sym_size(1) == lora_A.sym_size(1));
+  TORCH_CHECK_VALUE(!layer_agrees || size.K == lora_A.sym_size(1),
+                    "x must have shape [..., K=", text(lora_A.sym_size(1)), "] to fit ",
+                    weight.has_value() ? "weight and lora_A" : "lora_A", ", got ", text(x.sym_sizes()));
+  if (weight.has_value()) {
     TORCH_CHECK_VALUE(weight->dim() == 2, "weight must have shape [N, K=", text(size.K), "], got ",
                       text(weight->sym_sizes()));
     size.N = weight->sym_size(0);

@@ -144,6 +144,20 @@ def test_what_is_no_tensor_is_a_type_error(bad):
         ops.apt_linear(torch.randn(4, K), None, None, A, B, scaling="1")
 
 
+@pytest.mark.parametrize("with_weight", [True, False])
+def test_an_x_that_does_not_fit_is_named_itself(with_weight):
+    """Not the weight or the factor that it is held against, which are right."""
+    A, B, W = torch.randn(R, K), torch.randn(N, R), torch.randn(N, K) if with_weight else None
+    for shape in ((4, K + 1), (K - 1,), (2, 3, 0)):
+        with pytest.raises(ValueError, match=rf"x must have shape \[\.\.\., K={K}\] to fit .*lora_A, got \[.*{shape[-1]}\]"):
+            ops.apt_linear(torch.randn(*shape), W, None, A, B)
+    if with_weight:
+        with pytest.raises(ValueError, match="weight must have shape"):
+            ops.apt_linear(torch.randn(4, K), torch.randn(N, K + 1), None, A, B)
+        with pytest.raises(ValueError, match="lora_A must have shape"):
+            ops.apt_linear(torch.randn(4, K), W, None, torch.randn(R, K + 1), B)
+
+
 # -- small sizes, all of them --------------------------------------------------------------------------------------------
 
 SIZE = st.integers(0, 5)

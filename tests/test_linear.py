@@ -158,7 +158,7 @@ ERRORS = [
     ({"x": lambda p: p.x.int()}, TypeError, "x must be float64"),
     ({"x": lambda p: p.x.to_sparse()}, TypeError, "x must be a dense strided tensor, got layout Sparse"),
     ({"x": lambda p: p.x[0, 0]}, ValueError, "x must have shape"),
-    ({"x": lambda p: p.x[:, :-1]}, ValueError, r"weight must have shape \[N=6, K=4\], got \[6, 5\]"),
+    ({"x": lambda p: p.x[:, :-1]}, ValueError, r"x must have shape \[\.\.\., K=5\] to fit weight and lora_A, got \[4, 4\]"),
     ({"x": lambda p: p.x.to("meta")}, ValueError, "must be on x's device meta, got cpu"),
     ({"weight": lambda p: p.weight.float()}, TypeError, "weight must have x's dtype float64, got float32"),
     ({"weight": lambda p: p.weight[0]}, ValueError, "weight must have shape"),
