@@ -17,7 +17,7 @@ from .arguments import checked_module
 from .config import APTConfig, nearest, select
 from .errors import naming
 from .optimizers import OptimizerLike
-from .structure.architectures import Block, find_blocks, is_linear, output_layer, task_heads
+from .structure.architectures import Block, find_blocks, is_linear, output_layer, side_width, task_heads
 from .structure.blocks import get_mask, merged_linear, missing_block, place_carriers, set_mask
 from .structure.carriers import MaskedLinear, StreamCarrier
 from .structure.cutting import cut_in_place, folded
@@ -124,7 +124,8 @@ class APTModel(nn.Module):
         group that disagree).
         """
         with agreement.change("cut") as agree:
-            self.blocks = cut_in_place(self.model, self.blocks, optimizer, agree)
+            left = cut_in_place(self.model, self.blocks, optimizer, agree)
+            self.blocks = left if self.blocks else {}  # there are none after merge_and_unload
         return self
 
     # -- counting ----------------------------------------------------------------------------------------------------
@@ -311,6 +312,10 @@ def match(model: nn.Module, config: APTConfig) -> Match:
     whole = {name for name in linears if name in saved or name.startswith(inside)}
     targets = config.targets(linears, whole, output_layer(model))
     _check_targets(model, targets)
+    for name in targets:
+        limit = min(side_width(modules[name], side) for side in ("out", "in"))  # 0 where a quantised weight is refused later, by name
+        if limit and config.rank_of(name) > limit:
+            raise ValueError(f"{name}: rank must be at most min(out_features, in_features) = {limit}, got {config.rank_of(name)}")
     return Match(linears, saved, whole, targets)
 
 

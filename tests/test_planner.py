@@ -140,6 +140,9 @@ def test_an_unknown_architecture_has_a_plan_without_blocks():
 def test_names_that_match_nothing_are_refused_as_by_get_apt_model():
     with pytest.raises(ValueError, match="target_modules: expected names .*nearest: query"):
         plan(FAMILIES["bert"].model(), APTConfig(target_modules=["qery"]))
+    for build in (plan, get_apt_model):  # a rank, too, before anything is wrapped
+        with pytest.raises(ValueError, match=r"0\.attention\.self\.query: rank must be at most min.* = 24, got 25"):
+            build(FAMILIES["bert"].model(), APTConfig(target_modules=["query"], r=25))
 
 
 def test_the_command(tmp_path, capsys):
@@ -156,6 +159,9 @@ def test_the_command(tmp_path, capsys):
     for arguments, words in [
         (["plan", str(tmp_path / "none")], "expected a directory with a config.json"),
         (["plan", str(tmp_path), "--keep", "heads=9"], "keep: expected 0 to 3 heads, got 9"),
+        (["plan", str(tmp_path), "--keep", "heads=2", "heads=1"], "keep: expected each kind once"),
+        (["plan", str(tmp_path), "--density", "nan"], "density: expected a finite number, got nan"),
+        (["plan", str(tmp_path), "--rank", "25"], "rank must be at most"),
     ]:
         assert main(arguments) == 1
         assert words in capsys.readouterr().err

@@ -60,6 +60,8 @@ def test_without_recovery_the_masked_and_the_reloaded_model_agree(source, tmp_pa
     [
         (["--keep", "heads=4"], "keep: expected 1 to 3 heads, got 4"),
         (["--keep", "heads=2", "--length", "5000"], "text: expected at least"),
+        (["--keep", "heads=2", "heads=3"], "keep: expected each kind once, got heads more than once"),
+        (["--keep", "heads=2", "--length", "65"], "length: expected at most the 64 positions of LlamaForCausalLM, got 65"),
         (["--keep", "heads=2", "--text", "missing.txt"], "text: expected files, found none at missing.txt"),
     ],
 )
@@ -67,6 +69,13 @@ def test_what_is_missing_is_one_sentence(source, tmp_path, capsys, more, words):
     assert command(source, tmp_path / "out", *more) == 1
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out" / "model").exists()
+
+
+@pytest.mark.parametrize(("option", "number"), [("--steps", "-1"), ("--recover", "-1"), ("--batch", "0"), ("--score", "two")])
+def test_numbers_of_the_command(source, tmp_path, capsys, option, number):
+    with pytest.raises(SystemExit):
+        command(source, tmp_path / "out", "--keep", "heads=2", option, number)
+    assert f"argument {option}: expected a whole number of at least" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_there(tmp_path, capsys):

@@ -24,16 +24,21 @@ def one_shot(model: APTModel, batches: Iterable[Mapping[str, Any]], keep: Mappin
 
     Raises ValueError (a kind or number that the model does not have, no batches); masks are then as before.
     """
+    check_keep(model, keep)
     blocks = {name: block for name, block in model.blocks.items() if block.kind in keep}
-    for kind, count in keep.items():
-        most = min((block.count for block in blocks.values() if block.kind == kind), default=0)
-        if not 1 <= count <= most:
-            raise ValueError(f"keep: expected 1 to {most} {kind}, got {count}")
     scores = _scores(model, blocks, batches)
     masks = {name: top_k(scores[name], keep[block.kind]).float() for name, block in blocks.items()}
     for name, mask in masks.items():
         model.set_block_mask(name, mask)
     return masks
+
+
+def check_keep(model: APTModel, keep: Mapping[str, int]) -> None:
+    """ValueError for a kind or number that the model does not have."""
+    for kind, count in keep.items():
+        most = min((block.count for block in model.blocks.values() if block.kind == kind), default=0)
+        if not 1 <= count <= most:
+            raise ValueError(f"keep: expected 1 to {most} {kind}, got {count}")
 
 
 def _scores(model: APTModel, blocks: dict[str, Block], batches: Iterable[Mapping[str, Any]]) -> dict[str, Tensor]:

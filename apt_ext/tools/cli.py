@@ -32,9 +32,9 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    config = APTConfig(r=options.rank, target_modules=options.target_modules or "all-linear", density=options.density)
-    keep = dict(options.keep) if options.keep else None
+    keep = _once(options.keep) if options.keep else None
     try:
+        config = APTConfig(r=options.rank, target_modules=options.target_modules or "all-linear", density=options.density)
         found = plan(empty_model(options.model), config, keep=keep, batch=options.batch, length=options.length)
     except ValueError as error:
         raise Missing(str(error)) from error
@@ -43,7 +43,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _shrink(options: argparse.Namespace) -> None:
     settings = Settings(
-        keep=dict(options.keep),
+        keep=_once(options.keep),
         batch=options.batch,
         length=options.length,
         score=options.score,
@@ -84,8 +84,9 @@ def _parser() -> argparse.ArgumentParser:
         "the result. Reads config.json alone.",
     )
     command.add_argument("model", type=Path, metavar="DIR", help="a model's directory; its config.json is enough")
-    command.add_argument("--keep", nargs="+", type=_kept, metavar="KIND=NUMBER", help="how many heads, neurons, hidden stay in each layer")
-    command.add_argument("--density", type=float, default=1.0, help="share of heads and neurons that stays, instead of --keep")
+    target = command.add_mutually_exclusive_group()
+    target.add_argument("--keep", nargs="+", type=_kept, metavar="KIND=NUMBER", help="how many heads, neurons, hidden stay in each layer")
+    target.add_argument("--density", type=float, default=1.0, help="share of heads and neurons that stays, instead of --keep")
     command.add_argument("--rank", type=_positive, default=8, help="of each adapter (%(default)s)")
     command.add_argument("--target-modules", nargs="+", metavar="NAME", help="linears that get an adapter (all)")
     command.add_argument("--batch", type=_positive, default=1, help="of the FLOPs (%(default)s)")
@@ -113,8 +114,8 @@ def _parser() -> argparse.ArgumentParser:
         ("test", 8, "batches of text of the perplexity"),
     ):
         command.add_argument(f"--{name}", type=_positive, default=default, help=f"{text} (%(default)s)")
-    command.add_argument("--steps", type=int, default=0, help="fine-tuning steps before (%(default)s)")
-    command.add_argument("--recover", type=int, default=0, help="fine-tuning steps after the cut (%(default)s)")
+    command.add_argument("--steps", type=_steps, default=0, help="fine-tuning steps before (%(default)s)")
+    command.add_argument("--recover", type=_steps, default=0, help="fine-tuning steps after the cut (%(default)s)")
     command.add_argument("--seed", type=int, default=0, help="of adapters and batches (%(default)s)")
     command.set_defaults(run=_shrink)
     return parser
@@ -127,8 +128,24 @@ def _kept(text: str) -> tuple[str, int]:
     return kind, int(number)
 
 
+def _once(pairs: list[tuple[str, int]]) -> dict[str, int]:
+    """A kind that is given twice is a mistake."""
+    kinds = [kind for kind, _ in pairs]
+    twice = next((kind for kind in kinds if kinds.count(kind) > 1), None)
+    if twice is not None:
+        raise Missing(f"keep: expected each kind once, got {twice} more than once")
+    return dict(pairs)
+
+
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1, got {value}")
-    return value
+    return _at_least(1, text)
+
+
+def _steps(text: str) -> int:
+    return _at_least(0, text)
+
+
+def _at_least(least: int, text: str) -> int:
+    if not text.removeprefix("-").isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
+    return int(text)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 import apt_ext
 
 from ..method import one_shot
+from ..method.oneshot import check_keep
 from .data import Batch, Missing, encode, load_reviews, sorted_batches, split_reviews, training_batches
 from .models import load, package_file
 from .phases import transformers_offline
@@ -117,6 +118,10 @@ def shrink_model(source: str, output: Path, settings: Settings, *, text: list[Pa
     model, tokenizer = load(path, kind)
     task = Text(text, tokenizer, settings) if text else Reviews(reviews, tokenizer, settings)
     apt = apt_ext.get_apt_model(model, apt_ext.APTConfig(r=8, modules_to_save=None if text else ["classifier", "pooler.dense"]))
+    most = getattr(model.config, "max_position_embeddings", None)
+    if text and isinstance(most, int) and settings.length > most:
+        raise Missing(f"length: expected at most the {most} positions of {type(model).__name__}, got {settings.length}")
+    check_keep(apt, settings.keep)  # before anything that takes long
     if settings.steps:
         fit(apt, task.batches(settings.seed), Recipe(steps=settings.steps), None, "train")
     apt.eval()
