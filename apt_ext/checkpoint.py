@@ -35,6 +35,8 @@ def save(path: str | os.PathLike[str], config: APTConfig, tensors: dict[str, Ten
     directory = checked_path(path)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"path: expected a directory or a missing one, got a file: {directory}")
+    if any(value.is_meta for value in tensors.values()):
+        raise RuntimeError("save_pretrained: expected tensors with values, got a model on meta")
     text = json.dumps({"format": _FORMAT, "stream": stream, **config.to_dict()}, indent=2) + "\n"
     # Copies: safetensors refuses tensors that share memory, as tied weights do.
     copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}

@@ -58,6 +58,7 @@ def _load(
     own = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
     if not own:
         return
+    _check_entries(own, prefix)
     seed = any(name in own for name in _SEED_NAMES)
     for old, new in _SEED_NAMES.items():
         if old in own:
@@ -99,6 +100,23 @@ def _load(
     for name, value in {**factors, **masks}.items():
         state[prefix + name] = value
     adapter.__dict__["_after_load"] = (ones, undo)
+
+
+def _check_entries(own: dict[str, Any], prefix: str) -> None:
+    """TypeError or ValueError where an entry is no tensor of the kind that `_save` writes."""
+    for name in ("lora_A", "lora_B", *_SEED_NAMES, "mask_in", "mask_out", "rank", "merged"):
+        value = own.get(name)
+        if name not in own or (name == "merged" and isinstance(value, bool)):
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{prefix}{name} must be a Tensor, got {type(value).__name__}")
+        if name in ("rank", "merged"):
+            if value.numel() != 1:
+                raise ValueError(f"{prefix}{name} must hold one value, got shape {list(value.shape)}")
+            if name == "rank" and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
+                raise TypeError(f"{prefix}{name} must be a whole number, got {value.dtype}")
+        elif name.startswith(("lora", "W")) and not value.is_floating_point():
+            raise TypeError(f"{prefix}{name} must be floating, got {value.dtype}")
 
 
 def _after_load(adapter: APTAdapter, _incompatible: Any) -> None:

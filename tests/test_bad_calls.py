@@ -206,6 +206,57 @@ def test_paths(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_states_that_hold_something_else():
+    one = adapter()
+    state = one.state_dict()
+    before = copy.deepcopy(state)
+    for name, bad, error in (
+        *((name, bad, TypeError) for name in ("lora_A", "mask_in", "rank", "merged") for bad in (None, 3, [1.0], "x")),
+        ("lora_A", state["lora_A"].to(torch.complex64), TypeError),
+        ("lora_B", state["lora_B"].int(), TypeError),
+        ("rank", torch.tensor(1.5), TypeError),
+        ("rank", torch.tensor(float("nan")), TypeError),
+        ("rank", torch.ones(3, dtype=torch.int64), ValueError),
+        ("merged", torch.ones(3), ValueError),
+    ):
+        with refused(name, error):
+            one.load_state_dict({**state, name: bad})
+        for key, value in one.state_dict().items():
+            assert torch.equal(value, before[key]), key
+
+
+def bert():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        num_hidden_layers=1, hidden_size=16, num_attention_heads=2, intermediate_size=20, vocab_size=20, max_position_embeddings=8
+    )
+    return get_apt_model(transformers.BertForSequenceClassification(config), APTConfig(r=2))
+
+
+def test_a_model_without_values(tmp_path):
+    apt = bert().to("meta")
+    for call in (apt.cut, lambda: apt_ext.shrink(apt), lambda: apt.save_pretrained(tmp_path / "new")):
+        with refused("meta", RuntimeError):
+            call()
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_was_shrunk_in_inference_mode_trains():
+    apt = bert()
+    with torch.inference_mode():
+        small = apt_ext.shrink(apt)
+    small(input_ids=torch.randint(0, 20, (2, 4)), labels=torch.tensor([0, 1])).loss.backward()
+    assert all(parameter.grad is not None for parameter in small.parameters())
+
+
+def test_no_blocks_come_back_after_merge_and_unload():
+    apt = bert()
+    apt.merge_and_unload()
+    assert apt.cut() is apt and apt.blocks == {}
+    with refused("name", ValueError):
+        apt.set_block_mask("0.neurons", torch.ones(20))
+
+
 def test_every_message_is_in_words():
     """The helper above would pass an error that names the argument by chance; this one is the whole sentence."""
     with pytest.raises(TypeError, match=re.escape("scaling must be a number, got NoneType")):

@@ -37,9 +37,12 @@ def removal(model: nn.Module, blocks: dict[str, Block]) -> Removal:
     """What the exact zeros of the masks remove; nothing is changed.
 
     Where stock classes cannot run with nothing left one head or neuron stays, under its mask of zero. ValueError where layers would not be
-    alike that have to be, or no dimension of the residual stream is kept.
+    alike that have to be, or no dimension of the residual stream is kept. RuntimeError where the model has no values.
     """
-    kept = {name: get_mask(model, block).cpu() != 0 for name, block in blocks.items()}
+    masks = {name: get_mask(model, block) for name, block in blocks.items()}
+    if any(mask.is_meta for mask in masks.values()):
+        raise RuntimeError("model: expected masks with values, got a model on meta (apt_ext.plan says what a cut would do)")
+    kept = {name: mask.cpu() != 0 for name, mask in masks.items()}
     row = architecture_of(model)
     spared = () if row is None else tuple(_spare(row, model, blocks, kept))
     if row is not None and row.alike:

@@ -11,7 +11,17 @@ from ..errors import naming
 from ..model import APTModel, adapters
 from .blocks import merged_linear
 from .carriers import StreamCarrier
-from .cutting import folded, parameter_changes, removal, replace_parameters, report_spared, tell_blocks, tell_constants, tell_modules
+from .cutting import (
+    Removal,
+    folded,
+    parameter_changes,
+    removal,
+    replace_parameters,
+    report_spared,
+    tell_blocks,
+    tell_constants,
+    tell_modules,
+)
 
 
 def shrink(model: APTModel) -> nn.Module:
@@ -34,7 +44,11 @@ def shrink(model: APTModel) -> nn.Module:
     if not isinstance(model, APTModel):
         raise TypeError(f"model: expected an APTModel, got {type(model).__name__}")
     gone = removal(model.model, model.blocks)
-    small = copy.deepcopy(model)
+    with torch.inference_mode(False):  # Parameters born in inference mode could never be trained
+        return _shrunk(copy.deepcopy(model), gone)
+
+
+def _shrunk(small: APTModel, gone: Removal) -> nn.Module:
     result: nn.Module = small.model
     hidden = gone.kept.get("hidden")
     width = None if hidden is None else int(hidden.sum())
