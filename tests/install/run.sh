@@ -163,7 +163,10 @@ sdist() {
   borrow
   rm -rf "$work/dist"
   (cd "$tree" && "$python" setup.py -q sdist -d "$work/dist") >>"$log" 2>&1
-  pip wheel --no-deps -w "$work/dist" "$work"/dist/*.tar.gz
+  # Unpacked under the one name, so that what other cases compiled counts; a source or a header it lacks is missed all the same.
+  find "$tree" -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +
+  tar -x --strip-components=1 -C "$tree" -f "$work"/dist/*.tar.gz
+  pip wheel --no-deps -w "$work/dist" "$tree"
   pip install "$work"/dist/*.whl
   works "$(torch_version)"
   bare
