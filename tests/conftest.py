@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import warnings
@@ -204,3 +205,18 @@ def loaded_here(monkeypatch):
         return json.loads(lines[0])
 
     monkeypatch.setattr(export, "_reloaded", reloaded)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A checkpoint as tests/forged.py saves it."""
+    from forged import save_good
+
+    return save_good(tmp_path_factory.mktemp("good"))
+
+
+@pytest.fixture
+def bad(good, tmp_path):
+    """A copy of it to damage."""
+    shutil.copytree(good, tmp_path / "bad")
+    return tmp_path / "bad"

@@ -7,24 +7,12 @@ import struct
 
 import pytest
 import torch
-from forged import FILES, MANIFEST, TENSORS, load, parts, same, save_good, write_tensors
+from forged import FILES, MANIFEST, TENSORS, load, parts, same, write_tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from apt_ext.adapter import APTAdapter
 from apt_ext.model import APTModel
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    return save_good(tmp_path_factory.mktemp("good"))
-
-
-@pytest.fixture
-def bad(good, tmp_path):
-    """A copy to damage."""
-    shutil.copytree(good, tmp_path / "bad")
-    return tmp_path / "bad"
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -12,22 +12,10 @@ import tracemalloc
 import pytest
 import safetensors.torch
 import torch
-from forged import CONFIG, FILES, MANIFEST, TENSORS, base, load, parts, refused, reseal, same, save_good, write_tensors
+from forged import CONFIG, FILES, MANIFEST, TENSORS, base, load, parts, refused, reseal, same, write_tensors
 
 from apt_ext import disk
 from apt_ext.model import APTModel
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    return save_good(tmp_path_factory.mktemp("good"))
-
-
-@pytest.fixture
-def bad(good, tmp_path):
-    """A copy to damage."""
-    shutil.copytree(good, tmp_path / "bad")
-    return tmp_path / "bad"
 
 
 @pytest.fixture(autouse=True)

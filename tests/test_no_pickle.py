@@ -6,22 +6,9 @@ import sys
 
 import pytest
 import torch
-from forged import CONFIG, TENSORS, load, refused, same, save_good
+from forged import CONFIG, TENSORS, load, refused, same
 
 from apt_ext.config import APTConfig
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    return save_good(tmp_path_factory.mktemp("good"))
-
-
-@pytest.fixture
-def bad(good, tmp_path):
-    """A copy to damage."""
-    shutil.copytree(good, tmp_path / "bad")
-    return tmp_path / "bad"
-
 
 _found = None
 
