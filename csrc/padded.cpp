@@ -43,8 +43,9 @@ std::array<Tensor, 4> padded_backward(const Tensor& grad, const Tensor& x, const
                                       const Layer& layer, const std::array<bool, 4>& need) {
   auto [need_x, need_A, need_B, need_bias] = need;
   int64_t N = grad.size(1), K = x.size(1), R = layer.lora_A.size(0);
-  Layer wide = padded(layer);
-  if (!need_x) wide.weight.reset();
+  Layer used = layer;
+  if (!need_x) used.weight.reset();  // before it is copied
+  Layer wide = padded(used);
   Tensor g = padded(grad, false, true, layer.mask_out);
   std::array<Tensor, 4> out = linear_backward(g, padded(x, false, true), t, wide, need);
   if (need_x) out[0] = lanes_resized(out[0], x.size(0), K, layer.mask_in, 1, false);

@@ -10,8 +10,6 @@
 //
 // Blocks go through the rows from the last to the first: the product that follows starts with the first, and
 // finds what was touched last still in the L2 cache.
-#include <algorithm>
-
 #include "kernels.h"
 #include "queue.cuh"
 
