@@ -124,6 +124,43 @@ struct FactorGradPair {
   FactorGrad job[2];  // the second may be missing (null grad)
 };
 
+// The kept lanes of a matrix side by side (the first half of a compacted layer):
+// gathered[m, j] = mask[index[j]] * x[row_index[m], index[j]], zeros selected; an index of -1 is a zero that
+// pads.
+struct GatherArgs {
+  int64_t M, C, kept;  // rows of the result; columns of x; columns of the result, padding included
+  const void* x;       // [.., C], strides in elements
+  int64_t x_stride[2];
+  const int32_t* row_index;  // [M], or null: row m is row m
+  const int32_t* index;      // [kept]
+  Mask mask;                 // [C]
+  void* gathered;            // [M, kept] contiguous
+  DType dtype;
+  // The product with a skinny factor on the way, where the device can: low [M, R] = gathered down^T. Else
+  // null.
+  void* low;
+  Factor down;  // over the kept lanes
+  int64_t R;
+  DType low_dtype;
+};
+
+// Their way back (the second half): out[m, c] = mask[c] * (values[m, position[c]] + scaling (low up^T)[m,
+// position[c]] + bias[c]), and 0 where position[c] is -1 or the mask is 0.
+struct ScatterArgs {
+  int64_t M, E, kept;       // rows; columns of out; columns of values
+  const void* values;       // [M, kept] contiguous
+  const int32_t* position;  // [E]
+  Mask mask;                // [E]
+  const void* bias;         // [E] of the compute dtype, or null
+  void* out;                // [M, E] contiguous
+  DType dtype;
+  const void* low;  // [M, R] contiguous, or null
+  Factor up;        // over the kept lanes
+  int64_t R;
+  double scaling;
+  DType low_dtype;
+};
+
 using Stream = void*;  // cudaStream_t; null on the CPU
 
 // A device is this table. ops.cpp looks it up once a call and knows nothing else of devices.
@@ -131,6 +168,8 @@ struct Kernels {
   void (*lanes)(const LanesArgs&, Stream);
   void (*merge)(const MergeArgs&, Stream);
   void (*mask_grads)(const MaskedGrad*, size_t count, Stream);
+  void (*gather)(const GatherArgs&, Stream) = nullptr;
+  void (*scatter)(const ScatterArgs&, Stream) = nullptr;
   // Null where the device leaves the low-rank products to the library.
   void (*low_rank)(const LowRankArgs&, Stream) = nullptr;
   void (*token_sums)(const TokenSumArgs&, Stream) = nullptr;

@@ -256,6 +256,6 @@ void mask_grads(const MaskedGrad* grads, size_t count, Stream) {
 
 }  // namespace
 
-const Kernels kCpuKernels{&lanes, &merge, &mask_grads};
+const Kernels kCpuKernels{.lanes = &lanes, .merge = &merge, .mask_grads = &mask_grads};
 
 }  // namespace apt

@@ -24,7 +24,11 @@ DeviceLimits cuda_limits(int device_index) {
           static_cast<int64_t>(properties->sharedMemPerBlockOptin)};
 }
 
-const Kernels kCudaKernels{&cuda::lanes,    &cuda::merge,      &cuda::mask_grads,
-                           &cuda::low_rank, &cuda::token_sums, &cuda::add_spans};
+const Kernels kCudaKernels{.lanes = &cuda::lanes,
+                           .merge = &cuda::merge,
+                           .mask_grads = &cuda::mask_grads,
+                           .low_rank = &cuda::low_rank,
+                           .token_sums = &cuda::token_sums,
+                           .add_spans = &cuda::add_spans};
 
 }  // namespace apt
