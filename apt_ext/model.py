@@ -76,6 +76,7 @@ class APTModel(nn.Module):
         self.apt_config = config
         self.blocks = blocks
         self.saved = saved
+        self._hidden_left: Tensor | None = None  # [left] int64: what cuts have left of the hidden dimensions; None: all
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -124,8 +125,12 @@ class APTModel(nn.Module):
         group that disagree).
         """
         with agreement.change("cut") as agree:
+            hidden = self.get_block_mask("hidden") if "hidden" in self.blocks else None
             left = cut_in_place(self.model, self.blocks, optimizer, agree)
             self.blocks = left if self.blocks else {}  # there are none after merge_and_unload
+            if hidden is not None:
+                kept = hidden.cpu().nonzero().flatten()
+                self._hidden_left = kept if self._hidden_left is None else self._hidden_left[kept]
         return self
 
     # -- counting ----------------------------------------------------------------------------------------------------

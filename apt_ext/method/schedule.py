@@ -24,6 +24,11 @@ def linear_budget(step: int, start: int, end: int, initial: int, factor: float) 
     return int(initial * (1.0 + (factor - 1.0) * _progress(step, start, end)))
 
 
+def distill_weight(step: int, start: int, end: int) -> float:
+    """mu of Eq. 7: the share of the distillation loss, 0 up to `start`, linear, 1 from `end` on (pruning's start and end in the paper)."""
+    return _progress(step, start, end)
+
+
 def step_mask(mask: Tensor, keep: Tensor, window: int) -> Tensor:
     """One mask step: kept entries rise by alpha = 1 / window, pruned ones fall by it, within [0, 1] (Algorithm 1 of the paper).
 

@@ -1,0 +1,330 @@
+"""Learning from a teacher while being pruned: a given one, or the model's own earlier self (Eq. 7 of the paper).
+
+L = mu L_distill + (1 - mu) L_task,     L_distill = w_logits T^2 KL(teacher || student) + w_layers sum_i MSE(Tr(H_s^phi(i)), H_t^i)
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..adapter import APTAdapter
+from ..model import APTModel, adapters
+
+_LABELS = ("labels", "start_positions", "end_positions")
+_HEADS = ("logits", "start_logits", "end_logits")  # of a model's outputs; question answering has the last two
+# A hook belongs to whoever watches that one model, and is not copied; but stock classes collect hidden states through hooks of their own.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Distiller:
+    """The loss of a training step, with or without a teacher:
+
+        distiller = Distiller(model, teacher="self")
+        optimizer = AdamW([*adapter_parameters(model), *distiller.parameters()])
+        ...
+        outputs = model(**batch, **distiller.asks)
+        distiller.loss(batch, outputs, progress).backward()     # progress: distill_weight(step, start, end)
+
+    teacher      None: the task's loss alone. A module with the student's inputs and outputs, put into evaluation mode. "self": the student
+                 as it is now and after each `refresh`: its frozen weights in the same memory, its adapters, trained modules and masks as
+                 copies. It computes under its own masks, whatever becomes of the student's; once the student was cut the teacher alone
+                 holds the full weights.
+    logits, layers  weights of the two terms; 0 leaves a term, and what only it needs, out
+    temperature  T; the teacher's and the student's logits are divided by it
+    quarters     in so many stretches the layers are divided; of each one layer of the teacher, drawn anew every step, is compared
+    rank, scaling  of Tr: student state -> teacher state, x + scaling (x A^T) B^T, the identity at the start. Its Parameters are the same
+                 objects for life, through refreshes, growth and cuts.
+    seed         of the layers that are drawn: the same on every rank of a process group
+
+    phi(i) is the student's layer i while something is left of each of its blocks; else the nearest such layer below or above, whichever is
+    closer to the teacher at that moment; where there is none, layers of which anything is left, and at last layer i itself. Positions that
+    are padding count in neither term. Encoder-decoders: states are divided by their root mean square, and the two stacks' losses averaged.
+
+    Raises ValueError and TypeError naming the argument.
+    """
+
+    def __init__(
+        self,
+        model: APTModel,
+        teacher: nn.Module | str | None = None,
+        *,
+        logits: float = 1.0,
+        layers: float = 0.9,
+        temperature: float = 2.0,
+        quarters: int = 4,
+        rank: int = 8,
+        scaling: float = 2.0,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(model, APTModel):
+            raise TypeError(f"model: expected an APTModel, got {type(model).__name__}")
+        if not (teacher is None or teacher == "self" or isinstance(teacher, nn.Module)):
+            raise TypeError(f'teacher: expected None, "self" or a module, got {teacher!r}')
+        if teacher is model or teacher is model.model:
+            raise ValueError('teacher: expected another model than the student, got the student; "self" keeps a copy of it')
+        for name, value, least in (("logits", logits, 0.0), ("layers", layers, 0.0)):
+            if not (math.isfinite(value) and value >= least):
+                raise ValueError(f"{name}: expected a finite weight of at least 0, got {value}")
+        if teacher is not None and not (logits or layers):
+            raise ValueError("logits, layers: expected a weight above 0 for one of them, got 0 and 0")
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
+        if quarters < 1:
+            raise ValueError(f"quarters: expected at least 1, got {quarters}")
+        self.model, self.logits, self.layers, self.temperature, self.quarters = model, logits, layers, temperature, quarters
+        self._own = teacher == "self"
+        self._generator = torch.Generator().manual_seed(seed)
+        self._lanes = model._hidden_left  # which dimensions of the model as it was built are those of Tr; None: all
+        self.teacher: nn.Module | None = None
+        self.transform: APTAdapter | None = None
+        if teacher is None:
+            return
+        width = _width(model)
+        if isinstance(teacher, nn.Module):
+            if layers and _width(teacher) != width:
+                raise ValueError(
+                    f"teacher: expected the student's hidden size {width}, got {_width(teacher)}; layers=0 compares logits alone"
+                )
+            self.teacher = teacher.eval()
+        if layers:
+            first = next(model.parameters())
+            self.transform = APTAdapter(
+                width, width, rank, scaling, device=first.device, dtype=torch.promote_types(first.dtype, torch.float32)
+            )
+        if self._own:
+            self.refresh()
+
+    @property
+    def asks(self) -> dict[str, Any]:
+        """Further arguments of the student's forward pass."""
+        return {"output_hidden_states": True} if self.transform is not None else {}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of Tr, for the optimizer."""
+        return [] if self.transform is None else [self.transform.lora_A, self.transform.lora_B]
+
+    def refresh(self) -> None:
+        """The student as it is now becomes the teacher. RuntimeError where the teacher is a given one, or an adapter is merged."""
+        if not self._own:
+            raise RuntimeError('refresh: expected a Distiller made with teacher="self", got another')
+        self._refuse_merged("refresh")
+        self.teacher = frozen_copy(self.model)
+
+    def loss(self, batch: Mapping[str, Any], outputs: Any, progress: float = 1.0) -> Tensor:
+        """The loss of one pass, a scalar.
+
+        batch     what the student was called with, by keyword; the teacher is called with the same, without gradients
+        outputs   the student's, with `loss` and the logits, and hidden states where `asks` wants them
+        progress  mu, taken into [0, 1]: at 0 the teacher is not run, at 1 the task's own loss is not used
+
+        Call it under the same autocast as the student's pass. ValueError for what the outputs lack or what has another shape than the
+        teacher's; RuntimeError while an adapter is merged into weights that the teacher shares.
+        """
+        if math.isnan(progress):
+            raise ValueError("progress: expected a number, got NaN")
+        mu = min(max(progress, 0.0), 1.0)
+        if self.teacher is None or mu == 0.0:
+            task: Tensor = _wanted(outputs, "loss")
+            return task
+        if self._own:
+            self._refuse_merged("loss")
+        shared = {key: value for key, value in batch.items() if key not in _LABELS or (key == "labels" and _two_stacks(self.model))}
+        with torch.no_grad():
+            taught = self.teacher(**shared, **self.asks)
+        total: Tensor | float = 0.0
+        if self.logits:
+            total = total + self.logits * self._logit_loss(batch, outputs, taught)
+        if self.layers:
+            total = total + self.layers * self._layer_loss(batch, outputs, taught)
+        assert isinstance(total, Tensor)
+        return total if mu == 1.0 else mu * total + (1.0 - mu) * _wanted(outputs, "loss")
+
+    # -- logits --------------------------------------------------------------------------------------------------------
+
+    def _logit_loss(self, batch: Mapping[str, Any], outputs: Any, taught: Any) -> Tensor:
+        """T^2 KL(teacher || student): the mean over examples, or over tokens; of question answering, over start and end."""
+        terms = []
+        for name in _HEADS:
+            theirs = getattr(taught, name, None)
+            if theirs is None:
+                continue
+            ours = _wanted(outputs, name)
+            if ours.shape != theirs.shape:
+                raise ValueError(f"outputs: expected {name} of the teacher's shape {list(theirs.shape)}, got {list(ours.shape)}")
+            exact = torch.promote_types(ours.dtype, torch.float32)
+            student = F.log_softmax(ours.to(exact) / self.temperature, -1)
+            target = F.log_softmax(theirs.to(exact) / self.temperature, -1)
+            each = F.kl_div(student, target, reduction="none", log_target=True).sum(-1)
+            counted = _counted(batch, self.model, "logits") if each.dim() == 2 else None
+            terms.append(_mean(each, counted) * self.temperature**2)
+        if not terms:
+            raise ValueError(f"teacher: expected outputs with {', '.join(_HEADS)}, got {type(taught).__name__}; logits=0 leaves them out")
+        return torch.stack(terms).mean()
+
+    # -- layers --------------------------------------------------------------------------------------------------------
+
+    def _layer_loss(self, batch: Mapping[str, Any], outputs: Any, taught: Any) -> Tensor:
+        two = _two_stacks(self.model)
+        stacks = {"encoder.": "encoder_hidden_states", "decoder.": "decoder_hidden_states"} if two else {"": "hidden_states"}
+        terms = []
+        for prefix, name in stacks.items():
+            ours, theirs = _wanted(outputs, name), _wanted(taught, name)
+            if len(ours) != len(theirs):
+                raise ValueError(f"teacher: expected the student's {len(ours) - 1} layers, got {len(theirs) - 1}; layers=0 leaves them out")
+            counted = _counted(batch, self.model, name)
+            alive = self._alive(prefix, len(ours) - 1)
+            term: Tensor | float = 0.0
+            for layer in self._drawn(len(ours) - 1):
+                candidates = [self._distance(ours[i + 1], theirs[layer + 1], counted, two) for i in nearest_layers(layer, alive)]
+                term = term + torch.stack(candidates).min()
+            terms.append(term)
+        return torch.stack([term for term in terms if isinstance(term, Tensor)]).mean()
+
+    def _drawn(self, count: int) -> list[int]:
+        """One layer of each stretch."""
+        stretches = min(self.quarters, count)
+        bounds = [count * i // stretches for i in range(stretches + 1)]
+        return [int(torch.randint(low, high, (), generator=self._generator)) for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+
+    def _alive(self, prefix: str, count: int) -> list[bool]:
+        """Of each layer of a stack, whether something is left of each of its blocks; waits for the device once."""
+        names = [[name for name in self.model.blocks if name.rpartition(".")[0] == f"{prefix}{layer}"] for layer in range(count)]
+        masks = {name: self.model.get_block_mask(name) for layer in names for name in layer}
+        left = dict(zip(masks, torch.stack([(mask != 0).any() for mask in masks.values()]).tolist(), strict=True)) if masks else {}
+        whole = [all(left[name] for name in layer) for layer in names]
+        return whole if any(whole) else [any(left[name] for name in layer) for layer in names]
+
+    def _distance(self, ours: Tensor, theirs: Tensor, counted: Tensor | None, normed: bool) -> Tensor:
+        """The mean square of Tr(ours) - theirs over the elements of the positions that count."""
+        assert self.transform is not None
+        state = _scattered(ours, self._positions(self.model), self.transform.in_features)
+        state = state + self.transform(state)
+        lanes = self._positions(self.teacher)
+        if lanes is not None:
+            state = state.index_select(-1, lanes.to(state.device))
+        if state.shape != theirs.shape:
+            raise ValueError(f"outputs: expected hidden states of the teacher's shape {list(theirs.shape)}, got {list(state.shape)}")
+        exact = torch.promote_types(torch.promote_types(state.dtype, theirs.dtype), torch.float32)
+        state, target = state.to(exact), theirs.to(exact)
+        if normed:
+            state, target = _by_root_mean_square(state), _by_root_mean_square(target)
+        return _mean((state - target).square().mean(-1), counted)
+
+    def _positions(self, model: nn.Module | None) -> Tensor | None:
+        """Where the hidden dimensions that are left of a student or of its own self lie among those of Tr; None: all, in order."""
+        left = model._hidden_left if isinstance(model, APTModel) and (self._own or model is self.model) else None
+        return left if left is None or self._lanes is None else torch.searchsorted(self._lanes, left)
+
+    def _refuse_merged(self, call: str) -> None:
+        merged = next((name for name, adapter in adapters(self.model) if adapter.merged), None)
+        if merged is not None:
+            raise RuntimeError(f"{call}: {merged} is merged into a weight that the teacher shares; unmerge it first")
+
+    # -- state ---------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tr, the generator, and of an own self the adapters, trained modules and masks; a given teacher is not in it."""
+        transform = (
+            {} if self.transform is None else {f"transform.{key}": value.clone() for key, value in self.transform.state_dict().items()}
+        )
+        own = self.teacher._own_state() if self._own and isinstance(self.teacher, APTModel) else {}
+        teacher = {f"teacher.{key}": value.clone() for key, value in own.items()}
+        return {**transform, **teacher, "generator": self._generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Into a Distiller made alike, of a model of the sizes that it had at the last refresh. ValueError for other keys or sizes."""
+        expected, got = self.state_dict(), dict(state)
+        if expected.keys() != got.keys():
+            odd = sorted(expected.keys() ^ got.keys())
+            raise ValueError(f"state: expected the keys of a Distiller made alike, got others: {', '.join(odd[:4])}")
+        for key, value in got.items():
+            mine = expected[key]
+            if not key.rpartition(".")[2].startswith("lora") and isinstance(mine, Tensor) and value.shape != mine.shape:
+                raise ValueError(f"state: expected {key} of shape {list(mine.shape)}, got {list(value.shape)}")
+
+        def part(prefix: str) -> dict[str, Any]:
+            return {key.removeprefix(prefix): value for key, value in got.items() if key.startswith(prefix)}
+
+        if self.transform is not None:
+            self.transform.load_state_dict(part("transform."))
+        if self._own and isinstance(self.teacher, APTModel):
+            self.teacher._load(part("teacher."))
+        self._generator.set_state(got["generator"].cpu())
+
+
+def frozen_copy(model: APTModel) -> APTModel:
+    """A copy in evaluation mode: frozen Parameters lie in the same memory, all else is its own; no gradients, no hooks but the stock ones.
+
+    A Parameter of `model` that changes size later (growth, cut) takes new memory, so the copy stays what it is; a merge reaches it.
+    """
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        value = parameter.detach()
+        memo[id(parameter)] = nn.Parameter(value.clone() if parameter.requires_grad else value, requires_grad=False)
+    for module in model.modules():
+        for hooks in (getattr(module, name) for name in _HOOKS):
+            own = {key: hook for key, hook in hooks.items() if getattr(hook, "__module__", "").startswith("transformers.")}
+            memo[id(hooks)] = OrderedDict(own)
+    return copy.deepcopy(model, memo).eval()
+
+
+def nearest_layers(layer: int, alive: list[bool]) -> list[int]:
+    """phi's candidates: `layer` itself if it is alive, else the nearest alive one below and above; `layer` where none is."""
+    if alive[layer] or not any(alive):
+        return [layer]
+    below = [i for i in range(layer) if alive[i]][-1:]
+    return below + [i for i in range(layer + 1, len(alive)) if alive[i]][:1]
+
+
+def _wanted(outputs: Any, name: str) -> Any:
+    found = getattr(outputs, name, None)
+    if found is None:
+        raise ValueError(f"outputs: expected {name}, got none; call the student with labels and with **distiller.asks")
+    return found
+
+
+def _two_stacks(model: nn.Module) -> bool:
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
+
+
+def _width(model: nn.Module) -> int:
+    width = getattr(getattr(model, "config", None), "hidden_size", None)
+    if not isinstance(width, int):
+        raise ValueError(f"model: expected a config with hidden_size, got {type(model).__name__}; layers=0 compares logits alone")
+    return width
+
+
+def _scattered(states: Tensor, positions: Tensor | None, width: int) -> Tensor:
+    """states [..., left] in a tensor [..., width], zero where the student has no dimension left."""
+    if positions is None:
+        return states
+    return states.new_zeros(*states.shape[:-1], width).index_copy(-1, positions.to(states.device), states)
+
+
+def _by_root_mean_square(states: Tensor) -> Tensor:
+    return states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-6)
+
+
+def _counted(batch: Mapping[str, Any], model: nn.Module, of: str) -> Tensor | None:
+    """[batch, length] bool: the positions that are no padding; None: all. Logits of a language model count where labels are not -100."""
+    labels = batch.get("labels")
+    if of == "logits" and isinstance(labels, Tensor) and labels.dim() == 2:
+        return labels != -100
+    inner = of == "decoder_hidden_states" or (of == "logits" and _two_stacks(model))
+    mask = batch.get("decoder_attention_mask" if inner else "attention_mask")
+    return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def _mean(values: Tensor, counted: Tensor | None) -> Tensor:
+    """The mean of values [...] over the positions that count; padding is selected away, NaN included."""
+    if counted is None or counted.shape != values.shape:
+        return values.mean()
+    return torch.where(counted, values, 0).sum() / counted.sum().clamp(min=1)
