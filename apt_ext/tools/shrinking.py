@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import statistics
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ import apt_ext
 from ..method import one_shot
 from ..method.oneshot import check_keep
 from .data import Batch, Missing, encode, load_reviews, sorted_batches, split_reviews, training_batches
-from .models import load, package_file
+from .measuring import commit, compared, disk_bytes
+from .models import load, load_stock, package_file, random_model
 from .phases import transformers_offline
 from .recipe import Recipe, accuracy, fit
 
@@ -34,6 +35,7 @@ class Settings:
     keep     {kind: how many stay in every layer}
     score    batches that decide which blocks stay
     steps    LoRA steps before pruning (reviews: the task's head is new) and recover after the cut
+    rounds   of the clock, dense and cut model in turn
     """
 
     keep: Mapping[str, int]
@@ -43,7 +45,7 @@ class Settings:
     test: int = 8
     steps: int = 0
     recover: int = 0
-    rounds: int = 5
+    rounds: int = 9
     seed: int = 0
 
 
@@ -77,6 +79,13 @@ class Text:
         rows = self._held[::step][: self._settings.test * self._settings.batch]  # from all of the held-out part
         return [{"input_ids": part, "labels": part} for part in rows.split(self._settings.batch)]
 
+    @property
+    def tested(self) -> str:
+        return f"{sum(batch['input_ids'].numel() for batch in self.tests()):,} tokens"
+
+    def timed(self) -> list[Batch]:
+        return self.tests()[:1]
+
     @torch.no_grad()
     def quality(self, model: Any) -> float:
         losses = [model(**batch).loss.item() for batch in tqdm(self.tests(), desc=self.measure, unit="batch", leave=False)]
@@ -99,18 +108,29 @@ class Reviews:
     def tests(self) -> list[Batch]:
         return sorted_batches(self._test, self._pad)
 
+    @property
+    def tested(self) -> str:
+        return f"{len(self._test):,} reviews"
+
+    def timed(self) -> list[Batch]:
+        return self.tests()[::5]  # of every length
+
     def quality(self, model: Any) -> float:
         return accuracy(model, self.tests())
 
 
-def shrink_model(source: str, output: Path, settings: Settings, *, text: list[Path], reviews: Path) -> dict[str, Any]:
-    """Prune, cut and export; measure the model before and the exported one after, loaded as stock; returns the report.
+def shrink_model(
+    source: str, output: Path, settings: Settings, *, text: list[Path], reviews: Path, devices: list[str] | None = None
+) -> dict[str, Any]:
+    """Prune, cut and export; compare the model before with the exported one, both loaded as stock; returns the report.
 
-    source  a directory, a .gguf file, or an installed package that holds one
-    text    files to model; none: `reviews`, vaderSentiment's archive, to classify
+    source   a directory, a .gguf file, or an installed package that holds one
+    text     files to model; none: `reviews`, vaderSentiment's archive, to classify
+    devices  where speed and memory are measured; None: on the CPU, and on CUDA where there is a GPU
 
-    Raises Missing in words. The report is also in output/report.json; the model in output/model.
+    Raises Missing in words. The report is also in output/report.json, the models are in output/dense and output/model.
     """
+    devices = _present(devices)
     transformers = transformers_offline()
     torch.manual_seed(settings.seed)
     kind = transformers.AutoModelForCausalLM if text else transformers.AutoModelForSequenceClassification
@@ -125,9 +145,9 @@ def shrink_model(source: str, output: Path, settings: Settings, *, text: list[Pa
     if settings.steps:
         fit(apt, task.batches(settings.seed), Recipe(steps=settings.steps), None, "train")
     apt.eval()
-    dense = apt_ext.shrink(apt).eval()  # nothing is masked: the fine-tuned model, merged
-    before = {**_measured(task, dense, settings), **_size(dense)}
-    del dense
+    output.mkdir(parents=True, exist_ok=True)
+    apt_ext.export(apt, output / "dense", tokenizer=tokenizer)  # nothing is masked: the fine-tuned model, merged
+    before = task.quality(load_stock(output / "dense", torch.float32))
     scored = task.batches(settings.seed + 1)
     one_shot(apt, (next(scored) for _ in tqdm(range(settings.score), desc="score", unit="batch")), settings.keep)
     masked = task.quality(apt)
@@ -135,50 +155,88 @@ def shrink_model(source: str, output: Path, settings: Settings, *, text: list[Pa
     if settings.recover:
         fit(apt, task.batches(settings.seed + 2), Recipe(steps=settings.recover), None, "recover")
         apt.eval()
-    output.mkdir(parents=True, exist_ok=True)
     loader = apt_ext.export(apt, output / "model", tokenizer=tokenizer)
-    small = getattr(transformers, loader).from_pretrained(output / "model", local_files_only=True, dtype="auto").eval()
-    after = {**_measured(task, small, settings), **_size(small)}
+    del apt, model
+    small = load_stock(output / "model", torch.float32)
+    quality = {"measure": task.measure, "on": task.tested, "before": before, "masked": masked, "after": task.quality(small)}
+    continued = {"text": _continued(small, tokenizer)} if text else {}
+    return _report(output, settings, task.timed(), devices, loader, {"quality": quality, **continued})
+
+
+def shrink_random(source: Path, output: Path, settings: Settings, *, devices: list[str] | None = None) -> dict[str, Any]:
+    """What a cut saves in a model of these shapes: Parameters are random, no data is needed, and no quality can be told.
+
+    source  a directory with a config.json; the first of each block stay. Otherwise as `shrink_model`; inputs are random tokens.
+    """
+    devices = _present(devices)
+    transformers_offline()
+    torch.manual_seed(settings.seed)
+    apt = apt_ext.get_apt_model(random_model(source), apt_ext.APTConfig(r=1)).eval()
+    check_keep(apt, settings.keep)
+    output.mkdir(parents=True, exist_ok=True)
+    apt_ext.shrink(apt).save_pretrained(output / "dense")  # type: ignore[operator]  # transformers' own
+    for name, block in apt.blocks.items():
+        if block.kind in settings.keep:
+            apt.set_block_mask(name, (torch.arange(block.count) < settings.keep[block.kind]).float())
+    small = apt_ext.shrink(apt)
+    small.save_pretrained(output / "model")  # type: ignore[operator]
+    tokens = torch.randint(1, apt.config.vocab_size, (settings.batch, settings.length))
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    return _report(output, settings, [batch], devices, type(small).__name__, {"random": True})
+
+
+def _present(devices: list[str] | None) -> list[str]:
+    if devices is None:
+        return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    if "cuda" in devices and not torch.cuda.is_available():
+        raise Missing("device: expected a CUDA device that torch can use, found none")
+    return devices
+
+
+def _report(
+    output: Path, settings: Settings, batches: list[Batch], devices: list[str], loader: str, more: dict[str, Any]
+) -> dict[str, Any]:
+    """Measure the directories, and write what was found."""
+    directories = {"before": output / "dense", "after": output / "model"}
+    measured = {device: compared(directories, batches, device, settings.rounds) for device in devices}
     report = {
-        "model": type(model).__name__,
+        "commit": commit(),
+        "versions": {"torch": torch.__version__, "transformers": transformers_offline().__version__, "python": platform.python_version()},
         "loaded by": loader,
-        "keep": dict(settings.keep),
-        "measure": task.measure,
-        "before": before,
-        "masked": masked,
-        "after": after,
         "settings": {**vars(settings), "keep": dict(settings.keep)},
-        "threads": torch.get_num_threads(),
+        **more,
+        "parameters": {name: _parameters(directory) for name, directory in directories.items()},
+        "bytes on disk": {name: disk_bytes(directory) for name, directory in directories.items()},
+        "devices": measured,
     }
-    if text:
-        report["text"] = _continued(small, tokenizer)
     (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
 
 def table(report: dict[str, Any]) -> str:
     """The report for people."""
-    before, after = report["before"], report["after"]
-    lines = [f"{report['model']} -> {report['loaded by']}, kept in every layer: {report['keep']}", f"{'':20}{'before':>18}{'after':>18}"]
-    for name in (report["measure"], "parameters", "bytes of weights"):
-        shown = [f"{side[name]:,.3f}" if isinstance(side[name], float) else f"{side[name]:,}" for side in (before, after)]
-        lines.append(f"{name:20}{shown[0]:>18}{shown[1]:>18}")
-    for name, side in (("before", before), ("after", after)):
-        speed = side["tokens per second"]
-        lines.append(f"tokens a second {name}: {speed['median']:,.0f} (from {speed['min']:,.0f} to {speed['max']:,.0f})")
+    lines = [f"{report['loaded by']}, kept in every layer: {report['settings']['keep']}", f"{'':34}{'before':>18}{'after':>18}"]
+    if "quality" in report:
+        quality = report["quality"]
+        lines.append(_row(f"{quality['measure']}, {quality['on']}", quality, lambda value: f"{value:,.3f}"))
+    for name in ("parameters", "bytes on disk"):
+        lines.append(_row(name, report[name], lambda value: f"{value:,}"))
+    for device, found in report["devices"].items():
+        lines.append(f"{found['device']}, {found['dtype']}" + (f", {found['threads']} threads" if device == "cpu" else ""))
+        for name in ("tokens per second", "generated tokens per second", "peak memory"):
+            if name in found:
+                lines.append(_row(f"  {name}", {side: found[name][side]["median"] for side in ("before", "after")}, lambda v: f"{v:,.0f}"))
+                quartiles = {side: found[name][side] for side in ("before", "after")}
+                lines.append(_row("    quartiles", quartiles, lambda v: f"{v['low']:,.0f}-{v['high']:,.0f}"))
     return "\n".join([*lines, *([f"continues: {report['text']!r}"] if "text" in report else [])])
 
 
-def _measured(task: Text | Reviews, model: Any, settings: Settings) -> dict[str, Any]:
-    quality = task.quality(model)
-    batch = {name: value for name, value in task.tests()[0].items() if name != "labels"}
-    tokens, speeds = batch["input_ids"].numel(), []
-    with torch.no_grad():
-        for _ in range(settings.rounds):
-            started = time.perf_counter()
-            model(**batch)
-            speeds.append(tokens / (time.perf_counter() - started))
-    return {task.measure: quality, "tokens per second": {"median": statistics.median(speeds), "min": min(speeds), "max": max(speeds)}}
+def _row(name: str, sides: Mapping[str, Any], shown: Callable[[Any], str]) -> str:
+    return f"{name:34}{shown(sides['before']):>18}{shown(sides['after']):>18}"
+
+
+def _parameters(directory: Path) -> int:
+    return sum(parameter.numel() for parameter in load_stock(directory, torch.float32).parameters())
 
 
 def _continued(model: Any, tokenizer: Any, start: str = "To be, or not to be") -> str:
@@ -187,8 +245,3 @@ def _continued(model: Any, tokenizer: Any, start: str = "To be, or not to be") -
         found = model.generate(ids, max_new_tokens=20, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     text: str = tokenizer.decode(found[0], skip_special_tokens=True)
     return text
-
-
-def _size(model: Any) -> dict[str, int]:
-    parameters = list(model.parameters())
-    return {"parameters": sum(p.numel() for p in parameters), "bytes of weights": sum(p.numel() * p.element_size() for p in parameters)}

@@ -1,0 +1,156 @@
+"""Speed, memory and size of models, side by side: every figure comes with its spread."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .data import Batch
+from .models import class_of, load_stock
+from .phases import peak_memory, resident_memory, restart_peak, run_apart
+
+_ROUND = 0.2  # seconds that a round of the clock lasts at least, for each model
+_PROCESSES = 3  # that measure each model's memory on the CPU
+_NEW = 32  # tokens of a generation
+
+Spread = dict[str, Any]
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """{"median", "low" and "high": the quartiles, "rounds": the values as they came}."""
+    ordered = sorted(values)
+    low, middle, high = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
+    return {"median": middle, "low": low, "high": high, "rounds": list(values)}
+
+
+def in_turn(
+    calls: Mapping[str, Callable[[], object]], rounds: int, synchronize: Callable[[], None] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of one call, a value a round, of each; the calls take turns, and who begins changes, so that all meet the same machine.
+
+    A round makes as many calls as take a moment; the device is idle before and after.
+    """
+    inner = {name: 1 for name in calls}
+
+    def clock(name: str) -> float:
+        synchronize()
+        started = time.perf_counter()
+        for _ in range(inner[name]):
+            calls[name]()
+        synchronize()
+        return (time.perf_counter() - started) / inner[name]
+
+    for name in calls:
+        clock(name)  # the first call allocates and chooses kernels
+        inner[name] = max(math.ceil(_ROUND / max(clock(name), 1e-6)), 1)
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(rounds):
+        for name in calls if turn % 2 == 0 else reversed(list(calls)):
+            seconds[name].append(clock(name))
+    return seconds
+
+
+def compared(directories: Mapping[str, Path], batches: list[Batch], device: str, rounds: int) -> dict[str, Any]:
+    """Tokens a second (padding does not count) and peak memory of the models in these directories, loaded as stock ones.
+
+    On a CPU in float32, on CUDA in bfloat16. "ratio": the last over the first, round by round. "generated": greedy, with a cache, batch 1,
+    for models that generate. Memory: weights and what the batches take, without libraries; on a CPU of a process of its own.
+    """
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    models = {name: load_stock(directory, dtype) for name, directory in directories.items()}
+    inputs = [{name: value.to(device) for name, value in batch.items() if name != "labels"} for batch in batches]
+    memory: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(_PROCESSES):
+        for name, directory in directories.items():
+            if device == "cuda":
+                memory[name].append(_cuda_memory(models[name], inputs))
+            else:
+                plain = [{key: value.tolist() for key, value in batch.items()} for batch in inputs]
+                memory[name].append(run_apart(resident_of, directory, plain))
+    synchronize: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
+    for model in models.values():
+        model.to(device)
+    tokens = sum(int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel() for batch in inputs)
+    found: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "batches": [list(batch["input_ids"].shape) for batch in inputs],
+        "tokens per second": _speeds({name: _pass(model, inputs) for name, model in models.items()}, tokens, rounds, synchronize),
+        "peak memory": {name: spread(values) for name, values in memory.items()},
+    }
+    if all(model.can_generate() for model in models.values()):
+        start = inputs[0]["input_ids"][:1, :16]
+        calls = {name: _generation(model, start) for name, model in models.items()}
+        found["generated tokens per second"] = _speeds(calls, _NEW, rounds, synchronize)
+    return found
+
+
+def _speeds(calls: Mapping[str, Callable[[], object]], tokens: int, rounds: int, synchronize: Callable[[], None]) -> dict[str, Spread]:
+    with torch.no_grad():
+        seconds = in_turn(calls, rounds, synchronize)
+    first, *_, last = seconds.values()
+    found = {name: spread([tokens / one for one in values]) for name, values in seconds.items()}
+    return {**found, "ratio": spread([before / after for before, after in zip(first, last, strict=True)])}
+
+
+def _pass(model: Any, inputs: list[Batch]) -> Callable[[], None]:
+    def call() -> None:
+        for batch in inputs:
+            model(**batch)
+
+    return call
+
+
+def _generation(model: Any, start: torch.Tensor) -> Callable[[], object]:
+    counts = {"max_new_tokens": _NEW, "min_new_tokens": _NEW, "do_sample": False, "pad_token_id": 0}
+    return lambda: model.generate(start, attention_mask=torch.ones_like(start), **counts)
+
+
+def _cuda_memory(model: Any, inputs: list[Batch]) -> float:
+    before = torch.cuda.memory_allocated()
+    model.to("cuda")
+    torch.cuda.reset_peak_memory_stats()
+    with torch.no_grad():
+        _pass(model, inputs)()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    model.to("cpu")
+    return peak
+
+
+def resident_of(directory: Path, batches: list[dict[str, Any]]) -> float:
+    """Bytes of memory that a model and its pass over the batches add to a process that has loaded the libraries. Run it apart."""
+    inputs = [{name: torch.tensor(value) for name, value in batch.items()} for batch in batches]
+    class_of(directory)  # imports the class
+    before = resident_memory()
+    model = load_stock(directory, torch.float32)
+    restart_peak()  # loading is not what is asked for
+    with torch.no_grad():
+        _pass(model, inputs)()
+    return peak_memory() - before
+
+
+def disk_bytes(directory: Path) -> int:
+    """Of all files in a directory."""
+    return sum(file.stat().st_size for file in directory.iterdir())
+
+
+def commit() -> str | None:
+    """The commit of the checkout that this package runs from, with "-dirty" where files were changed; None outside of one."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603  # no argument is a user's
+    except OSError:
+        return None
+    return done.stdout.strip() or None
