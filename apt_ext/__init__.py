@@ -4,8 +4,9 @@ from . import _load  # first: refuses a torch this build does not fit, in words 
 from . import ops, reference
 from ._version import __version__
 from .adapter import APTAdapter
-from .config import APTConfig
+from .config import APTConfig, Schedule
 from .hold import hold_pruned
+from .method.controller import Controller, Growth
 from .model import APTModel, adapter_parameters, adapters, get_apt_model
 from .structure.architectures import Architecture, BlockRule, Layers, Side, Stream, register_architecture
 from .structure.export import export
@@ -19,8 +20,11 @@ __all__ = [
     "APTModel",
     "Architecture",
     "BlockRule",
+    "Controller",
+    "Growth",
     "Layers",
     "Plan",
+    "Schedule",
     "Side",
     "Stream",
     "__version__",

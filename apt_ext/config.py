@@ -1,4 +1,5 @@
-"""APTConfig: which linears get an adapter, of which rank and scaling, and what else trains. PEFT's names where the meaning is PEFT's."""
+"""APTConfig: which linears get an adapter, of which rank and scaling, what else trains, and what is pruned when. PEFT's names where the
+meaning is PEFT's."""
 
 from __future__ import annotations
 
@@ -13,6 +14,41 @@ from typing import Any
 
 Patterns = list[str] | str
 ALL_LINEAR = "all-linear"
+KINDS = ("heads", "neurons", "hidden")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When blocks are pruned and ranks grow. An int counts optimizer steps, a float is a share of all steps.
+
+    start    from here events are spread evenly; nothing is pruned or grows before
+    warm_up  for so long after `start` the density stays what it is
+    end      the last event: the density is at its target, every mask is exactly 0 or 1
+    events   how many; at each of them ranks grow and, once the warm-up is over, masks become exactly 0 or 1
+    window   masks move in so many steps before an event, by 1 / window a step; None: in all of them from event to event
+    per_step masks move at every step after the warm-up, towards the density of that step; events only grow ranks, but for the last
+
+    Raises TypeError (types) and ValueError (values), naming the field.
+    """
+
+    start: int | float = 0.1
+    warm_up: int | float = 0
+    end: int | float = 0.5
+    events: int = 4
+    window: int | float | None = None
+    per_step: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("start", "warm_up", "end", "window"):
+            value = getattr(self, name)
+            if name == "window" and value is None:
+                continue
+            _check_number(f"schedule.{name}", value)
+            if value < 0 or isinstance(value, float) and value > 1.0:
+                raise ValueError(f"schedule.{name}: expected a number of steps (int) or a share of all in [0, 1] (float), got {value}")
+        _check_int("schedule.events", self.events)
+        if not isinstance(self.per_step, bool):
+            raise TypeError(f"schedule.per_step: expected a bool, got {type(self.per_step).__name__}")
 
 
 @dataclass(frozen=True)
@@ -29,8 +65,14 @@ class APTConfig:
     rank_pattern    {regular expression for the end of a name: rank}; the first that matches replaces r
     alpha_pattern   the same for lora_alpha
     max_rank        storage reserved for growth (see APTAdapter), None: growth re-allocates
-    density         share of the blocks to keep, in [0, 1]: with round_to the arguments of `apt_ext.method.kept_count`; building the
-    round_to        model reads neither of them
+
+    What a Controller does, and building the model does not read:
+
+    prune           kinds of blocks that are pruned, of "heads", "neurons" and "hidden"
+    density         share of the layers' parameters (or what the Controller's budget counts) to keep, in [0, 1]
+    schedule        a Schedule, or a dict of its fields
+    round_to        neurons and hidden dimensions go in groups of so many, so that widths stay multiples of it
+    uniform         every layer keeps the same number of each kind, as stock configs can say; False: each layer its own
 
     Raises TypeError (types) and ValueError (values), naming the field.
     """
@@ -44,8 +86,11 @@ class APTConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     max_rank: int | None = None
+    prune: list[str] = field(default_factory=lambda: ["heads", "neurons"])
     density: float = 1.0
+    schedule: Schedule = field(default_factory=Schedule)
     round_to: int = 8
+    uniform: bool = True
 
     def __post_init__(self) -> None:
         _check_int("r", self.r)
@@ -57,6 +102,13 @@ class APTConfig:
         if not 0.0 <= self.density <= 1.0:
             raise ValueError(f"density: expected a share in [0, 1], got {self.density}")
         _check_int("round_to", self.round_to)
+        prune = _checked_names("prune", self.prune, regex=False)
+        for kind in prune:
+            if kind not in KINDS:
+                raise ValueError(f"prune: expected kinds of {', '.join(KINDS)}, got {kind!r}")
+        schedule = _checked_schedule(self.schedule)
+        if not isinstance(self.uniform, bool):
+            raise TypeError(f"uniform: expected a bool, got {type(self.uniform).__name__}")
         ranks, alphas = _checked_patterns("rank_pattern", self.rank_pattern), _checked_patterns("alpha_pattern", self.alpha_pattern)
         for key, rank in ranks.items():
             _check_int(f"rank_pattern[{key!r}]", rank)
@@ -76,6 +128,8 @@ class APTConfig:
             ("target_modules", targets),
             ("exclude_modules", exclude),
             ("modules_to_save", save),
+            ("prune", prune),
+            ("schedule", schedule),
             ("rank_pattern", ranks),
             ("alpha_pattern", alphas),
         ):
@@ -191,6 +245,18 @@ def _checked_names(name: str, value: Any, regex: bool) -> Any:
     if "" in value:
         raise ValueError(f"{name}: expected names, got an empty one")
     return sorted(value) if isinstance(value, set) else list(value)
+
+
+def _checked_schedule(value: Any) -> Schedule:
+    if isinstance(value, Schedule):
+        return value
+    if not isinstance(value, Mapping):
+        raise TypeError(f"schedule: expected a Schedule or a dict of its fields, got {type(value).__name__}")
+    known = [entry.name for entry in dataclasses.fields(Schedule)]
+    for key in value:
+        if key not in known:
+            raise ValueError(f"schedule: expected fields of Schedule, got {key!r}{nearest(str(key), known)}")
+    return Schedule(**value)
 
 
 def _checked_regex(name: str, value: str) -> str:

@@ -101,6 +101,7 @@ def test_importance_is_the_mean_of_signed_sums_per_rank() -> None:
     adapter.lora_A.grad = torch.randn(2, 5)
     importance = AdapterImportance([("a", adapter), ("carrier", APTAdapter(5, 4, rank=0))])
     for _ in range(3):
+        importance.observe()
         importance.update()
     expected = (1 - 0.85**3) * (adapter.lora_A * adapter.lora_A.grad).sum(1).abs().mean().item()
     assert importance.importance() == {"a": pytest.approx(expected)}
@@ -110,6 +111,7 @@ def test_importance_reads_only_live_ranks_and_restarts_after_growth() -> None:
     adapter = APTAdapter(5, 4, rank=2, max_rank=4)
     importance = AdapterImportance([("a", adapter)])
     adapter.lora_A.grad = torch.ones(4, 5)
+    importance.observe()
     importance.update()
     state = importance.state_dict()
     assert state["a"].shape == (2,)
@@ -117,6 +119,7 @@ def test_importance_reads_only_live_ranks_and_restarts_after_growth() -> None:
     with pytest.raises(ValueError, match="ranks"):
         importance.load_state_dict({})
     importance.restart()
+    importance.observe()
     importance.update()
     assert importance.averages["a"].shape == (3,)
 

@@ -2,22 +2,39 @@
 whose structure gives blocks and adapters, and knows no architecture."""
 
 from .allocation import AdapterImportance, grown_ranks
+from .controller import Controller, Growth
+from .cost import Cost, Latency, Products, cost_of
 from .distillation import Distiller
-from .oneshot import one_shot
+from .kurtosis import kurtosis
+from .oneshot import block_scores, one_shot
 from .salience import Salience
-from .schedule import cubic_density, distill_weight, linear_budget, step_mask
+from .schedule import Steps, cubic_density, distill_weight, linear_budget, step_mask
+from .scores import BlockScores
+from .search import Group, search
 from .selection import kept_count, top_k
 
 __all__ = [
     "AdapterImportance",
+    "BlockScores",
+    "Controller",
+    "Cost",
     "Distiller",
+    "Group",
+    "Growth",
+    "Latency",
+    "Products",
     "Salience",
+    "Steps",
+    "block_scores",
+    "cost_of",
     "cubic_density",
     "distill_weight",
     "grown_ranks",
     "kept_count",
+    "kurtosis",
     "linear_budget",
     "one_shot",
+    "search",
     "step_mask",
     "top_k",
 ]

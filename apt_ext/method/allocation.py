@@ -9,36 +9,53 @@ import torch
 from torch import Tensor
 
 from ..adapter import APTAdapter
+from ..sharding import is_sharded
 
 
 class AdapterImportance:
-    """Moving average of I_k = |sum_j A_kj dL/dA_kj| for each rank k of each adapter; an adapter's importance is its mean over ranks.
+    """Moving average of what each rank of each adapter matters; an adapter's importance is its mean over ranks.
 
-    The mean, so that a grown adapter is not favoured by its size; the sum keeps its sign inside, as in the authors' code. Rank-0 adapters
-    take no part. Call :meth:`update` before each optimizer step, :meth:`restart` after ranks changed.
+    I_k = |sum_j A_kj dL/dA_kj| for rank k, as in the authors' code, or sum_i |B_ik dL/dB_ik|, as the paper has it. The mean, so that a
+    grown adapter is not favoured by its size. Rank-0 adapters take no part. Call :meth:`observe` before an optimizer step and
+    :meth:`update` after it (a step that was skipped has no update), :meth:`restart` after ranks changed.
 
     adapters  (name, adapter) pairs, as apt_ext.adapters(model) gives
     decay     I <- decay * I + (1 - decay) * I_now (0.85 in the paper), started at 0
+    signed    the code's formula; False: the paper's
     """
 
-    def __init__(self, adapters: Iterable[tuple[str, APTAdapter]], decay: float = 0.85) -> None:
+    def __init__(self, adapters: Iterable[tuple[str, APTAdapter]], decay: float = 0.85, signed: bool = True) -> None:
         self.adapters = {name: adapter for name, adapter in adapters if adapter.rank > 0}
-        self.decay = decay
+        self.decay, self.signed = decay, signed
         self.averages: dict[str, Tensor] = {}  # [rank] each
+        self._seen: dict[str, Tensor] = {}  # the products of the last observe
         self.restart()
 
     def restart(self) -> None:
         """Every average is 0 again, at the adapters' present ranks."""
         self.averages = {name: adapter.lora_A.new_zeros(adapter.rank, dtype=torch.float32) for name, adapter in self.adapters.items()}
+        self._seen = {}
+
+    @torch.no_grad()
+    def observe(self) -> None:
+        """Read the gradients (accumulated over micro-batches); an adapter without a gradient counts 0."""
+        self._seen = {name: self._product(adapter) for name, adapter in self.adapters.items()}
+
+    def _product(self, adapter: APTAdapter) -> Tensor:
+        factor, dim = (adapter.lora_A, 1) if self.signed else (adapter.lora_B, 0)
+        if factor.grad is None:
+            return torch.zeros(adapter.rank, dtype=torch.float32, device=factor.device)
+        product = factor.detach().float() * factor.grad.float()
+        product = product.sum(dim).abs() if self.signed else product.abs().sum(dim)
+        whole: Tensor = product.full_tensor() if is_sharded(product) else product  # type: ignore[attr-defined]  # a DTensor has it
+        return whole[: adapter.rank]
 
     @torch.no_grad()
     def update(self) -> None:
-        """Read the gradients of lora_A (accumulated over micro-batches); an adapter without a gradient counts 0."""
-        for name, adapter in self.adapters.items():
-            average, grad = self.averages[name].mul_(self.decay), adapter.lora_A.grad
-            if grad is not None:
-                product = adapter.Wa.float() * grad[: adapter.rank].float()
-                average.add_(product.sum(1).abs(), alpha=1 - self.decay)
+        """The step was made: what was observed enters the averages."""
+        for name, seen in self._seen.items():
+            self.averages[name].mul_(self.decay).add_(seen, alpha=1 - self.decay)
+        self._seen = {}
 
     def importance(self) -> dict[str, float]:
         """One plain number for each adapter; waits for the device once."""
@@ -60,24 +77,46 @@ class AdapterImportance:
 
 
 def grown_ranks(
-    ranks: Mapping[str, int], sizes: Mapping[str, int], importance: Mapping[str, float], budget: int, limits: Mapping[str, int]
+    ranks: Mapping[str, int],
+    sizes: Mapping[str, int],
+    importance: Mapping[str, float],
+    budget: int,
+    limits: Mapping[str, int],
+    rate: float | None = None,
 ) -> dict[str, int]:
     """The adapters that grow, with their new ranks, so that all adapters together stay within `budget` parameters.
 
-    The more important half, floor(n / 2), of those that are below their limit takes the whole increase at one rate:
-    rate = 1 + (budget - now) / (parameters of the chosen), r' = min(floor(r * rate), limit), which meets the budget to within one rank an
-    adapter where no limit binds.
+    The more important half, floor(n / 2), of those that are below their limit takes the whole increase at one rate, which meets the budget
+    to within one rank an adapter. What one cannot take because of its limit goes to the others of that half; where all are at their limit
+    the budget is not reached.
 
     ranks   present rank of each adapter
     sizes   parameters of one rank: in_features + out_features
     limits  the highest rank each may reach
+    rate    the paper's rule instead: r' = floor(r * rate) for the chosen, with the rate at which the budget grows; falls short of it
     """
     now = sum(rank * sizes[name] for name, rank in ranks.items())
     eligible = [name for name, rank in ranks.items() if 0 < rank < limits[name]]
     # sorted() is stable, so equal importance leaves the adapters in their given order
     chosen = sorted(eligible, key=lambda name: importance[name], reverse=True)[: len(eligible) // 2]
-    held = sum(ranks[name] * sizes[name] for name in chosen)
     if not chosen or budget <= now:
         return {}
-    grown = {name: min(ranks[name] * (held + budget - now) // held, limits[name]) for name in chosen}
+    if rate is not None:
+        grown = {name: min(int(ranks[name] * rate), limits[name]) for name in chosen}
+    else:
+        grown = _at_one_rate(ranks, sizes, {name: limits[name] for name in chosen}, budget - now)
     return {name: rank for name, rank in grown.items() if rank > ranks[name]}
+
+
+def _at_one_rate(ranks: Mapping[str, int], sizes: Mapping[str, int], limits: Mapping[str, int], more: int) -> dict[str, int]:
+    """The ranks that take `more` parameters at one rate, those at their limit apart."""
+    full: dict[str, int] = {}
+    while free := [name for name in limits if name not in full]:
+        held = sum(ranks[name] * sizes[name] for name in free)
+        left = more - sum((rank - ranks[name]) * sizes[name] for name, rank in full.items())
+        grown = {name: ranks[name] * (held + left) // held for name in free}
+        over = {name: limits[name] for name, rank in grown.items() if rank > limits[name]}
+        if not over:
+            return full | grown
+        full |= over
+    return full

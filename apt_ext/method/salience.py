@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from .. import agreement
 
 
 class Salience:
@@ -18,47 +20,63 @@ class Salience:
     and length. An activation counts when its gradient arrives, so passes without gradients (a teacher's, an evaluation's) and the
     recomputation of gradient checkpointing leave the state unchanged.
 
-    Tokens that the model's `attention_mask` [batch, length] marks 0 (padding) count on neither side, where H is [batch, length, channels].
+    Tokens that the model's `attention_mask` [batch, length] marks 0 (padding) count on neither side, where H is [batch, length, channels];
+    at the sites of a decoder behind an encoder it is `decoder_attention_mask`. The ranks of a process group add up their sums, and all have
+    the scores of the joint batch.
 
-    model  the module that is called with the batch; only its attention_mask is looked at
-    sites  for each block family's name: the module whose input is H, and the number of blocks in it; channels of one block are adjacent
-    decay  S <- decay * S + (1 - decay) * S_now at each update (0.85 in the paper), started at 0, no bias correction
+    model    the module that is called with the batch; only these masks are looked at
+    sites    for each block family's name: the module whose input is H, and the number of blocks in it; channels of one block are adjacent
+    decay    S <- decay * S + (1 - decay) * S_now at each update (0.85 in the paper), started at 0, no bias correction
+    signed   the names of sites whose sum of H with its sign is averaged as well, in `means`
+    decoder  the names of sites in a decoder behind an encoder
     """
 
-    def __init__(self, model: nn.Module, sites: Mapping[str, tuple[nn.Module, int]], decay: float = 0.85) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Mapping[str, tuple[nn.Module, int]],
+        decay: float = 0.85,
+        signed: Collection[str] = (),
+        decoder: Collection[str] = (),
+    ) -> None:
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay must lie in [0, 1), got {decay}")
         self.decay = decay
         self.scores: dict[str, Tensor] = {}  # [count] float32 each, once updated
+        self.means: dict[str, Tensor] = {}  # [channels] each, of H up to one factor
         self._counts = {name: count for name, (_, count) in sites.items()}
-        self._sums: dict[str, tuple[Tensor, Tensor]] = {}  # of |H| and |dL/dH| since the last update, [channels] each
-        self._tokens: Tensor | None = None  # the attention mask of the last pass with gradients
+        self._signed, self._decoder = frozenset(signed), frozenset(decoder)
+        self._sums: dict[str, list[Tensor]] = {}  # of |H|, |dL/dH| and, if signed, H since the last update, [channels] each
+        self._tokens: dict[str, Tensor] = {}  # the masks of the last pass with gradients
         self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(self._note_tokens, with_kwargs=True)]
         for name, (module, _) in sites.items():
             self._handles.append(module.register_forward_pre_hook(self._collector(name)))
 
     def _note_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
-            mask = kwargs.get("attention_mask")
-            self._tokens = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+            given = {name: kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask")}
+            self._tokens = {name: mask for name, mask in given.items() if isinstance(mask, Tensor) and mask.dim() == 2}
 
     def _collector(self, name: str) -> Any:
         def collect(module: nn.Module, args: tuple[Any, ...]) -> None:
             h = args[0]
             if not (torch.is_grad_enabled() and h.requires_grad):
                 return
-            tokens = self._tokens
+            tokens = self._tokens.get("decoder_attention_mask" if name in self._decoder else "attention_mask")
             if tokens is not None and tokens.shape != h.shape[:-1]:
                 tokens = None
-            activation = _channel_sums(h.detach(), tokens)  # holds no activation: only this vector waits for the backward
+            value = h.detach()
+            sums = [_channel_sums(value, tokens)]  # holds no activation: only these vectors wait for the backward
+            if name in self._signed:
+                sums.append(_channel_sums(value, tokens, signed=True))
 
             def add(gradient: Tensor) -> None:
-                gradient_sum = _channel_sums(gradient, tokens)
+                found = [sums[0], _channel_sums(gradient, tokens), *sums[1:]]
                 if name in self._sums:
-                    self._sums[name][0].add_(activation)
-                    self._sums[name][1].add_(gradient_sum)
+                    for total, one in zip(self._sums[name], found, strict=True):
+                        total.add_(one)
                 else:
-                    self._sums[name] = (activation.clone(), gradient_sum)
+                    self._sums[name] = [one.clone() for one in found]
 
             h.register_hook(add)
 
@@ -66,43 +84,76 @@ class Salience:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Once an optimizer step, after the last backward: the passes since the last update are one batch, whatever their number."""
+        """Once an optimizer step, after the last backward: the passes since the last update are one batch, whatever their number.
+
+        In a process group all ranks call it together.
+        """
+        self._add_up_ranks()
         for name, count in self._counts.items():
             if name not in self._sums:
                 continue
-            activation, gradient = self._sums[name]
-            now = (activation * gradient).view(count, -1).sum(1)
-            average = self.scores.setdefault(name, torch.zeros_like(now))
-            average.mul_(self.decay).add_(now, alpha=1 - self.decay)
-        self._sums, self._tokens = {}, None
+            activation, gradient, *mean = self._sums[name]
+            self._average(self.scores, name, (activation * gradient).view(count, -1).sum(1))
+            for now in mean:
+                self._average(self.means, name, now)
+        self._sums, self._tokens = {}, {}
+
+    def _average(self, averages: dict[str, Tensor], name: str, now: Tensor) -> None:
+        averages.setdefault(name, torch.zeros_like(now)).mul_(self.decay).add_(now, alpha=1 - self.decay)
+
+    def _add_up_ranks(self) -> None:
+        """One collective for all sites; DDP takes the mean of the gradients, so does this."""
+        world = agreement.ranks()
+        if world == 1 or not self._sums:
+            return
+        names = [name for name in self._counts if name in self._sums]
+        every = [tensor for name in names for tensor in self._sums[name]]
+        flat = torch.cat(every)
+        torch.distributed.all_reduce(flat)
+        for tensor, total in zip(every, torch.split(flat, [len(tensor) for tensor in every]), strict=True):
+            tensor.copy_(total)
+        for name in names:
+            self._sums[name][1].div_(world)
+
+    def drop_overflow(self) -> None:
+        """After a step that was skipped: forget what came since the last update if it is not finite. Waits for the device."""
+        if self._sums and not all(bool(torch.isfinite(tensor).all()) for sums in self._sums.values() for tensor in sums):
+            self._sums = {}
 
     def remove(self) -> None:
         """Take every hook away; the scores stay. A second call does nothing."""
         while self._handles:
             self._handles.pop().remove()
-        self._sums, self._tokens = {}, None
+        self._sums, self._tokens = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
         """The averages; what has come since the last update is not part of it."""
-        return {name: score.clone() for name, score in self.scores.items()}
+        return {
+            "scores": {name: score.clone() for name, score in self.scores.items()},
+            "means": {name: mean.clone() for name, mean in self.means.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises ValueError, with nothing changed, for a block family that is unknown or of another size."""
-        for name, score in state.items():
+        for name, score in state["scores"].items():
             if self._counts.get(name) != score.numel():
                 raise ValueError(f"state: expected {self._counts.get(name, 'no')} scores for {name!r}, got {score.numel()}")
-        self.scores = {name: score.clone() for name, score in state.items()}
-        self._sums, self._tokens = {}, None
+        if not self._signed.issuperset(state["means"]):
+            raise ValueError(f"state: expected means of {sorted(self._signed)}, got {sorted(state['means'])}")
+        self.scores = {name: score.clone() for name, score in state["scores"].items()}
+        self.means = {name: mean.clone() for name, mean in state["means"].items()}
+        self._sums, self._tokens = {}, {}
 
 
 @torch.no_grad()
-def _channel_sums(values: Tensor, tokens: Tensor | None) -> Tensor:
-    """Sum of |values| over all but the last dimension, [..., channels] -> [channels], without the tokens [...] that are 0.
+def _channel_sums(values: Tensor, tokens: Tensor | None, signed: bool = False) -> Tensor:
+    """Sum of |values| (or values) over all but the last dimension, [..., channels] -> [channels], without the tokens [...] that are 0.
 
     In float32 (float64 for float64). Selected, not multiplied: what padding holds, NaN included, does not count.
     """
     if tokens is not None:
         values = torch.where((tokens != 0).unsqueeze(-1), values, 0)
     dtype = torch.promote_types(values.dtype, torch.float32)
-    sums: Tensor = torch.linalg.vector_norm(values.flatten(0, -2), ord=1, dim=0, dtype=dtype)
+    flat = values.flatten(0, -2)
+    sums: Tensor = flat.sum(0, dtype=dtype) if signed else torch.linalg.vector_norm(flat, ord=1, dim=0, dtype=dtype)
     return sums

@@ -2,19 +2,80 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from ..config import Schedule
 
-def cubic_density(step: int, start: int, end: int, target: float) -> float:
-    """The share of blocks to keep at `step`: 1 until `start`, then target + (1 - target) (1 - t)^3, exactly `target` from `end` on.
 
-    t = (step - start) / (end - start). Section 4.2 of the paper prints this formula for its gamma_t; it is that of the density (the share
-    kept), as the authors' code has it.
+@dataclass(frozen=True)
+class Steps:
+    """A `Schedule` in optimizer steps: density falls from `warm_end` to `end`, masks move in `window` steps before each of `events`."""
+
+    start: int
+    warm_end: int
+    end: int
+    events: tuple[int, ...]
+    window: int
+    per_step: bool
+
+    @classmethod
+    def of(cls, schedule: Schedule, total: int | None) -> Steps:
+        """Shares are of `total` optimizer steps. Events that would fall on one step are one.
+
+        ValueError where a share is given without a total, an end comes before its start or after the total, or a window is longer than the
+        steps between two events.
+        """
+
+        def steps(name: str, value: float) -> int:
+            if isinstance(value, int):
+                return value
+            if total is None:
+                raise ValueError(
+                    f"total_steps: expected the number of optimizer steps, because schedule.{name} = {value} is a share; got None"
+                )
+            return int(value * total + 1e-6)
+
+        start, end = steps("start", schedule.start), steps("end", schedule.end)
+        warm_end = start + steps("warm_up", schedule.warm_up)
+        if not warm_end < end or total is not None and end > total:
+            limit = "" if total is None else f" <= total_steps = {total}"
+            raise ValueError(f"schedule: expected start + warm_up < end{limit} in steps, got start + warm_up = {warm_end} and end = {end}")
+        marks = sorted({start + (end - start) * i // schedule.events for i in range(1, schedule.events + 1)} - {start})
+        pruning = [mark for mark in marks if mark > warm_end]
+        gap = min(after - before for before, after in zip([warm_end, *pruning], pruning, strict=False))
+        window = gap if schedule.window is None else max(steps("window", schedule.window), 1)
+        if not schedule.per_step and window > gap:
+            raise ValueError(f"schedule.window: expected at most the {gap} steps between two events, got {window}")
+        return cls(start, warm_end, end, tuple(marks), window, schedule.per_step)
+
+    def next_event(self, step: int) -> int | None:
+        """The first event at or after `step`."""
+        return next((event for event in self.events if event >= step), None)
+
+    def density(self, step: int, target: float, initial: float = 1.0) -> float | None:
+        """What masks move towards at `step`, None where they rest: the density of the event that comes, or of this very step."""
+        event = self.next_event(step)
+        if event is None or event <= self.warm_end or step <= self.warm_end:
+            return None
+        if not self.per_step and step <= event - self.window:
+            return None
+        return cubic_density(step if self.per_step else event, self.warm_end, self.end, target, initial)
+
+
+def cubic_density(step: int, start: int, end: int, target: float, initial: float = 1.0) -> float:
+    """The density to keep at `step`: `initial` until `start`, then falling by a cube, exactly `target` from `end` on.
+
+    target + (initial - target) (1 - t)^3 with t = (step - start) / (end - start), never above `initial`.
+    Section 4.2 of the paper prints this formula for its gamma_t; it is that of the density (the share kept), as the authors' code has it.
     """
     if not 0.0 <= target <= 1.0:
         raise ValueError(f"target must be a density in [0, 1], got {target}")
-    return target + (1.0 - target) * (1.0 - _progress(step, start, end)) ** 3
+    if not target <= initial <= 1.0:
+        raise ValueError(f"initial must be a density from target = {target} to 1, got {initial}")
+    return min(initial, target + (initial - target) * (1.0 - _progress(step, start, end)) ** 3)
 
 
 def linear_budget(step: int, start: int, end: int, initial: int, factor: float) -> int:

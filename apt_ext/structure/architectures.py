@@ -386,7 +386,7 @@ def unknown_modules(model: nn.Module) -> list[str]:
     """The modules with Parameters that the residual stream of the model's row does not account for, or all of them without a row."""
     row = architecture_of(model)
     stream = None if row is None else row.stream
-    return [name for name, _ in _owners(dict(model.named_modules())) if stream is None or _role(stream, name) is None]
+    return [name for name, _ in owners(dict(model.named_modules())) if stream is None or _role(stream, name) is None]
 
 
 def stored(module: nn.Module) -> nn.Module:
@@ -439,7 +439,7 @@ def _block(modules: dict[str, nn.Module], layer: str, rule: BlockRule) -> Block 
     return replace(block, count=side_width(modules[scaling.module], scaling.side) // (scaling.parts * size))
 
 
-def _owners(modules: dict[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+def owners(modules: dict[str, nn.Module]) -> list[tuple[str, nn.Module]]:
     """(name as before wrapping, stock module) of each module with Parameters of its own."""
     found = []
     for name, module in modules.items():
@@ -456,7 +456,7 @@ def _role(stream: Stream, name: str) -> str | None:
 
 def _hidden(modules: dict[str, nn.Module], stream: Stream | None) -> Block | None:
     sides: list[Side] = []
-    for name, module in _owners(modules) if stream is not None else ():
+    for name, module in owners(modules) if stream is not None else ():
         role = _role(stream, name)  # type: ignore[arg-type]  # it is not None here
         if role is None:
             return None

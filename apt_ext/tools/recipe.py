@@ -88,6 +88,7 @@ class PruneAndGrow:
         """Read this step's activations and gradients, while pruning is still to come."""
         if self.now < self.end:
             self.salience.update()
+            self.importance.observe()
             self.importance.update()
 
     def step(self, optimizer: Optimizer) -> None:

@@ -1,0 +1,424 @@
+"""Controller: drives a training run. It listens to gradients, moves the masks of blocks, and lets ranks grow (APT, ICML 2024)."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .. import agreement
+from ..arguments import checked_choice, checked_int, checked_number
+from ..config import APTConfig, Schedule
+from ..growth import resizable_state
+from ..model import APTModel, adapters
+from ..optimizers import OptimizerLike, optimizers_of
+from ..structure.architectures import architecture_of
+from ..structure.blocks import place_carriers
+from .allocation import AdapterImportance, grown_ranks
+from .cost import Cost, Latency, cost_of
+from .groups import groups_of
+from .schedule import Steps, linear_budget, step_mask
+from .scores import BlockScores
+from .search import search
+
+logger = logging.getLogger("apt_ext")
+
+_FORGOTTEN = 20  # optimizer steps without Controller.step() before it warns
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How ranks grow at the schedule's events, from the adapter parameters at the start to `budget` times as many.
+
+    budget      1 lets no rank grow; 4 in the authors' code
+    limit       no rank grows beyond; None: 8 times its rank at the start, and max_rank in any case
+    rule        "budget": the chosen half takes the whole increase (the authors' code); "paper": its ranks grow at the budget's own rate,
+                which falls short of it
+    importance  "signed" (the authors' code) or "paper", see AdapterImportance
+    """
+
+    budget: float = 4.0
+    limit: int | None = None
+    rule: str = "budget"
+    importance: str = "signed"
+
+    def __post_init__(self) -> None:
+        if checked_number("growth.budget", self.budget) < 1:
+            raise ValueError(f"growth.budget must be at least 1, got {self.budget}")
+        if self.limit is not None:
+            checked_int("growth.limit", self.limit, 1)
+        checked_choice("growth.rule", self.rule, ("budget", "paper"))
+        checked_choice("growth.importance", self.importance, ("signed", "paper"))
+
+
+class Controller:
+    """Prunes blocks and lets ranks grow while a model trains.
+
+        controller = apt_ext.Controller(model, optimizer, total_steps=1000, density=0.4)
+        for batch in batches:
+            model(**batch).loss.backward()
+            controller.observe()  # after the last backward of a step, before the optimizer's step
+            optimizer.step()
+            optimizer.zero_grad()
+            controller.step()
+
+    It counts the optimizer's own steps: micro-batches between two of them are one batch, and one that a GradScaler skips is none. Masks end
+    at exactly 0 or 1 at each event of the schedule. A block whose mask is 0 stays out. Parameters, their objects and the optimizer's state
+    stay; under DDP and FSDP2 every rank makes the same calls, and `APTConfig.max_rank` has to leave room for the ranks.
+
+    Args:
+        model: an APTModel, or a module that holds one (DDP, torch.compile).
+        optimizer: the optimizer that trains it, a list of them, or accelerate's wrapper.
+        total_steps: optimizer steps of the whole run; None where the schedule counts steps.
+        config: whose prune, density, schedule, round_to and uniform count; None: the model's own.
+        prune, density, schedule, round_to, uniform: take the place of the config's.
+        budget: what density is a share of: "parameters" of the layers, "flops" (of a token in a sequence of `length`), "memory", or
+            "latency", by the tables in `latency` (see `Latency`, and `measure_latency`, which makes them).
+        joint: kinds compete by salience for their cost; False: each kind keeps the same share.
+        floor: chunks (one head, or `round_to` neurons or dimensions) that always stay in every block.
+        growth: how ranks grow, a Growth or its budget.
+        decay: of the moving averages of salience and importance.
+        kurtosis: the weight of outliers in the salience (see BlockScores); None: 1 for decoders, 0 else.
+        compact: from the first event that prunes, adapters compute on kept rows and columns only, where this version can.
+        seed: of the generator that draws new rows.
+        log: called with one line at each event, such as tqdm.write; None: the logger "apt_ext", level INFO.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of range, naming it; blocks that the model does not have; a density that
+        the floors do not allow.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: OptimizerLike,
+        total_steps: int | None = None,
+        *,
+        config: APTConfig | None = None,
+        prune: Sequence[str] | None = None,
+        density: float | None = None,
+        schedule: Schedule | Mapping[str, Any] | None = None,
+        round_to: int | None = None,
+        uniform: bool | None = None,
+        budget: str = "parameters",
+        length: int = 128,
+        latency: Mapping[str, Mapping[int, float]] | None = None,
+        joint: bool = True,
+        floor: int = 1,
+        growth: Growth | float = 4.0,
+        decay: float = 0.85,
+        kurtosis: float | None = None,
+        compact: bool = True,
+        seed: int = 0,
+        log: Callable[[str], object] | None = None,
+    ) -> None:
+        self.model = apt_model_in(model)
+        self.optimizer = optimizer
+        optimizers = optimizers_of(optimizer)
+        if not optimizers:
+            raise TypeError(f"optimizer: expected torch's Optimizer, accelerate's wrapper or a list of them, got {optimizer!r}")
+        if total_steps is not None:
+            checked_int("total_steps", total_steps, 1)
+        given = {"prune": prune, "density": density, "schedule": schedule, "round_to": round_to, "uniform": uniform}
+        config = self.model.apt_config if config is None else config
+        if not isinstance(config, APTConfig):
+            raise TypeError(f"config: expected an APTConfig, got {type(config).__name__}")
+        self.config = replace(config, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        self.growth = growth if isinstance(growth, Growth) else Growth(checked_number("growth", growth))
+        checked_choice("budget", budget, ("parameters", "flops", "memory", "latency"))
+        checked_int("length", length, 1)
+        checked_int("floor", floor, 0)
+        self.total_steps, self.joint, self.compact, self.log = total_steps, joint, compact, log
+        self.steps = Steps.of(self.config.schedule, total_steps)
+        self.now = 0  # optimizer steps that were counted
+
+        kinds = self.config.prune if self.config.density < 1.0 else []
+        if self.config.density < 1.0 and not any(block.kind in kinds for block in self.model.blocks.values()):
+            known = sorted({block.kind for block in self.model.blocks.values()})
+            raise ValueError(f"prune: expected kinds of blocks that the model has, {known}, got {self.config.prune}")
+        if "hidden" in kinds and "hidden" in self.model.blocks:
+            place_carriers(self.model.model, self.model.blocks["hidden"])  # now: modules do not change while training
+        if kurtosis is None:
+            row = architecture_of(self.model.model)
+            kurtosis = float(row is not None and row.decoder is True)
+        self.scores = BlockScores(self.model, kinds, checked_number("decay", decay), checked_number("kurtosis", kurtosis))
+        self.blocks = self.scores.blocks
+        self.groups = groups_of(self.model, self.blocks, self.config.round_to, self.config.uniform, floor)
+        self.cost: Cost = _cost(self.model, budget, length, latency, self.blocks)
+        self.importance = AdapterImportance(adapters(self.model), decay, self.growth.importance == "signed")
+        self.generator = torch.Generator().manual_seed(seed)
+
+        self._full = {name: block.count for name, block in self.model.blocks.items()}
+        self._masks = {name: self.model.get_block_mask(name).cpu() for name in self.model.blocks}
+        self._live = {name: mask != 0 for name, mask in self._masks.items()}  # at the last event: what may still be kept
+        self._dense = self.cost.total(self._full)
+        self._initial = self.density
+        self._parameters, self._ranks = self.adapter_parameters, {name: a.rank for name, a in self.importance.adapters.items()}
+        self._compacted = False
+        self._check_floors()
+
+        self._observed, self._stepped, self._since = False, False, 0
+        self._handles = [one.register_step_post_hook(self._note_step) for one in optimizers]
+
+    # -- what others may ask -----------------------------------------------------------------------------------------
+
+    @property
+    def density(self) -> float:
+        """The share of the budget's cost that the blocks with a mask above 0 have now."""
+        return self.cost.total(self._counts()) / self._dense if self._dense else 1.0
+
+    @property
+    def progress(self) -> float:
+        """0 until density begins to fall, 1 from the last event on, linear between: the weight of a distillation loss in the paper."""
+        return min(max((self.now - self.steps.warm_end) / (self.steps.end - self.steps.warm_end), 0.0), 1.0)
+
+    @property
+    def done(self) -> bool:
+        """Whether the last event has been: masks and ranks do not change any more."""
+        return self.now >= self.steps.end
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Entries of all factors in use."""
+        return sum(adapter.get_parameter_count() for adapter in self.importance.adapters.values())
+
+    # -- the loop ----------------------------------------------------------------------------------------------------
+
+    def observe(self) -> None:
+        """Call it before every optimizer step, after the last backward: reads the gradients while they are there."""
+        if not self.done:
+            self.importance.observe()
+            self._observed = True
+
+    def step(self) -> None:
+        """Call it after every optimizer step: counts it and, where the schedule says so, moves masks and lets ranks grow.
+
+        Without an optimizer step since the last call (micro-batches, a step that GradScaler skipped) nothing is counted.
+
+        Raises RuntimeError where observe() was not called; where a change is refused (a merged adapter, a Parameter that DDP holds without
+        max_rank, ranks of a process group that disagree) with masks and ranks as before.
+        """
+        stepped, self._stepped, self._since = self._stepped, False, 0
+        if not stepped:
+            self.scores.salience.drop_overflow()
+            return
+        if not self.done:
+            if not self._observed:
+                raise RuntimeError("step: expected observe() before the optimizer's step, got none")
+            self._observed = False
+            self.scores.salience.update()
+            self.importance.update()
+        self.now += 1
+        if self.now <= self.steps.end:
+            self._change()
+        if self.now == self.steps.end:
+            self.scores.salience.remove()
+
+    def remove(self) -> None:
+        """Take every hook off the model and the optimizer; masks and ranks stay as they are."""
+        self.scores.salience.remove()
+        while self._handles:
+            self._handles.pop().remove()
+
+    def _note_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        overflow = getattr(optimizer, "found_inf", None)  # GradScaler leaves it to a fused optimizer to skip
+        if isinstance(overflow, Tensor) and bool(overflow.item()):
+            return
+        self._stepped = True
+        self._since += 1
+        if self._since == _FORGOTTEN and not self.done:
+            warnings.warn(
+                f"Controller: {_FORGOTTEN} optimizer steps without Controller.step(): masks and ranks do not change; call observe() "
+                "before and step() after each of them",
+                stacklevel=4,
+            )
+
+    # -- changes -----------------------------------------------------------------------------------------------------
+
+    def _change(self) -> None:
+        event = self.now in self.steps.events
+        masks, threshold = self._next_masks(hard=event)
+        ranks = self._next_ranks() if event else {}
+        if masks or ranks:
+            with agreement.change(f"step {self.now} of the Controller") as agree:
+                self._check_change(masks, ranks)
+                agree(list(masks), list(masks.values()), sorted(ranks.items()), list(self._ranks_now().items()))
+                self._make(masks, ranks)
+        if event:
+            self._live = {name: mask != 0 for name, mask in self._masks.items()}
+            self.importance.restart()
+            if self.compact and not self._compacted and not all(bool(live.all()) for live in self._live.values()):
+                self._turn_compact()
+            self._say(threshold)
+
+    def _check_change(self, masks: Mapping[str, Tensor], ranks: Mapping[str, int]) -> None:
+        """RuntimeError for what would be refused, before anything changes."""
+        touched = {side.module for name in masks for side in self.blocks[name].sides}
+        found = {name: adapter for name, adapter in adapters(self.model) if name in touched or name in ranks}
+        merged = next((name for name, adapter in found.items() if adapter.merged), None)
+        if merged is not None:
+            raise RuntimeError(f"step: {merged} is merged under its present masks; call unmerge_weights() first")
+        free = [factor for name in ranks if found[name].max_rank is None for factor in (found[name].lora_A, found[name].lora_B)]
+        resizable_state(free, self.optimizer)
+
+    def _make(self, masks: Mapping[str, Tensor], ranks: Mapping[str, int]) -> None:
+        for name, mask in masks.items():
+            self.model.set_block_mask(name, mask)
+            self._masks[name] = mask
+        for name, rank in ranks.items():
+            self.importance.adapters[name].increase_rank(rank, optimizer=self.optimizer, generator=self.generator)
+
+    def _next_masks(self, hard: bool) -> tuple[dict[str, Tensor], float]:
+        """The masks that change at this step, and the salience for its cost of the last chunk that stays."""
+        density = self.steps.density(self.now, min(self.config.density, self._initial), self._initial)
+        if density is None or not self.blocks:
+            return {}, float("inf")
+        self._refresh_outliers()
+        budget = density * self._dense * (1 + 1e-12)  # 0.29 * 100 is a little below 29
+        live = {name: self._live[name] for name in self.blocks}
+        found = search(self.scores.scores(), live, self.groups, self.cost, self._counts(), budget, self.joint)
+        masks = {}
+        for name, keep in found.keep.items():
+            old = self._masks[name]
+            last = hard and (not self.steps.per_step or self.now == self.steps.end)
+            new = keep.to(old.dtype) if last else torch.where(self._live[name], step_mask(old, keep, self.steps.window), old)
+            if not torch.equal(new, old):
+                masks[name] = new
+        return masks, found.threshold
+
+    def _refresh_outliers(self) -> None:
+        """At the beginning of a window, from which on masks move towards one event."""
+        event = self.steps.next_event(self.now) or self.now
+        if self.steps.per_step or self.now == max(event - self.steps.window, self.steps.warm_end) + 1:
+            self.scores.look_for_outliers()
+
+    def _next_ranks(self) -> dict[str, int]:
+        found, start = self.importance.adapters, self.steps.start
+        ranks = self._ranks_now()
+        allowed = linear_budget(self.now, start, self.steps.end, self._parameters, self.growth.budget)
+        limits = {}
+        for name, adapter in found.items():
+            most = 8 * self._ranks[name] if self.growth.limit is None else self.growth.limit
+            limits[name] = min(most, adapter.max_rank or most, adapter.in_features, adapter.out_features)
+        before = max((event for event in self.steps.events if event < self.now), default=start)
+        rate = allowed / linear_budget(before, start, self.steps.end, self._parameters, self.growth.budget)
+        return grown_ranks(
+            ranks,
+            {name: adapter.in_features + adapter.out_features for name, adapter in found.items()},
+            self.importance.importance(),
+            allowed,
+            limits,
+            rate if self.growth.rule == "paper" else None,
+        )
+
+    def _turn_compact(self) -> None:
+        turn = getattr(type(self.model), "compact", None)
+        if turn is not None:
+            turn(self.model)
+        self._compacted = True
+
+    def _counts(self) -> dict[str, int]:
+        return {name: int((mask != 0).sum()) for name, mask in self._masks.items()}
+
+    def _ranks_now(self) -> dict[str, int]:
+        return {name: adapter.rank for name, adapter in self.importance.adapters.items()}
+
+    def _check_floors(self) -> None:
+        """ValueError where even the floors cost more than the target allows."""
+        if not self.blocks:
+            return
+        flat = {name: torch.zeros(block.count) for name, block in self.blocks.items()}
+        live = {name: self._live[name] for name in self.blocks}
+        least = search(flat, live, self.groups, self.cost, self._counts(), -1.0, self.joint).keep
+        share = self.cost.total({**self._counts(), **{name: int(keep.sum()) for name, keep in least.items()}}) / self._dense
+        if share > self.config.density:
+            raise ValueError(
+                f"density: expected at least {share:.4f}, which is what stays where every block keeps its floor and {self.config.prune} "
+                f"alone are pruned, got {self.config.density}"
+            )
+
+    def _say(self, threshold: float) -> None:
+        ranks = sorted(self._ranks_now().values())
+        counts = self._counts()
+        kept = []
+        for kind in dict.fromkeys(block.kind for block in self.blocks.values()):
+            of = sorted(counts[name] for name, block in self.blocks.items() if block.kind == kind)
+            kept.append(f"{kind} {_range(of)} of {max(block.count for block in self.blocks.values() if block.kind == kind)}")
+        line = f"step {self.now}: density {self.density:.4f} (target {self.config.density:g})"
+        line += "".join(f", {text}" for text in kept) + f", ranks {_range(ranks) if ranks else 'none'}"
+        line += f", {self.adapter_parameters:,} adapter parameters" + ("" if threshold == float("inf") else f", last score {threshold:.3g}")
+        if self.log is None:
+            logger.info("%s", line)
+        else:
+            self.log(line)
+
+    # -- stop and go on ----------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values: with the model's and the optimizer's states, all that a run needs to go on. Taken after `step`."""
+        return {
+            "step": self.now,
+            "scores": self.scores.state_dict(),
+            "importance": self.importance.state_dict(),
+            "generator": self.generator.get_state(),
+            "masks": {name: mask.clone() for name, mask in self._masks.items()},
+            "live": {name: live.clone() for name, live in self._live.items()},
+            "ranks": self._ranks_now(),
+            "initial": {"density": self._initial, "parameters": self._parameters, "ranks": dict(self._ranks)},
+            "schedule": vars(self.steps) | {"density": self.config.density},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`, after the model and the optimizer have loaded theirs.
+
+        Nothing has changed when this raises ValueError: the model's masks or ranks are not those of the state, or the schedule is another.
+        """
+        schedule = vars(self.steps) | {"density": self.config.density}
+        if dict(state["schedule"]) != schedule:
+            raise ValueError(f"state: expected the schedule {schedule}, got {dict(state['schedule'])}")
+        found = {name: adapter.rank for name, adapter in adapters(self.model) if name in state["ranks"]}
+        if found != dict(state["ranks"]):
+            raise ValueError(f"state: expected the ranks of the model, {found}, got {dict(state['ranks'])}; load the model's state first")
+        masks = {name: self.model.get_block_mask(name).cpu() for name in self.model.blocks}
+        if masks.keys() != state["masks"].keys() or not all(torch.equal(mask, state["masks"][name].cpu()) for name, mask in masks.items()):
+            raise ValueError("state: expected the masks of the model, got others; load the model's state first")
+        self.importance.load_state_dict(state["importance"])
+        self.scores.load_state_dict(state["scores"])
+        self.generator.set_state(state["generator"].cpu())
+        self.now = int(state["step"])
+        self._masks, self._live = masks, {name: live.cpu().clone() for name, live in state["live"].items()}
+        initial = state["initial"]
+        self._initial, self._parameters, self._ranks = initial["density"], initial["parameters"], dict(initial["ranks"])
+        self._observed, self._stepped, self._since = False, False, 0
+        if self.done:
+            self.scores.salience.remove()
+        if self.compact and not all(bool(live.all()) for live in self._live.values()):
+            self._turn_compact()
+
+
+def apt_model_in(model: nn.Module) -> APTModel:
+    """The APTModel itself, or the one that a wrapper holds; TypeError where there is none."""
+    found = [module for module in model.modules() if isinstance(module, APTModel)] if isinstance(model, nn.Module) else []
+    if len(found) != 1:
+        raise TypeError(f"model: expected an APTModel or a module that holds one, got {type(model).__name__} with {len(found)}")
+    return found[0]
+
+
+def _cost(apt: APTModel, budget: str, length: int, latency: Mapping[str, Mapping[int, float]] | None, pruned: Mapping[str, Any]) -> Cost:
+    if budget != "latency":
+        if latency is not None:
+            raise ValueError(f"latency: expected None with budget={budget!r}, got tables")
+        return cost_of(apt.model, apt.blocks, budget, length)
+    if latency is None:
+        raise ValueError("latency: expected {kind: {number kept: seconds}} with budget='latency', got None; see measure_latency")
+    return Latency({name: block.kind for name, block in pruned.items()}, latency)
+
+
+def _range(numbers: list[int]) -> str:
+    return f"{numbers[0]}" if numbers[0] == numbers[-1] else f"{numbers[0]}-{numbers[-1]}"
