@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from . import agreement, growth, ops, state
@@ -202,7 +203,7 @@ class APTAdapter(Merging):
             self._check_override("mask_in", mask_in, self.in_features, x)
         if mask_out is not None:
             self._check_override("mask_out", mask_out, self.out_features, x)
-        compiling = torch.compiler.is_compiling()
+        compiling = is_compiling()
         if not compiling:
             self._changes.check()
         # The registries themselves: attribute access through nn.Module costs as much as a small product.
@@ -213,8 +214,10 @@ class APTAdapter(Merging):
             if self._merged:
                 self._warn_if_learning()
             return base(x)  # type: ignore[no-any-return]
-        mask_in = self._effective_mask("mask_in", compiling) if mask_in is None else mask_in
-        mask_out = self._effective_mask("mask_out", compiling) if mask_out is None else mask_out
+        if mask_in is None:
+            mask_in = self._effective_mask("mask_in", compiling)
+        if mask_out is None:
+            mask_out = self._effective_mask("mask_out", compiling)
         return self._compute(x, mask_in, mask_out)
 
     def _compute(self, x: Tensor, mask_in: Tensor | None, mask_out: Tensor | None) -> Tensor:
@@ -224,7 +227,9 @@ class APTAdapter(Merging):
         weight: Any = None
         bias: Any = None
         if base is not None:
-            weight, bias = base.weight, base.bias
+            own = base._parameters
+            weight = own["weight"] if "weight" in own else base.weight
+            bias = own["bias"] if "bias" in own else base.bias
             weight = weight.t() if self._transposed else weight
         if self.dropout > 0.0 and self.training:
             # Dropping commutes with masking, so the low-rank path is the same op on its own dropped input.

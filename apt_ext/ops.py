@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _is_torch_function_mode_enabled
+from torch.compiler import is_compiling
 
 from . import _C
 
 __all__ = ["apt_linear", "build_info", "mask_grads_", "merge_"]
 
-# Bound once: one route for eager, compile and export.
+# Bound once.
 _apt_linear = torch.ops.apt_ext.apt_linear.default
 _merge_ = torch.ops.apt_ext.merge_.default
 _mask_grads_ = torch.ops.apt_ext.mask_grads_.default
@@ -64,6 +66,13 @@ def apt_linear(
     RuntimeError names one that requires a gradient. Second derivatives, forward mode, ``torch.func`` and ``vmap`` run the
     same formula in plain torch operations, wider and slower.
     """
+    # The typed door costs 1.5 us less than torch.ops' and reaches the same dispatcher. It misses __torch_function__ and tracers of Python,
+    # and words a wrong argument worse.
+    if type(x) is Tensor and not is_compiling() and not _is_torch_function_mode_enabled():
+        try:
+            return _C.apt_linear(x, weight, bias, lora_A, lora_B, mask_in, mask_out, scaling)
+        except TypeError:
+            pass
     return _call(_apt_linear, x, weight, bias, lora_A, lora_B, mask_in, mask_out, scaling)  # type: ignore[no-any-return]
 
 

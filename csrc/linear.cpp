@@ -33,6 +33,11 @@ Tensor absorb(const Tensor& factor, const OptTensor& inverse) {
   return inverse.has_value() ? (factor.to(at::kFloat) * *inverse).to(at::kHalf) : factor;
 }
 
+// A conversion that changes nothing is a dispatched call all the same.
+Tensor as(const Tensor& tensor, at::ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
+}
+
 // lhs rhs [M, R] with a skinny result: x's dtype, but float32 for float16 (CUDA only; see widened below).
 Tensor down(const Tensor& lhs, const Tensor& rhs) {
   at::ScalarType dtype = lhs.scalar_type() == at::kHalf ? at::kFloat : lhs.scalar_type();
@@ -82,7 +87,7 @@ Tensor factor_grad(const Tensor& lhs, const Tensor& rhs, double scaling, at::Sca
   // beta = 0: the fresh memory is not read
   Tensor grad = at::empty({lhs.size(0), rhs.size(1)}, rhs.options());
   grad.addmm_(lhs, rhs, 0, scaling);
-  return grad.to(dtype);
+  return as(grad, dtype);
 }
 
 // dst may have more rows and columns than src: they become zero.
@@ -134,7 +139,7 @@ OptTensor rows_of(const OptTensor& tensor, int64_t start, int64_t length,
 
 // y = mask_out * (x W^T + s t B^T + b) for x already masked and t already computed
 Tensor output_of(const Tensor& x, const Tensor& t, const Layer& layer) {
-  Tensor factor = layer.lora_B.to(x.scalar_type()).t();
+  Tensor factor = as(layer.lora_B, x.scalar_type()).t();
   Tensor y;
   if (layer.weight.has_value() && !layer.bias.has_value()) {
     y = dense_and_low(x, layer.weight->t(), t, factor, layer.scaling);
@@ -210,7 +215,7 @@ LinearPlan plan_for(const Tensor& x, const Layer& layer) {
 std::tuple<Tensor, Tensor> library_forward(const Tensor& x, const Layer& layer) {
   Tensor masked = lanes(x, layer.mask_in, 1, false);
   // Pruned columns of A are selected too: 0 * NaN is NaN.
-  Tensor factor = lanes(layer.lora_A.to(x.scalar_type()), layer.mask_in, 1, true);
+  Tensor factor = lanes(as(layer.lora_A, x.scalar_type()), layer.mask_in, 1, true);
   Tensor t = down(masked, factor.t());
   return {output_of(masked, t, layer), t};
 }
@@ -222,9 +227,9 @@ std::array<Tensor, 4> library_backward(const Tensor& grad, const Tensor& x, cons
   std::array<Tensor, 4> out;
   Tensor g = lanes(grad, layer.mask_out, 1, false);
   Tensor u;  // [M, R] = g B
-  if (need_x || need_A) u = down(g, lanes(layer.lora_B.to(dtype), layer.mask_out, 0, true));
+  if (need_x || need_A) u = down(g, lanes(as(layer.lora_B, dtype), layer.mask_out, 0, true));
   if (need_x) {
-    Tensor dx, factor = layer.lora_A.to(dtype);
+    Tensor dx, factor = as(layer.lora_A, dtype);
     if (layer.weight.has_value()) {
       dx = dense_and_low(g, *layer.weight, u, factor, layer.scaling);
     } else {

@@ -98,7 +98,9 @@ Sizes check_backward(const Tensor& grad, const Tensor& x, const OptTensor& weigh
   return size;
 }
 
+// A view is a dispatched call, so matrices are taken as they are.
 Tensor flat(const Tensor& x) {
+  if (x.dim() == 2) return x;
   int64_t columns = x.size(-1), rows = 1;
   for (int64_t dim = 0; dim + 1 < x.dim(); ++dim) rows *= x.size(dim);
   return x.reshape({rows, columns});
@@ -151,6 +153,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Layer& layer) {
       linear_forward(reachable(flat(x)),
                      {reachable(layer.weight), layer.bias, reachable(layer.lora_A), reachable(layer.lora_B),
                       layer.mask_in, layer.mask_out, layer.scaling, layer.keep_low});
+  if (x.dim() == 2) return {y, t};
   if (t.defined()) t = t.view_symint(with_last(x, size.R));
   return {y.view_symint(with_last(x, size.N)), t};
 }
@@ -190,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> apt_linear_backward(const Tensor& gra
         reachable(flat(grad)), reachable(flat(x)), flat(t),
         {reachable(weight), std::nullopt, reachable(lora_A), reachable(lora_B), mask_in, mask_out, scaling},
         output_mask);
-    if (need_x) out[0] = out[0].view(x.sizes());
+    if (need_x && x.dim() != 2) out[0] = out[0].view(x.sizes());
   }
   for (Tensor& gradient : out) {
     if (!gradient.defined()) gradient = at::empty({0}, x.options());

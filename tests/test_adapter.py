@@ -298,3 +298,22 @@ def test_current_stream_is_used():
     torch.cuda.synchronize()
     torch.testing.assert_close(got, want)
     assert_accurate(nn.functional.linear(2 * x, merged) + mask * adapter.bias, want.double(), 50 * want.double().abs(), torch.float32)
+
+
+def test_a_weight_that_is_computed_takes_part():
+    """Parametrised or set as plain attributes (FSDP's views): forward computes with what the base layer answers."""
+    base = nn.Linear(6, 5)
+    adapter = APTAdapter.from_linear(base, 2)
+    x = torch.randn(3, 6)
+    nn.utils.parametrize.register_parametrization(base, "weight", Twice())
+    assert torch.allclose(adapter(x), base(x))
+    nn.utils.parametrize.remove_parametrizations(base, "weight", leave_parametrized=False)
+    weight, bias = base.weight.detach() * 3, base.bias.detach() * 3
+    del base.weight, base.bias
+    base.weight, base.bias = weight, bias
+    assert torch.allclose(adapter(x), nn.functional.linear(x, weight, bias))
+
+
+class Twice(nn.Module):
+    def forward(self, weight):
+        return 2 * weight

@@ -54,6 +54,35 @@ def test_every_op_has_a_sample():
     assert {name for name, _ in _samples("cpu")} == set(OPS)
 
 
+class Named(torch.Tensor):
+    """A subclass that torch's own functions keep."""
+
+
+class Watch(torch.overrides.TorchFunctionMode):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_fast_door_is_only_for_plain_tensors():
+    """Subclasses, function modes and Python tracers see the same call as through torch.ops."""
+    p = Problem((3,), 6, 5, 2, torch.float32, "cpu", "soft")
+    others = (p.weight, p.bias, p.lora_A, p.lora_B, p.mask_in, p.mask_out, 1.5)
+    expected, op = apt_ext.ops.apt_linear(p.x, *others), torch.ops.apt_ext.apt_linear.default
+    assert type(expected) is torch.Tensor
+    kept = apt_ext.ops.apt_linear(p.x.as_subclass(Named), *others)
+    assert type(kept) is Named and torch.equal(kept.as_subclass(torch.Tensor), expected)
+    with Watch() as watch:
+        assert torch.equal(apt_ext.ops.apt_linear(p.x, *others), expected)
+    assert op in watch.seen
+    traced = torch.fx.symbolic_trace(lambda x: apt_ext.ops.apt_linear(x, *others))
+    assert op in [node.target for node in traced.graph.nodes] and torch.equal(traced(p.x), expected)
+
+
 @pytest.mark.parametrize("index", range(15))
 def test_opcheck(device, index):
     samples = list(_samples(device))
