@@ -1,15 +1,21 @@
-"""The README's lines of use and its formula run as they stand there."""
+"""The README's lines of use and its formula run as they stand there; its figures are those of the kept runs."""
 
+import importlib.util
+import json
 import pathlib
 import re
+import shlex
+import shutil
 
 import pytest
 import torch
 from torch.nn import functional as F
 
 from apt_ext import ops
+from apt_ext.tools import cli
 
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 CODE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
@@ -41,3 +47,39 @@ def test_the_lines_of_use(tmp_path, monkeypatch):
     assert small.config.intermediate_size == 24
     expected = names["model"].eval()(**batch).logits
     torch.testing.assert_close(small(**batch).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def tables():
+    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks" / "readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_its_figures_are_those_of_the_kept_runs(tables):
+    assert tables.written(README) == README
+
+
+@pytest.mark.parametrize("name", ["quality", "parameters", "bytes on disk", "devices"])
+def test_a_figure_that_no_run_gave_is_noticed(tables, tmp_path, name):
+    shutil.copytree(tables.RESULTS, tmp_path / "results")
+    changed = next(path for path in sorted((tmp_path / "results").glob("shrink-*.json")) if name in path.read_text())
+    run = json.loads(changed.read_text())
+    where = run[name]["cpu"]["tokens per second"]["after"] if name == "devices" else run[name]
+    where["low" if name == "devices" else "before"] *= 0.9
+    changed.write_text(json.dumps(run))
+    assert tables.written(README, tmp_path / "results") != README
+    with pytest.raises(ValueError, match="expected one place for the table speed"):
+        tables.written(README.replace("<!-- end of table speed -->", ""))
+
+
+def test_the_kept_runs_are_of_commands_that_there_are(tables):
+    runs = tables.shrink_runs(tables.RESULTS)
+    assert runs and all(run["commit"] and "-dirty" not in run["commit"] for run in runs)
+    for run in runs:
+        program, *arguments = shlex.split(run["command"])
+        options = cli._parser().parse_args(arguments)
+        assert program == "apt-ext" and dict(options.keep) == run["settings"]["keep"]
+        for found in run["devices"].values():
+            assert all(len(found["tokens per second"][side]["rounds"]) >= 5 for side in ("before", "after"))

@@ -223,11 +223,11 @@ def table(report: dict[str, Any]) -> str:
         lines.append(_row(name, report[name], lambda value: f"{value:,}"))
     for device, found in report["devices"].items():
         lines.append(f"{found['device']}, {found['dtype']}" + (f", {found['threads']} threads" if device == "cpu" else ""))
-        for name in ("tokens per second", "generated tokens per second", "peak memory"):
+        for name, unit in (("tokens per second", 1.0), ("generated tokens per second", 1.0), ("peak memory", 1e6)):
             if name in found:
-                lines.append(_row(f"  {name}", {side: found[name][side]["median"] for side in ("before", "after")}, lambda v: f"{v:,.0f}"))
-                quartiles = {side: found[name][side] for side in ("before", "after")}
-                lines.append(_row("    quartiles", quartiles, lambda v: f"{v['low']:,.0f}-{v['high']:,.0f}"))
+                sides = {side: {part: found[name][side][part] / unit for part in ("low", "median", "high")} for side in ("before", "after")}
+                lines.append(_row(f"  {name}{', MB' if unit > 1 else ''}", sides, lambda value: f"{value['median']:,.0f}"))
+                lines.append(_row("    quartiles", sides, lambda value: f"{value['low']:,.0f}-{value['high']:,.0f}"))
     return "\n".join([*lines, *([f"continues: {report['text']!r}"] if "text" in report else [])])
 
 
