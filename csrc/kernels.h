@@ -106,6 +106,8 @@ struct TokenSumArgs {
   int64_t span;  // tokens a block, a multiple of 64, from launch_plan
 };
 
+constexpr int64_t kStagedBytes = 113664;  // of shared memory a block, gather.cu and scatter.cu
+
 constexpr int64_t kMostRank = 16;  // beyond it the library's products are as fast (docs/performance.md)
 
 // grad [R, C], or by_channel [C, R] = mask * scaling * the sum of `spans` partial sums [R, C], zeros
@@ -124,7 +126,7 @@ struct FactorGradPair {
   FactorGrad job[2];  // the second may be missing (null grad)
 };
 
-// The kept lanes of a matrix side by side (the first half of a compacted layer):
+// The kept lanes of a matrix side by side (cuda/gather.cu), the first end of a compacted layer:
 // gathered[m, j] = mask[index[j]] * x[row_index[m], index[j]], zeros selected; an index of -1 is a zero that
 // pads.
 struct GatherArgs {
@@ -132,30 +134,34 @@ struct GatherArgs {
   const void* x;       // [.., C], strides in elements
   int64_t x_stride[2];
   const int32_t* row_index;  // [M], or null: row m is row m
-  const int32_t* index;      // [kept]
+  const int32_t* index;      // [kept]; staged: ascending and then -1
   Mask mask;                 // [C]
   void* gathered;            // [M, kept] contiguous
   DType dtype;
-  // The product with a skinny factor on the way, where the device can: low [M, R] = gathered down^T. Else
-  // null.
+  // Through shared memory, reading every line once: on CUDA only, for 16-bit types with rows of whole 16
+  // bytes at aligned addresses, a float32 mask, no row_index, and kStagedBytes for a block. Then a product
+  // with a skinny factor can go along: low [M, R] = gathered down^T with down [R, kept] and R at most
+  // kMostRank; null low: none.
+  bool staged;
   void* low;
-  Factor down;  // over the kept lanes
+  const void* down;
   int64_t R;
   DType low_dtype;
 };
 
-// Their way back (the second half): out[m, c] = mask[c] * (values[m, position[c]] + scaling (low up^T)[m,
-// position[c]] + bias[c]), and 0 where position[c] is -1 or the mask is 0.
+// Their way back (cuda/scatter.cu), the other end: out[m, c] = mask[c] * (values[m, position[c]] + bias[c] +
+// scaling (low up^T)[m, c]), and 0 where position[c] is negative or the mask is 0.
 struct ScatterArgs {
   int64_t M, E, kept;       // rows; columns of out; columns of values
   const void* values;       // [M, kept] contiguous
-  const int32_t* position;  // [E]
+  const int32_t* position;  // [E]; of a pruned lane ~(the number of kept lanes before it)
   Mask mask;                // [E]
   const void* bias;         // [E] of the compute dtype, or null
   void* out;                // [M, E] contiguous
   DType dtype;
-  const void* low;  // [M, R] contiguous, or null
-  Factor up;        // over the kept lanes
+  bool staged;      // as in GatherArgs
+  const void* low;  // [M, R] contiguous
+  const void* up;   // [E, R] contiguous
   int64_t R;
   double scaling;
   DType low_dtype;

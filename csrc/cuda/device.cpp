@@ -27,6 +27,8 @@ DeviceLimits cuda_limits(int device_index) {
 const Kernels kCudaKernels{.lanes = &cuda::lanes,
                            .merge = &cuda::merge,
                            .mask_grads = &cuda::mask_grads,
+                           .gather = &cuda::gather,
+                           .scatter = &cuda::scatter,
                            .low_rank = &cuda::low_rank,
                            .token_sums = &cuda::token_sums,
                            .add_spans = &cuda::add_spans};

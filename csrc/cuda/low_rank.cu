@@ -11,37 +11,33 @@
 // Blocks go through the rows from the last to the first: the product that follows starts with the first, and
 // finds what was touched last still in the L2 cache.
 #include "kernels.h"
+#include "low_rows.cuh"
 #include "queue.cuh"
 
 namespace apt::cuda {
 namespace {
 
-constexpr int kThreads = 256, kSplits = kThreads / 32;  // the warps of a block split the columns
-constexpr int kRank = 16;                               // R padded with zeros
-constexpr int kLowPitch = kRank + 8;                    // of the rows of `low` in shared memory
-constexpr int kMostRows = 32;                           // of x and out a block owns: 16 or 32
+constexpr int kThreads = kRowThreads, kSplits = kRowWarps;  // the warps of a block split the columns
+constexpr int kMostRows = 32;                               // of x and out a block owns: 16 or 32
 constexpr int kStep = 64;    // columns a warp does at a time: 128 bytes of a row, a whole line
 constexpr int kPieces = 12;  // of 16 bytes that a thread needs a step: at most 8 of x or out, 4 of the factor
 constexpr int kStages = 2;   // the step at work and the next
-static_assert(kRank == kMostRank);
 
 // A block owns 16 * kTiles rows, each warp all of them, and its warps divide the columns.
 template <class T, int kTiles>
-struct Block {
-  static constexpr int kRows = 16 * kTiles;
+struct Block : LowRows<T, kTiles> {
+  using Rows = LowRows<T, kTiles>;
+  using Rows::g, Rows::q, Rows::split, Rows::row0, Rows::row_of;
+  static constexpr int kRows = Rows::kRows;
   static constexpr int kFactorPiece = 4 * kTiles;  // behind the pieces of x or out
 
   const LowRankArgs& args;
   Queue<kStages, kPieces, kThreads> queue;
-  T* low;            // [kRows][kLowPitch]
-  float* row_scale;  // [kRows]: what `low` was divided by
 
-  const int64_t row0 = int64_t{gridDim.x - 1 - blockIdx.x} * kRows;
-  const int lane = threadIdx.x % 32, split = threadIdx.x / 32;
-  const int g = lane / 4, q = lane % 4;  // see mma.cuh
-
-  // Row of tile t that this lane holds: g or, half, g + 8.
-  __device__ __forceinline__ int row_of(int t, int half) const { return t * 16 + half * 8 + g; }
+  __device__ __forceinline__ Block(const LowRankArgs& args, unsigned char* memory, unsigned char* low_memory)
+      : Rows(low_memory, int64_t{gridDim.x - 1 - blockIdx.x} * kRows, args.M, args.R),
+        args(args),
+        queue{memory} {}
 
   // The first of the eight columns that this lane holds in side s, the first or second 32 columns of a step.
   __device__ __forceinline__ int64_t column_of(int step, int s) const {
@@ -178,89 +174,8 @@ struct Block {
     };
     queue.run(split, static_cast<int>((args.C + kStep - 1) / kStep), kSplits, fill, early, body);
     __syncthreads();  // nobody's queue is in use
-    add_splits(sum);
-    if (split == 0) write_low(sum, by_channel);
-    __syncthreads();
-  }
-
-  // Adds the sums of the warps that share rows, in the same order each time; split 0 has them in the end.
-  __device__ __forceinline__ void add_splits(float (&sum)[kTiles][2][4]) {
-    constexpr int kValues = kTiles * 8;
-    float* sums = reinterpret_cast<float*>(queue.memory);
-    float* flat = &sum[0][0][0];
-#pragma unroll
-    for (int step = kSplits / 2; step > 0; step /= 2) {
-      float* at = sums + split % step * kValues * 32 + lane;
-      if (split >= step && split < 2 * step) {
-#pragma unroll
-        for (int i = 0; i < kValues; ++i) at[i * 32] = flat[i];
-      }
-      __syncthreads();
-      if (split < step) {
-#pragma unroll
-        for (int i = 0; i < kValues; ++i) flat[i] += at[i * 32];
-      }
-      __syncthreads();
-    }
-  }
-
-  // `low` to global memory, and to shared memory in 16 bits, where a row may have to be divided to fit
-  // float16.
-  __device__ __forceinline__ void write_low(const float (&sum)[kTiles][2][4], bool by_channel) {
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = row_of(t, half);
-        float divisor = 1.f;
-        if constexpr (std::is_same_v<T, __half>) {
-          float largest = 0.f;
-#pragma unroll
-          for (int i = 0; i < 4; ++i) largest = fmaxf(largest, fabsf(sum[t][i / 2][half * 2 + i % 2]));
-          for (int step = 1; step < 4; step *= 2)
-            largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
-          divisor = half_divisor(largest);
-        }
-        if (q == 0) row_scale[row] = divisor;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int n = i / 2, e = i % 2;
-          const int r = by_channel ? q * 4 + n * 2 + e : n * 8 + q * 2 + e;
-          const float value = sum[t][n][half * 2 + e];
-          low[row * kLowPitch + r] = narrow<T>(value / divisor);
-          if (args.low != nullptr && r < args.R && row0 + row < args.M) {
-            const int64_t at = (row0 + row) * args.R + r;
-            if (args.low_dtype == DType::kFloat32) {
-              static_cast<float*>(args.low)[at] = value;
-            } else {
-              static_cast<T*>(args.low)[at] = narrow<T>(value);
-            }
-          }
-        }
-      }
-    }
-  }
-
-  // `low` from global memory, as write_low leaves it.
-  __device__ __forceinline__ void read_low() {
-    constexpr int threads = kThreads / kRows;  // a row: 8 or 16, neighbours in a warp
-    const int row = threadIdx.x / threads, first = threadIdx.x % threads;
-    const int64_t at = (row0 + row) * args.R;
-    auto value = [&](int r) {
-      if (r >= args.R || row0 + row >= args.M) return 0.f;
-      return args.low_dtype == DType::kFloat32 ? static_cast<const float*>(args.low)[at + r]
-                                               : widen(static_cast<const T*>(args.low)[at + r]);
-    };
-    float divisor = 1.f;
-    if constexpr (std::is_same_v<T, __half>) {
-      float largest = 0.f;
-      for (int r = first; r < kRank; r += threads) largest = fmaxf(largest, fabsf(value(r)));
-      for (int step = threads / 2; step > 0; step /= 2)
-        largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
-      divisor = half_divisor(largest);
-    }
-    for (int r = first; r < kRank; r += threads) low[row * kLowPitch + r] = narrow<T>(value(r) / divisor);
-    if (first == 0) row_scale[row] = divisor;
+    this->add_splits(sum, queue.memory);
+    if (split == 0) this->write(sum, by_channel, args.low, args.low_dtype);
     __syncthreads();
   }
 
@@ -277,14 +192,12 @@ struct Block {
     float row_factor[kTiles][2], row_mask[kTiles][2];
 #pragma unroll
     for (int t = 0; t < kTiles; ++t) {
+      this->operand(t, true, lhs[t], row_factor[t]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = row_of(t, half);
-        row_factor[t][half] = float(args.scaling) * row_scale[row];
-        row_mask[t][half] =
-            !kPlain && args.row_mask != nullptr && row0 + row < args.M ? args.row_mask[row0 + row] : 1.f;
-        const uint2 ranks = *reinterpret_cast<const uint2*>(low + row * kLowPitch + q * 4);
-        lhs[t][half] = ranks.x, lhs[t][2 + half] = ranks.y;
+        const int64_t row = row0 + row_of(t, half);
+        row_factor[t][half] *= float(args.scaling);
+        row_mask[t][half] = !kPlain && args.row_mask != nullptr && row < args.M ? args.row_mask[row] : 1.f;
       }
     }
     bool bad = false;
@@ -384,7 +297,7 @@ struct Block {
 
   __device__ __forceinline__ void run() {
     if (args.x == nullptr) {
-      read_low();
+      this->read(args.low, args.low_dtype);
     } else if (args.mask != nullptr) {
       down<true>();
     } else {
@@ -398,18 +311,16 @@ struct Block {
 };
 
 constexpr int kQueueBytes = kStages * kPieces * kThreads * 16;
-constexpr int kSharedBytes = kQueueBytes + kMostRows * kLowPitch * 2 + kMostRows * 4;
+constexpr int kSharedBytes = kQueueBytes + LowRows<__half, kMostRows / 16>::kBytes;
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2) apt_low_rank(const __grid_constant__ LowRankArgs args) {
   extern __shared__ __align__(16) unsigned char memory[];
   if (args.unless != nullptr && *args.unless != 0) return;
-  T* low = reinterpret_cast<T*>(memory + kQueueBytes);
-  float* row_scale = reinterpret_cast<float*>(low + kMostRows * kLowPitch);
   if (args.rows == 32) {
-    Block<T, 2>{args, {memory}, low, row_scale}.run();
+    Block<T, 2>(args, memory, memory + kQueueBytes).run();
   } else {
-    Block<T, 1>{args, {memory}, low, row_scale}.run();
+    Block<T, 1>(args, memory, memory + kQueueBytes).run();
   }
 }
 

@@ -39,7 +39,14 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kOpen) : "memory");
 }
 
-// Four 8 x 8 matrices of 16-bit values, each transposed on the way; lane i names the row i % 8 of matrix i
+// Four 8 x 8 matrices of 16-bit values; lane i names the row i % 8 of matrix i / 8.
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];\n"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row)));
+}
+
+// The same, each transposed on the way; lane i names the row i % 8 of matrix i
 // / 8.
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
