@@ -263,9 +263,8 @@ void gather(const GatherArgs& args, Stream stream) {
     const int64_t pieces = (args.kept + kVector<T> - 1) / kVector<T>;
     const int64_t across = (pieces + kPlainThreads - 1) / kPlainThreads;
     const int64_t along = std::min<int64_t>({args.M, 65535, std::max<int64_t>(1, kManyBlocks / across)});
-    apt_gather<T>
-        <<<dim3(static_cast<unsigned>(across), static_cast<unsigned>(along)), kPlainThreads, 0, queue>>>(
-            args);
+    const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(along));
+    apt_gather<T><<<grid, kPlainThreads, 0, queue>>>(args);
     check_launch("apt_gather");
   });
 }
