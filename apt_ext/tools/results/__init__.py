@@ -1,0 +1,9 @@
+"""`apt-ext results`: what the method does on real data, cell by cell, and the tables made of the cells.
+
+tasks    what is learned: models, data, sizes
+packing  models and data of the tasks, gathered from installed packages into one directory
+rows     what is trained, and how it is pruned
+cell     one task, one row, one seed, one density: trained, measured, written as one JSON file
+runner   many cells, in one or several processes
+report   tables and plots of the cells that are there
+"""

@@ -1,0 +1,34 @@
+"""Weights as GGUF files quantise them, kept as they are and widened when a model is loaded: blocks of 32 along the input."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 32
+BYTES = {"Q4_1": 20, "Q8_0": 34}  # of one block: a half scale, for Q4_1 a half minimum, then the integers
+
+
+def dequantised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """{name: float32} of {name or name + ".Q4_1" or name + ".Q8_0": tensor}."""
+    found = {}
+    for name, tensor in tensors.items():
+        stem, _, kind = name.rpartition(".")
+        if kind in BYTES:
+            found[stem] = widened(tensor, kind)
+        else:
+            found[name] = tensor.float() if tensor.is_floating_point() else tensor
+    return found
+
+
+def widened(raw: Tensor, kind: str) -> Tensor:
+    """raw [rows, blocks * bytes of a block] uint8 -> [rows, 32 * blocks] float32."""
+    blocks = raw.view(len(raw), -1, BYTES[kind])
+    scale = blocks[..., :2].contiguous().view(torch.float16).float()
+    if kind == "Q8_0":
+        values = blocks[..., 2:].contiguous().view(torch.int8).float() * scale
+    else:
+        least = blocks[..., 2:4].contiguous().view(torch.float16).float()
+        nibbles = blocks[..., 4:]
+        values = torch.cat([nibbles & 15, nibbles >> 4], -1).float() * scale + least
+    return values.reshape(len(raw), -1)
