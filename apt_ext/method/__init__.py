@@ -6,7 +6,7 @@ from .controller import Controller, Growth
 from .cost import Cost, Latency, Products, cost_of
 from .distillation import Distiller
 from .kurtosis import kurtosis
-from .oneshot import block_scores, one_shot
+from .oneshot import block_scores, one_shot, within_density
 from .salience import Salience
 from .schedule import Steps, cubic_density, distill_weight, linear_budget, step_mask
 from .scores import BlockScores
@@ -37,4 +37,5 @@ __all__ = [
     "search",
     "step_mask",
     "top_k",
+    "within_density",
 ]

@@ -80,7 +80,7 @@ class Distiller:
         if quarters < 1:
             raise ValueError(f"quarters: expected at least 1, got {quarters}")
         self.model, self.logits, self.layers, self.temperature, self.quarters = model, logits, layers, temperature, quarters
-        self._own = teacher == "self"
+        self.own = teacher == "self"
         self._generator = torch.Generator().manual_seed(seed)
         self._lanes = model._hidden_left  # which dimensions of the model as it was built are those of Tr; None: all
         self.teacher: nn.Module | None = None
@@ -99,7 +99,7 @@ class Distiller:
             self.transform = APTAdapter(
                 width, width, rank, scaling, device=first.device, dtype=torch.promote_types(first.dtype, torch.float32)
             )
-        if self._own:
+        if self.own:
             self.refresh()
 
     @property
@@ -113,7 +113,7 @@ class Distiller:
 
     def refresh(self) -> None:
         """The student as it is now becomes the teacher. RuntimeError where the teacher is a given one, or an adapter is merged."""
-        if not self._own:
+        if not self.own:
             raise RuntimeError('refresh: expected a Distiller made with teacher="self", got another')
         self._refuse_merged("refresh")
         self.teacher = frozen_copy(self.model)
@@ -134,7 +134,7 @@ class Distiller:
         if self.teacher is None or mu == 0.0:
             task: Tensor = _wanted(outputs, "loss")
             return task
-        if self._own:
+        if self.own:
             self._refuse_merged("loss")
         shared = {key: value for key, value in batch.items() if key not in _LABELS or (key == "labels" and _two_stacks(self.model))}
         with torch.no_grad():
@@ -220,7 +220,7 @@ class Distiller:
 
     def _positions(self, model: nn.Module | None) -> Tensor | None:
         """Where the hidden dimensions that are left of a student or of its own self lie among those of Tr; None: all, in order."""
-        left = model._hidden_left if isinstance(model, APTModel) and (self._own or model is self.model) else None
+        left = model._hidden_left if isinstance(model, APTModel) and (self.own or model is self.model) else None
         return left if left is None or self._lanes is None else torch.searchsorted(self._lanes, left)
 
     def _refuse_merged(self, call: str) -> None:
@@ -235,7 +235,7 @@ class Distiller:
         transform = (
             {} if self.transform is None else {f"transform.{key}": value.clone() for key, value in self.transform.state_dict().items()}
         )
-        own = self.teacher._own_state() if self._own and isinstance(self.teacher, APTModel) else {}
+        own = self.teacher._own_state() if self.own and isinstance(self.teacher, APTModel) else {}
         teacher = {f"teacher.{key}": value.clone() for key, value in own.items()}
         return {**transform, **teacher, "generator": self._generator.get_state()}
 
@@ -255,7 +255,7 @@ class Distiller:
 
         if self.transform is not None:
             self.transform.load_state_dict(part("transform."))
-        if self._own and isinstance(self.teacher, APTModel):
+        if self.own and isinstance(self.teacher, APTModel):
             self.teacher._load(part("teacher."))
         self._generator.set_state(got["generator"].cpu())
 

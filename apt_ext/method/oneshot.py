@@ -9,25 +9,55 @@ import torch
 from torch import Tensor
 
 from ..model import APTModel
+from .cost import cost_of
+from .groups import groups_of
 from .scores import BlockScores
+from .search import search
 from .selection import top_k
 
 
-def one_shot(model: APTModel, batches: Iterable[Mapping[str, Any]], keep: Mapping[str, int]) -> dict[str, Tensor]:
-    """Mask all but the `keep[kind]` most salient of every block of these kinds ("heads", "neurons", "hidden"); returns the masks.
+def one_shot(
+    model: APTModel, batches: Iterable[Mapping[str, Any]], keep: Mapping[str, int] | float, *, kurtosis: float = 0.0
+) -> dict[str, Tensor]:
+    """Mask all but the most salient blocks, in one step; returns the masks {block: [count]}.
 
-    The gradients of `model(**batch).loss` decide (see `Salience`); neither weights nor gradients are left changed, and dropout is off
-    meanwhile. Layers that have to keep the same heads are scored together. A dimension of the residual stream has the sum of its scores
-    where attention and feed-forward layers read it.
+    keep      {kind: how many stay of every block of that kind ("heads", "neurons", "hidden")}, or a density: see `within_density`
+    kurtosis  the weight of outliers in the salience, see `BlockScores`
 
-    Raises ValueError (a kind or number that the model does not have, no batches); masks are then as before.
+    The gradients of `model(**batch).loss` decide (see `Salience`), added up over the batches: a few hundred samples of a pretrained model,
+    before it is tuned, or of a tuned one. Neither weights nor gradients are left changed, and dropout is off meanwhile. Layers that have to
+    keep the same heads are scored together. A dimension of the residual stream has the sum of its scores where attention and feed-forward
+    layers read it.
+
+    Raises ValueError (a kind or number that the model does not have, a density below the floors, no batches); masks are then as before.
     """
-    check_keep(model, keep)
-    scores = block_scores(model, list(keep), batches)
-    masks = {name: top_k(score, keep[model.blocks[name].kind]).float() for name, score in scores.items()}
+    if isinstance(keep, Mapping):
+        check_keep(model, keep)
+        scores = block_scores(model, list(keep), batches, kurtosis)
+        masks = {name: top_k(score, keep[model.blocks[name].kind]).float() for name, score in scores.items()}
+    else:
+        masks = within_density(model, block_scores(model, model.apt_config.prune, batches, kurtosis), keep)
     for name, mask in masks.items():
         model.set_block_mask(name, mask)
     return masks
+
+
+def within_density(model: APTModel, scores: Mapping[str, Tensor], density: float, joint: bool = True, floor: int = 1) -> dict[str, Tensor]:
+    """The masks {block: [count] of 0 and 1} of the best blocks of these scores that are within `density` of the layers' parameters.
+
+    Chosen as a Controller chooses at an event, with its arguments and the config's `round_to` and `uniform`; nothing is masked here.
+    ValueError where even what always stays is more.
+    """
+    config, cost = model.apt_config, cost_of(model.model, model.blocks)
+    live = {name: model.get_block_mask(name).cpu() != 0 for name in model.blocks}
+    counts = {name: int(kept.sum()) for name, kept in live.items()}
+    allowed = density * cost.total({name: block.count for name, block in model.blocks.items()})
+    groups = groups_of(model, {name: model.blocks[name] for name in scores}, config.round_to, config.uniform, floor)
+    keep = search({name: score.cpu() for name, score in scores.items()}, live, groups, cost, counts, allowed, joint).keep
+    least = cost.total({**counts, **{name: int(kept.sum()) for name, kept in keep.items()}})
+    if least > allowed:
+        raise ValueError(f"keep: expected a density of at least {density * least / allowed:.4f}, which is what always stays, got {density}")
+    return {name: kept.float() for name, kept in keep.items()}
 
 
 def check_keep(model: APTModel, keep: Mapping[str, int]) -> None:

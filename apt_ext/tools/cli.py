@@ -15,6 +15,7 @@ from ..structure.planner import plan
 from .data import ARCHIVE, Missing
 from .demo import QUICK_STEPS, STEPS, CheckFailed, demo
 from .models import empty_model
+from .results.command import add_command as add_results
 from .shrinking import Settings, shrink_model, shrink_random, table
 
 
@@ -149,6 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--recover", type=_steps, default=0, help="fine-tuning steps after the cut (%(default)s)")
     command.add_argument("--seed", type=int, default=0, help="of adapters and batches (%(default)s)")
     command.set_defaults(run=_shrink)
+    add_results(commands)
     return parser
 
 

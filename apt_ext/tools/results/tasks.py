@@ -157,9 +157,10 @@ def load_data(pack: Path, task: Task, device: torch.device, quick: bool = False)
         ids = tensors[f"{part}.ids"].to(torch.int64)
         few = (64 if part == "train" else 16) if quick else None
         if task.classes:
-            rows = ids.split(tensors[f"{part}.lengths"].tolist())
-            labels = tensors[f"{part}.labels"].tolist()
-            parts[part] = [Example(row.tolist(), label) for row, label in zip(rows[:few], labels[:few], strict=True)]
+            flat, ends = ids.tolist(), tensors[f"{part}.lengths"].long().cumsum(0).tolist()
+            bounds = list(zip([0, *ends[:-1]], ends, strict=True))[:few]
+            labels = tensors[f"{part}.labels"].tolist()[:few]
+            parts[part] = [Example(flat[start:end], label) for (start, end), label in zip(bounds, labels, strict=True)]
         else:
             parts[part] = ids[:few]
     return Data(task, parts, pad=0, on=device)

@@ -1,0 +1,288 @@
+"""One cell: one task, one row, one seed and, where it is pruned, one density. Trained, measured, and written as one JSON file.
+
+A trial is a cell on one learning rate that reads validation alone; the best of a row's trials says the rate of all its cells.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import apt_ext
+
+from ..data import Missing
+from ..phases import peak_memory, transformers_offline
+from .rows import Row, rows_of
+from .tasks import TASKS, Data, Task, load_data, load_model
+from .training import ALPHA, DISTILLED, RANK, Trained, adapter_config, autocast, precision, train, wait
+
+TRIAL_SEED = 1000
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`density` None: the row is not pruned. `rate`: that of a trial, None in a cell proper."""
+
+    task: str
+    row: str
+    seed: int
+    density: float | None = None
+    rate: float | None = None
+
+    @property
+    def name(self) -> str:
+        """Of the file, without its end."""
+        parts = [self.task, self.row, *([] if self.density is None else [f"{100 * self.density:g}"])]
+        return ".".join([*parts, f"trial-{self.rate:g}" if self.rate is not None else f"seed-{self.seed}"])
+
+    def of(self) -> tuple[Task, Row]:
+        return TASKS[self.task], rows_of(TASKS[self.task])[self.row]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where cells come from and go to, and how they are run.
+
+    alone  no other cell runs beside: only then times mean something
+    commit what is measured: a git commit, or the package's version
+    """
+
+    pack: Path
+    output: Path
+    device: str
+    commit: str
+    alone: bool = True
+    quick: bool = False
+
+    def file(self, cell: Cell) -> Path:
+        return self.output / f"{cell.name}.json"
+
+    def task(self, cell: Cell) -> Task:
+        task = cell.of()[0]
+        return task.quick() if self.quick else task
+
+
+def run_cell(place: Place, cell: Cell) -> dict[str, Any]:
+    """Train and measure one cell and write its file, whole or not at all; returns what is in it. Missing in words."""
+    started = time.perf_counter()
+    task, row, device = place.task(cell), cell.of()[1], torch.device(place.device)
+    rate = cell.rate if cell.rate is not None else chosen_rate(place, cell)
+    data = load_data(place.pack, task, device, place.quick)
+    teacher, teacher_seconds = None, 0.0
+    if row.teacher == "lora":
+        lora = Cell(cell.task, "lora", cell.seed)
+        teacher, teacher_seconds = _teacher(place, lora, data)
+    torch.manual_seed(cell.seed)
+    stock = load_model(place.pack, task, device)
+    dense = layer_weights(stock)
+    before = _forget_peak(device)
+    trained = train(task, row, stock, data, cell.density or 1.0, rate, cell.seed, teacher)
+    peak = _peak(device)
+    with torch.no_grad(), autocast(device):
+        masked = data.score(trained.model, "validation")
+    small = trained.model if row.whole else apt_ext.shrink(trained.model)
+    small.eval()
+    scores = {"validation": data.score(small, "validation"), "masked validation": masked}
+    if cell.rate is None:
+        scores["test"] = data.score(small, "test")  # once
+    seconds = {"training": trained.clock.seconds, "teacher": teacher_seconds}
+    result: dict[str, Any] = {
+        "format": FORMAT,
+        "task": cell.task,
+        "row": cell.row,
+        "seed": cell.seed,
+        "density": cell.density,
+        "trial": cell.rate is not None,
+        "quick": place.quick,
+        "commit": place.commit,
+        "versions": {"apt_ext": apt_ext.__version__, "torch": torch.__version__, "transformers": transformers_offline().__version__},
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.machine() + f", {torch.get_num_threads()} threads",
+        "precision": precision(device),
+        "alone": place.alone,
+        "config": _config(task, row, cell, rate),
+        "steps": task.steps,
+        "measure": task.measure,
+        "scores": scores,
+        "kept": {"weights": layer_weights(small) / dense, **trained.kept},
+        "ranks": trained.ranks,
+        "adapter_parameters": list(trained.adapter_parameters),
+        "history": trained.clock.history,
+        "seconds": seconds,
+        "peak_memory_bytes": peak,
+        "memory_before_bytes": before,
+    }
+    if place.alone and row.pruned and cell.rate is None:
+        result["inference"] = _inference(place, task, small, device)
+    seconds["total"] = time.perf_counter() - started
+    write(place.file(cell), result)
+    return result
+
+
+def chosen_rate(place: Place, cell: Cell) -> float:
+    """The learning rate of the row's best trial; of a row with one rate, that. Missing where a trial is."""
+    task, row = place.task(cell), cell.of()[1]
+    rates, best = row.rates(task), None
+    if len(rates) == 1:
+        return rates[0]
+    for trial in trials(task, cell.row):
+        found = read(place.file(trial))
+        if found is None:
+            raise Missing(f"{trial.name}: this trial has to come before {cell.name}")
+        score = found["scores"]["validation"]
+        if best is None or task.better(score, best[0]):
+            best = score, trial.rate
+    assert best is not None and best[1] is not None
+    return best[1]
+
+
+def trials(task: Task, row: str) -> list[Cell]:
+    """A row's trials, one for each of its rates, at the task's first density."""
+    found = rows_of(task)[row]
+    density = task.densities[0] if found.pruned else None
+    rates = found.rates(task)
+    return [Cell(task.name, row, TRIAL_SEED, density, rate) for rate in rates] if len(rates) > 1 else []
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """A cell's file; None where there is none, or one of another format."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.get("format") == FORMAT else None
+
+
+def write(path: Path, result: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    aside.replace(path)
+
+
+def commit_here() -> str:
+    """The git commit of this checkout, with + where files differ from it; without git the package's version."""
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20)  # noqa: S603  # git, with words of our own
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    if not commit:
+        return f"apt_ext {apt_ext.__version__}"
+    return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def layer_weights(model: Any) -> int:
+    """Entries of all Parameters within the layers of a stock model: no embeddings, no pooler, no head."""
+    layers = next(module for name, module in model.named_modules() if name.rpartition(".")[2] in ("layer", "layers"))
+    return sum(parameter.numel() for parameter in layers.parameters())
+
+
+def _config(task: Task, row: Row, cell: Cell, rate: float) -> dict[str, Any]:
+    apt = adapter_config(task, cell.density or 1.0)
+    return {
+        "rate": rate,
+        "rates": list(row.rates(task)),
+        "batch": task.batch,
+        "rank": None if row.whole else RANK,
+        "alpha": None if row.whole else ALPHA,
+        "targets": list(task.targets),
+        "row": {key: value for key, value in vars(row).items() if key not in ("title", "extra")},
+        "schedule": vars(apt.schedule) if row.gradual or row.growth > 1 else None,
+        "round_to": apt.round_to,
+        "uniform": apt.uniform,
+        "distilled share": DISTILLED if row.teacher else None,
+        "scored": task.scored if row.once == "salience" else None,
+    }
+
+
+# -- a dense LoRA as teacher -------------------------------------------------------------------------------------------
+
+
+def _teacher(place: Place, lora: Cell, data: Data) -> tuple[Any, float]:
+    """(the finished dense LoRA of this seed, the seconds of its training); kept in output/teachers for the other densities."""
+    task, row = place.task(lora), lora.of()[1]
+    rate = chosen_rate(place, lora)
+    directory = place.output / "teachers" / f"{lora.name}.{rate:g}"
+    torch.manual_seed(lora.seed)
+    stock = load_model(place.pack, task, data.on)
+    try:
+        seconds = float(json.loads((directory / "seconds.json").read_text(encoding="utf-8")))
+        return apt_ext.APTModel.from_pretrained(stock, directory).eval().requires_grad_(False), seconds
+    except (OSError, ValueError):
+        torch.manual_seed(lora.seed)
+        stock = load_model(place.pack, task, data.on)
+    trained: Trained = train(task, row, stock, data, 1.0, rate, lora.seed)
+    trained.model.save_pretrained(directory)
+    write(directory / "seconds.json", trained.clock.seconds)
+    return trained.model.eval().requires_grad_(False), trained.clock.seconds
+
+
+# -- time and memory ---------------------------------------------------------------------------------------------------
+
+
+def _inference(place: Place, task: Task, small: Any, device: torch.device) -> dict[str, Any]:
+    """Sequences a second of the small model and of the dense stock one, in turn; every token counts."""
+    torch.manual_seed(0)
+    dense = load_model(place.pack, task, device)
+    batch, length = (1024, 64) if device.type == "cuda" else (32, 64)
+    if not task.classes:
+        batch //= 16
+    if place.quick:
+        batch, length = 2, 16
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    small, dense = small.to(dtype), dense.to(dtype)  # the cell is done with both
+    ids = torch.randint(1, small.config.vocab_size, (batch, length)).to(device)
+    times: dict[str, list[float]] = {"small": [], "dense": []}
+    with torch.no_grad():
+        for _ in range(3 if place.quick else 12):
+            for name, model in (("small", small), ("dense", dense)):
+                times[name].append(_seconds(lambda model=model: model(input_ids=ids), device))  # type: ignore[misc]
+    medians = {name: statistics.median(seconds[2:]) for name, seconds in times.items()}  # the first two warm up
+    return {
+        "batch": batch,
+        "length": length,
+        "dtype": str(dtype).removeprefix("torch."),
+        "seconds": times,
+        "speedup": medians["dense"] / medians["small"],
+    }
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    wait(device)
+    started = time.perf_counter()
+    call()
+    wait(device)
+    return time.perf_counter() - started
+
+
+def _forget_peak(device: torch.device) -> int:
+    """From now on the peak counts anew; the bytes in use now."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    clear = Path("/proc/self/clear_refs")
+    if clear.is_file() and os.access(clear, os.W_OK):
+        clear.write_text("5")  # Linux: the high-water mark of resident memory falls to what is resident
+    return peak_memory()
+
+
+def _peak(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory()

@@ -1,0 +1,261 @@
+"""Tables and plots of the cells that are there, as one Markdown file. What is not there is printed as missing."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data import Missing
+from ..report import figure_class
+from .cell import TRIAL_SEED, read
+from .rows import rows_of
+from .tasks import TASKS, Task
+
+Result = dict[str, Any]
+_NONE = "missing"
+_DRAWS, _OF_DENSE = 10_000, 0.97
+
+_HEAD = """# Results on real data
+
+Made by `apt-ext results` from the files in `{folder}`; each has its commit, configuration, scores, times and widths. Do not edit.
+
+Every row of a task has the same number of optimizer steps and the same budget: one trial for each of its learning rates (seed {trial},
+at the task's first density), of which the better on validation is used for all of its cells. The test part is read once, by the cut, merged
+model. Teachers are trained besides. A score is the mean over the seeds, with its range; a difference is paired by seed, with its 95 %
+bootstrap interval over the seeds; of few seeds such an interval is narrow by chance. "kept" are the layers' weights, embeddings and heads
+left out. A row that is not pruned has one line. Times come from cells that ran alone, `n` says how many.
+"""
+
+
+@dataclass
+class Cells:
+    """The results of one task: {(row, density): {seed: result}}."""
+
+    task: Task
+    found: dict[tuple[str, float | None], dict[int, Result]] = field(default_factory=dict)
+
+    def of(self, row: str, density: float | None = None) -> dict[int, Result]:
+        return self.found.get((row, density), {})
+
+    def tests(self, row: str, density: float | None = None) -> dict[int, float]:
+        return {seed: result["scores"]["test"] for seed, result in sorted(self.of(row, density).items())}
+
+    def lines(self) -> list[tuple[str, float | None]]:
+        """(row, density) of each line of the tables; extra rows where there are cells of them."""
+        found: list[tuple[str, float | None]] = []
+        rows = rows_of(self.task)
+        for density in (None, *self.task.densities):
+            for name, row in rows.items():
+                if row.pruned == (density is not None) and (not row.extra or self.of(name, density)):
+                    found.append((name, density))
+        return found
+
+
+def write_report(folder: Path, report: Path) -> list[str]:
+    """Write the Markdown file and a picture beside it for each task with cells; returns what could not be made, in a sentence each."""
+    said: list[str] = []
+    report.parent.mkdir(parents=True, exist_ok=True)
+    every = {name: load_cells(folder, task) for name, task in TASKS.items()}
+    parts = [_HEAD.format(folder=folder, trial=TRIAL_SEED)]
+    for name, cells in every.items():
+        parts.append(_section(cells))
+        if cells.found:
+            picture = report.with_name(f"{report.stem}-{name}.png")
+            try:
+                _plot(cells, picture)
+                parts.append(f"![{cells.task.title}: score against kept weights and against time]({picture.name})\n")
+            except Missing as error:
+                said.append(str(error))
+    parts.append(_aims(every))
+    parts.append(_making(every))
+    report.write_text("\n".join(parts), encoding="utf-8")
+    return said
+
+
+def load_cells(folder: Path, task: Task) -> Cells:
+    """Trials and quick cells are no results."""
+    cells = Cells(task)
+    for file in sorted(folder.glob(f"{task.name}.*.json")):
+        result = read(file)
+        if result is not None and not result["trial"] and not result["quick"]:
+            cells.found.setdefault((result["row"], result["density"]), {})[result["seed"]] = result
+    return cells
+
+
+# -- numbers -----------------------------------------------------------------------------------------------------------
+
+
+def paired(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, float, float] | None:
+    """(mean difference, and the ends of its 95 % bootstrap interval) over the seeds that both have; None with fewer than two."""
+    differences = torch.tensor([ours[seed] - theirs[seed] for seed in ours if seed in theirs], dtype=torch.float64)
+    if len(differences) < 2:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(differences), (_DRAWS, len(differences)), generator=generator)
+    low, high = torch.quantile(differences[drawn].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return float(differences.mean()), low, high
+
+
+def share_of(task: Task, score: float, dense: float) -> float:
+    """A score as a share of the dense one; of perplexities, the other way round, so that more is better."""
+    return score / dense if task.classes else dense / score
+
+
+def time_to(task: Task, result: Result, dense: float) -> float | None:
+    """The training seconds until validation first was 97 % of `dense`, while training; None where it never was."""
+    return next((entry["seconds"] for entry in result["history"] if share_of(task, entry["validation"], dense) >= _OF_DENSE), None)
+
+
+def _spread(values: Sequence[float], form: str = "{:.1f}") -> str:
+    if not values:
+        return _NONE
+    mean = form.format(statistics.fmean(values))
+    return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
+
+
+def _difference(ours: dict[int, float], theirs: dict[int, float]) -> str:
+    found = paired(ours, theirs)
+    if found is not None:
+        return "{:+.1f} ({:+.1f} to {:+.1f})".format(*found)
+    both = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    return f"{both[0]:+.1f}" if both else _NONE
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def _section(cells: Cells) -> str:
+    task = cells.task
+    unit = "test accuracy, %" if task.classes else "test perplexity (lower is better)"
+    text = [f"## {task.title}\n", f"{task.steps} steps of {task.batch} sequences. Score: {unit}.\n"]
+    head = ["row", "kept", "seeds", "score", "of dense LoRA", "minus dense LoRA", "minus one-shot", "rate"]
+    rows = []
+    for name, density in cells.lines():
+        found, tests = cells.of(name, density), cells.tests(name, density)
+        dense = cells.tests("lora")
+        both = [share_of(task, tests[seed], dense[seed]) for seed in tests if seed in dense]
+        kept = [100 * result["kept"]["weights"] for result in found.values()]
+        rows.append(
+            [
+                rows_of(task)[name].title + ("" if density is None else f", {100 * density:g} %"),
+                f"{statistics.fmean(kept):.1f} %" if kept else _NONE,
+                str(len(tests)),
+                _spread(list(tests.values())),
+                f"{100 * statistics.fmean(both):.1f} %" if both else _NONE,
+                "" if name == "lora" else _difference(tests, dense),
+                "" if density is None or name == "oneshot" else _difference(tests, cells.tests("oneshot", density)),
+                ", ".join(sorted({f"{result['config']['rate']:g}" for result in found.values()})) or _NONE,
+            ]
+        )
+    text += [_table(head, rows), "", _times(cells)]
+    return "\n".join(text)
+
+
+def _times(cells: Cells) -> str:
+    """Seconds and bytes of the cells that ran alone."""
+    task = cells.task
+    reference = [result["scores"]["validation"] for result in cells.of("lora").values()]
+    head = ["row", "n", "training, s", f"s to {100 * _OF_DENSE:g} % of dense LoRA's validation", "peak memory, MB", "inference, x dense"]
+    rows = []
+    for name, density in cells.lines():
+        alone = [result for result in cells.of(name, density).values() if result["alone"]]
+        times = [time_to(task, result, statistics.fmean(reference)) for result in alone] if reference else []
+        reached = [value for value in times if value is not None]
+        ratios = [result["inference"]["speedup"] for result in alone if "inference" in result]
+        rows.append(
+            [
+                rows_of(task)[name].title + ("" if density is None else f", {100 * density:g} %"),
+                str(len(alone)),
+                _spread([result["seconds"]["training"] for result in alone]),
+                _spread(reached) if len(reached) == len(times) else f"not reached in {len(times) - len(reached)} of {len(times)}",
+                _spread([result["peak_memory_bytes"] / 1e6 for result in alone], "{:.0f}"),
+                "" if density is None else _spread(ratios, "{:.2f}"),
+            ]
+        )
+    devices = sorted({f"{r['device']}, {r['precision']}" for found in cells.found.values() for r in found.values() if r["alone"]})
+    note = f"Measured on: {'; '.join(devices) or _NONE}. Inference: the cut model against the dense stock one, in turn"
+    measured = [r["inference"] for found in cells.found.values() for r in found.values() if "inference" in r]
+    sizes = sorted({f"{one['batch']} x {one['length']} {one['dtype']}" for one in measured})
+    return _table(head, rows) + f"\n\n{note}{', ' + ', '.join(sizes) if sizes else ''}.\n"
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _aims(every: dict[str, Cells]) -> str:
+    """What was aimed at, and what came out."""
+    rows = []
+    for cells in every.values():
+        if not cells.task.classes:
+            continue
+        for density, least in ((0.4, 0.99), (0.2, 0.98)):
+            ours, dense = cells.tests("apt", density), cells.tests("lora")
+            both = [ours[seed] / dense[seed] for seed in ours if seed in dense]
+            text = f"{100 * statistics.fmean(both):.1f} %" if both else _NONE
+            rows.append([cells.task.title, f"APT at {100 * density:g} %: {100 * least:g} % of dense LoRA's score", text])
+        above = _difference(cells.tests("apt", 0.2), cells.tests("oneshot", 0.2))
+        rows.append([cells.task.title, "APT at 20 %: 3 points above one-shot", above])
+        ratios = [r["inference"]["speedup"] for r in cells.of("apt", 0.4).values() if "inference" in r]
+        rows.append([cells.task.title, "APT at 40 %: inference 1.6 times dense on CUDA, 2 times on a CPU", _spread(ratios, "{:.2f}")])
+    return "## Aims\n\n" + _table(["task", "aim", "found"], rows) + "\n"
+
+
+def _making(every: dict[str, Cells]) -> str:
+    """The commands, and which commits and machines the cells came from."""
+    results = [result for cells in every.values() for found in cells.found.values() for result in found.values()]
+
+    def values(what: Callable[[Result], str]) -> str:
+        return "; ".join(sorted({what(result) for result in results})) or _NONE
+
+    return "\n".join(
+        [
+            "## How these were made\n",
+            "```",
+            "apt-ext results --prepare .data/results",
+            "apt-ext results --task all --row all --seed 0-4",
+            "apt-ext results",
+            "```\n",
+            f"Cells: {len(results)}. Commits: {values(lambda result: result['commit'][:12])}. "
+            f"Torch: {values(lambda result: result['versions']['torch'])}. Devices: {values(lambda result: result['device'])}.\n",
+        ]
+    )
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def _plot(cells: Cells, path: Path) -> None:
+    """Test score against kept weights, and validation while training against time (cells that ran alone, the first seed)."""
+    task, rows = cells.task, rows_of(cells.task)
+    figure = figure_class()(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for i, (name, row) in enumerate(rows.items()):
+        style = {"color": f"C{i % 10}", "marker": "o^sDvPX*<>h"[i % 11], "markersize": 4, "linewidth": 1}
+        points = []
+        for density in task.densities if row.pruned else (None,):
+            found = cells.of(name, density)
+            if found:
+                kept = statistics.fmean(result["kept"]["weights"] for result in found.values())
+                points.append((100 * kept, statistics.fmean(cells.tests(name, density).values())))
+        if points:
+            left.plot(*zip(*sorted(points), strict=True), label=row.title, **style)
+        density = task.densities[0] if row.pruned else None
+        alone = next((result for _, result in sorted(cells.of(name, density).items()) if result["alone"]), None)
+        if alone is not None:
+            history = [(entry["seconds"], entry["validation"]) for entry in alone["history"]]
+            right.plot(*zip(*history, strict=True), label=row.title, **style)
+    score = "accuracy, %" if task.classes else "perplexity"
+    left.set(title=task.title, xlabel="weights of the layers kept, %", ylabel=f"test {score}")
+    right.set(title=f"pruned to {100 * task.densities[0]:g} %", xlabel="training, s", ylabel=f"validation {score}")
+    if not task.classes:
+        left.set_yscale("log")
+        right.set_yscale("log")
+    left.legend(fontsize=7)
+    figure.savefig(path, dpi=110)

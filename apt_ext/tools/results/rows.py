@@ -1,0 +1,78 @@
+"""What is trained: the method, its variants, and what it is compared with. Every row has the same number of optimizer steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .tasks import TASKS, Task
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train.
+
+    title     for the tables
+    whole     every weight trains, there are no adapters
+    once      what decides where pruning is one step: "salience" (summed over a few hundred samples), "magnitude" (of the weights) or
+              "random"; the pruned part is cut and training goes on with a new optimizer and schedule
+    at        the share of the steps before that step
+    gradual   a Controller prunes
+    growth    adapter parameters at the end over those at the start
+    teacher   None, "self" (the student when pruning starts) or "lora" (a finished dense LoRA of the same seed, trained besides)
+    kurtosis  the weight of outliers
+    compact   adapters compute on kept rows and columns only
+    extra     not among the rows that "all" means
+    """
+
+    title: str
+    whole: bool = False
+    once: str | None = None
+    at: float = 0.0
+    gradual: bool = False
+    growth: float = 1.0
+    teacher: str | None = None
+    kurtosis: float = 0.0
+    compact: bool = True
+    extra: bool = False
+
+    @property
+    def pruned(self) -> bool:
+        return self.gradual or self.once is not None
+
+    def rates(self, task: Task) -> tuple[float, ...]:
+        """The peak learning rates among which validation chooses."""
+        return task.whole if self.whole else task.rates
+
+
+_APT = {"gradual": True, "growth": 4.0}
+_ENCODER_ROWS = {
+    "full": Row("full fine-tuning", whole=True),
+    "lora": Row("dense LoRA"),
+    "oneshot": Row("LoRA, one-shot prune, recovery", once="salience", at=0.5),
+    "magnitude": Row("LoRA, magnitude prune, recovery", once="magnitude", at=0.5),
+    "random": Row("LoRA, random prune, recovery", once="random", at=0.5),
+    "apt": Row("APT", **_APT),  # type: ignore[arg-type]
+    "apt-start": Row("APT, pruned at the start only", once="salience", growth=4.0),
+    "apt-nogrowth": Row("APT without growth", gradual=True),
+    "apt-self": Row("APT, self-distilled", teacher="self", **_APT),  # type: ignore[arg-type]
+    "apt-lora": Row("APT with a LoRA teacher", teacher="lora", **_APT),  # type: ignore[arg-type]
+    "apt-wide": Row("APT, full-size until the end", compact=False, extra=True, **_APT),  # type: ignore[arg-type]
+}
+_DECODER_ROWS = {
+    "lora": Row("dense LoRA"),
+    "oneshot": Row("one-shot prune, then LoRA", once="salience"),
+    "oneshot-kurtosis": Row("one-shot prune with kurtosis, then LoRA", once="salience", kurtosis=1.0),
+    "apt": Row("APT", **_APT),  # type: ignore[arg-type]
+    "apt-kurtosis": Row("APT with kurtosis", kurtosis=1.0, **_APT),  # type: ignore[arg-type]
+    "apt-wide": Row("APT, full-size until the end", compact=False, extra=True, **_APT),  # type: ignore[arg-type]
+}
+
+
+def rows_of(task: Task) -> dict[str, Row]:
+    """The task's rows, in the order of the tables."""
+    return _ENCODER_ROWS if task.classes else _DECODER_ROWS
+
+
+def row_names() -> list[str]:
+    """Of any task."""
+    return list(dict.fromkeys(name for task in TASKS.values() for name in rows_of(task)))

@@ -1,0 +1,141 @@
+"""Many cells: which are still to do, in which order, in how many processes, and until when."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from .cell import Cell, Place, read, run_cell, trials
+from .rows import rows_of
+from .tasks import Task
+
+_number = 0  # of this worker process
+
+
+def wanted(tasks: Iterable[Task], rows: Sequence[str] | None, seeds: Sequence[int], densities: Sequence[float] | None) -> list[Cell]:
+    """The cells of these tasks, rows (None: all but extra ones), seeds and densities (None: the task's), by seed and then by row."""
+    found = []
+    for task in tasks:
+        known = rows_of(task)
+        names = [name for name, row in known.items() if (not row.extra if rows is None else name in rows)]
+        for seed in seeds:
+            for name in names:
+                if known[name].pruned:
+                    found += [Cell(task.name, name, seed, density) for density in densities or task.densities]
+                else:
+                    found.append(Cell(task.name, name, seed))
+    return found
+
+
+def stages(place: Place, cells: Sequence[Cell]) -> list[list[Cell]]:
+    """What is not there yet of the cells and of the trials they need, in stages of which each needs the ones before."""
+    tasks = {cell.task: place.task(cell) for cell in cells}
+    rows = {(cell.task, cell.row): cell for cell in cells}
+    teachers = {task for task, row in rows if rows_of(tasks[task])[row].teacher == "lora"}
+    first = [trial for task, row in rows if rows_of(tasks[task])[row].teacher != "lora" for trial in trials(tasks[task], row)]
+    first += [trial for task in teachers if (task, "lora") not in rows for trial in trials(tasks[task], "lora")]
+    second = [trial for task, row in rows if rows_of(tasks[task])[row].teacher == "lora" for trial in trials(tasks[task], row)]
+    found = [[cell for cell in stage if read(place.file(cell)) is None] for stage in (first, second, list(cells))]
+    return [stage for stage in found if stage]
+
+
+def run_cells(place: Place, cells: Sequence[Cell], jobs: int = 1, minutes: float | None = None) -> list[str]:
+    """Run what is missing of the cells, with a progress bar; returns a line for each that failed or was left for lack of time.
+
+    jobs     processes that run cells at the same time, spread over the GPUs; 1: this process, and only then times are kept
+    minutes  no cell is started that would probably not be done by then
+    """
+    place.output.mkdir(parents=True, exist_ok=True)
+    work = stages(place, cells)
+    started, longest = time.monotonic(), 0.0
+    said: list[str] = []
+
+    def late() -> bool:
+        return minutes is not None and time.monotonic() - started + longest > 60 * minutes
+
+    with tqdm(total=sum(map(len, work)), desc="cells", unit="cell", smoothing=0) as bar:
+        for stage in work:
+            runs = _in_turn(place, stage, late) if jobs == 1 else _side_by_side(replace(place, alone=False), stage, jobs, late)
+            for cell, outcome in runs:
+                if isinstance(outcome, str):
+                    said.append(f"{cell.name}: {outcome}")
+                    bar.write(said[-1])
+                else:
+                    longest = max(longest, outcome["seconds"]["total"])
+                    bar.write(_line(cell, outcome))
+                bar.update()
+    return said
+
+
+def _line(cell: Cell, outcome: dict[str, Any]) -> str:
+    scores = " ".join(f"{part} {outcome['scores'][part]:.2f}" for part in ("validation", "test") if part in outcome["scores"])
+    return f"{cell.name}: {outcome['measure']} {scores}, kept {100 * outcome['kept']['weights']:.1f} %, {outcome['seconds']['total']:.0f} s"
+
+
+_LEFT = "not started: time is up"
+
+
+def _in_turn(place: Place, cells: Sequence[Cell], late: Any) -> Iterable[tuple[Cell, dict[str, Any] | str]]:
+    for cell in cells:
+        yield cell, _LEFT if late() else _tried(place, cell)
+
+
+def _side_by_side(place: Place, cells: Sequence[Cell], jobs: int, late: Any) -> Iterable[tuple[Cell, dict[str, Any] | str]]:
+    left = list(cells)
+    while left:
+        counter = get_context("spawn").Value("i", 0)
+        running: dict[Future[Any], Cell] = {}
+        with ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (counter, jobs)) as pool:
+            while running or left:
+                while left and len(running) < jobs and not late():
+                    cell = left.pop(0)
+                    running[pool.submit(_tried, place, cell)] = cell
+                if not running:
+                    break
+                broken = False
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    cell = running.pop(future)
+                    try:
+                        yield cell, future.result()
+                    except BrokenProcessPool as error:
+                        broken = True
+                        yield cell, f"a process died: {error}"
+                if broken:
+                    for cell in running.values():
+                        yield cell, "a process died beside it"
+                    break
+        if late():
+            break
+    for cell in left:
+        yield cell, _LEFT
+
+
+def _begin(counter: Any, jobs: int) -> None:
+    """A worker starts: it takes a number, by which it chooses a GPU, and its share of the processors."""
+    global _number
+    with counter.get_lock():
+        _number = counter.value
+        counter.value += 1
+    torch.set_num_threads(max(torch.get_num_threads() // jobs, 1))
+
+
+def _tried(place: Place, cell: Cell) -> dict[str, Any] | str:
+    """The cell's result, or in a line what went wrong."""
+    if place.device == "cuda" and not place.alone:
+        place = replace(place, device=f"cuda:{_number % torch.cuda.device_count()}")
+    try:
+        return run_cell(place, cell)
+    except Exception as error:  # one cell that fails must not take the others with it
+        text = " ".join(str(error).split())
+        return f"failed: {type(error).__name__}: {text[:300]}"
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()

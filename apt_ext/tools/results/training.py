@@ -1,0 +1,234 @@
+"""How a row is trained: one loop, with what the row adds to it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import apt_ext
+
+from ...method import Distiller, block_scores, within_density
+from ..data import Batch
+from .rows import Row
+from .tasks import Data, Task
+
+RANK, ALPHA, WARM_UP, MOST_NORM = 8, 16.0, 0.06, 1.0
+DISTILLED = 0.75  # of the steps; from there on the task's loss alone
+EVALUATIONS = 8
+
+
+@dataclass
+class Clock:
+    """Seconds of training, evaluations left out, and the validation score at some steps."""
+
+    data: Data
+    steps: int
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+    now: int = 0
+    _since: float | None = None
+
+    def run(self) -> None:
+        wait(self.data.on)
+        self._since = time.perf_counter()
+
+    def stop(self) -> None:
+        assert self._since is not None
+        wait(self.data.on)
+        self.seconds, self._since = self.seconds + time.perf_counter() - self._since, None
+
+    def stepped(self, model: nn.Module) -> None:
+        self.now += 1
+        if self.now % max(self.steps // EVALUATIONS, 1) == 0:
+            self.stop()
+            with autocast(self.data.on):
+                score = self.data.score(model, "validation")
+            self.history.append({"step": self.now, "seconds": self.seconds, "validation": score})
+            self.run()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """`model`: an APTModel, or the stock one; `kept` {kind: how many stay in each layer}."""
+
+    model: Any
+    clock: Clock
+    ranks: dict[str, int]
+    adapter_parameters: tuple[int, int]
+    kept: dict[str, list[int]]
+
+
+def train(
+    task: Task, row: Row, stock: Any, data: Data, density: float, rate: float, seed: int, teacher: nn.Module | None = None
+) -> Trained:
+    """Train `stock` (which becomes part of the result) for task.steps as the row says, at this peak learning rate."""
+    clock = Clock(data, task.steps)
+    if row.whole:
+        stock.train().requires_grad_(True)
+        clock.run()
+        optimizer, schedule = _optimizer(list(stock.parameters()), rate, task.steps, data.on)
+        _fit(stock, data.training(seed), task.steps, clock, optimizer, schedule)
+        clock.stop()
+        return Trained(stock, clock, {}, (0, 0), {})
+    model = apt_ext.get_apt_model(stock, adapter_config(task, density))
+    before, counts = _adapter_parameters(model), {name: block.count for name, block in model.blocks.items()}
+    batches = data.training(seed)
+    clock.run()
+    first = int(row.at * task.steps) if row.once else 0
+    if first:
+        optimizer, schedule = _optimizer(apt_ext.adapter_parameters(model), rate, first, data.on)
+        _fit(model, batches, first, clock, optimizer, schedule)
+    if row.once:
+        counts |= _prune(model, row, data, density, seed)
+    distiller = Distiller(model, teacher if row.teacher == "lora" else row.teacher, seed=seed)
+    steps = task.steps - first
+    optimizer, schedule = _optimizer([*apt_ext.adapter_parameters(model), *distiller.parameters()], rate, steps, data.on)
+    controller = None
+    if row.gradual or row.growth > 1:
+        controller = apt_ext.Controller(
+            model,
+            optimizer,
+            steps,
+            density=density if row.gradual else 1.0,
+            growth=row.growth,
+            kurtosis=row.kurtosis,
+            compact=row.compact,
+            seed=seed,
+        )
+    _fit(model, batches, steps, clock, optimizer, schedule, controller, distiller)
+    clock.stop()
+    if controller is not None:
+        controller.remove()
+        if row.gradual:
+            counts |= {name: int((model.get_block_mask(name) != 0).sum()) for name in model.blocks}
+    kinds = dict.fromkeys(block.kind for block in model.blocks.values() if block.kind != "hidden")
+    return Trained(
+        model,
+        clock,
+        {name: adapter.rank for name, adapter in apt_ext.adapters(model) if adapter.rank},
+        (before, _adapter_parameters(model)),
+        {kind: [counts[name] for name, block in model.blocks.items() if block.kind == kind] for kind in kinds},
+    )
+
+
+def adapter_config(task: Task, density: float = 1.0) -> apt_ext.APTConfig:
+    return apt_ext.APTConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        target_modules=list(task.targets),
+        exclude_modules=None if task.excluded is None else list(task.excluded),
+        modules_to_save=list(task.saved),
+        prune=["heads", "neurons"],
+        density=density,
+        uniform=task.uniform,
+    )
+
+
+def autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """bfloat16 on CUDA; float32 elsewhere."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def precision(device: torch.device) -> str:
+    return "bfloat16 autocast over float32" if device.type == "cuda" else "float32"
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _fit(
+    model: Any,
+    batches: Iterator[Batch],
+    steps: int,
+    clock: Clock,
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    controller: apt_ext.Controller | None = None,
+    distiller: Distiller | None = None,
+) -> None:
+    model.train()
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    asks = {} if distiller is None else distiller.asks
+    distilled = False
+    for step in range(steps):
+        batch = next(batches)
+        mu = 0.0
+        if controller is not None and distiller is not None and distiller.teacher is not None and step < DISTILLED * steps:
+            mu = controller.progress
+            if mu and not distilled and distiller.own:
+                distiller.refresh()  # what has been learned before pruning started
+            distilled = distilled or mu > 0
+        with autocast(clock.data.on):
+            outputs = model(**batch, **(asks if mu else {}))
+            loss = outputs.loss if distiller is None else distiller.loss(batch, outputs, mu)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, MOST_NORM)
+        if controller is not None:
+            controller.observe()
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if controller is not None:
+            controller.step()
+        clock.stepped(model)
+
+
+def _optimizer(parameters: list[nn.Parameter], rate: float, steps: int, device: torch.device) -> tuple[Any, Any]:
+    """AdamW whose rate rises to `rate` in the first steps and then falls to 0."""
+    optimizer = torch.optim.AdamW(parameters, lr=rate, fused=device.type == "cuda")
+    rising = max(round(WARM_UP * steps), 1)
+
+    def share(step: int) -> float:
+        return min((step + 1) / rising, (steps - step) / max(steps - rising, 1))
+
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+
+
+def _prune(model: apt_ext.APTModel, row: Row, data: Data, density: float, seed: int) -> dict[str, int]:
+    """Mask and cut in one step; how many stay of each block."""
+    kinds = model.apt_config.prune
+    if row.once == "salience":
+        batches = data.training(seed + 10_000)
+        number = max(data.task.scored // data.task.batch, 1)
+        with autocast(data.on):
+            scores: Mapping[str, Tensor] = block_scores(model, kinds, (next(batches) for _ in range(number)), row.kurtosis)
+    elif row.once == "magnitude":
+        scores = magnitudes(model, kinds)
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        scores = {name: torch.rand(block.count, generator=generator) for name, block in model.blocks.items() if block.kind in kinds}
+    masks = within_density(model, scores, density)
+    for name, mask in masks.items():
+        model.set_block_mask(name, mask)
+    model.cut()
+    return {name: int(mask.sum()) for name, mask in masks.items()}
+
+
+@torch.no_grad()
+def magnitudes(model: apt_ext.APTModel, kinds: list[str]) -> dict[str, Tensor]:
+    """{block: [count]}: the sum of |W + s B A| over the rows and columns that go with each. For models of nn.Linear."""
+    found = dict(apt_ext.adapters(model))
+    scores = {}
+    for name, block in model.blocks.items():
+        if block.kind not in kinds:
+            continue
+        total = torch.zeros(block.count)
+        for side in block.sides:
+            adapter = found[side.module]
+            assert adapter.weight is not None
+            weight = (adapter.weight + adapter.scaling * adapter.Wb @ adapter.Wa).abs()
+            total += weight.sum(0 if side.side == "in" else 1).cpu().view(block.count, -1).sum(1)
+        scores[name] = total
+    return scores
+
+
+def _adapter_parameters(model: apt_ext.APTModel) -> int:
+    return sum(adapter.get_parameter_count() for _, adapter in apt_ext.adapters(model))
