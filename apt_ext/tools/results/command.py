@@ -41,7 +41,7 @@ def add_command(commands: Any) -> None:
     command.add_argument("--minutes", type=float, metavar="M", help="start no cell that would not be done after so many minutes")
     command.add_argument("--device", choices=("cuda", "cpu"), help="(cuda where there is one)")
     command.add_argument("--data", type=Path, metavar="DIR", help=f"what --prepare made ({_PACK}, or ${_VARIABLE})")
-    command.add_argument("--output", type=Path, default=Path("benchmarks/results"), metavar="DIR", help="the cells (%(default)s)")
+    command.add_argument("--output", type=Path, default=Path("benchmarks/results/cells"), metavar="DIR", help="the cells (%(default)s)")
     command.add_argument("--report", type=Path, default=Path("docs/results.md"), metavar="FILE", help="the tables (%(default)s)")
     command.add_argument("--commit", metavar="TEXT", help="what is measured, where git does not know")
     command.add_argument("--quick", action="store_true", help="a few steps on a few texts: shows that it runs; kept out of the tables")
