@@ -213,7 +213,7 @@ class APTAdapter(Merging):
                 raise RuntimeError("disable_adapter: this APTAdapter has no base layer to fall back on")
             if self._merged:
                 self._warn_if_learning()
-            return base(x)  # type: ignore[no-any-return]
+            return self._through_base(x, compiling)
         if mask_in is None:
             mask_in = self._effective_mask("mask_in", compiling)
         if mask_out is None:
@@ -368,6 +368,7 @@ class APTAdapter(Merging):
             limit = min(self.in_features, self.out_features)
             if self._max_rank is not None:
                 limit = min(limit, self._max_rank)
+            limit = max(limit, self._rank)  # a cut leaves ranks above min(N, K)
             if not self._rank <= new_rank <= limit:
                 raise ValueError(f"new_rank must lie between rank = {self._rank} and {limit}, got {new_rank}")
             optimizers = optimizers_of(optimizer)
@@ -424,7 +425,12 @@ class APTAdapter(Merging):
         return self._rank * (self.in_features + self.out_features)
 
     def get_sparsity_stats(self) -> dict[str, float | int]:
-        """Shares of exact zeros in the masks; weight_sparsity = 1 - kept entries of W / all (half x half is 0.75)."""
+        """Shares of exact zeros in the masks; weight_sparsity = 1 - kept entries of W / all (half x half is 0.75).
+
+        RuntimeError on meta, where masks have no values.
+        """
+        if self.mask_in.is_meta:
+            raise RuntimeError(f"{self._what('get_sparsity_stats')}: expected masks with values, got them on meta")
         kept_in, kept_out = int((self.mask_in != 0).sum()), int((self.mask_out != 0).sum())
         share_in = kept_in / self.in_features if self.in_features else 1.0
         share_out = kept_out / self.out_features if self.out_features else 1.0

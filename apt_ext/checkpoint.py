@@ -80,6 +80,13 @@ def _judge(found: dict[str, tensor_file.Entry], expected: dict[str, Tensor]) -> 
     if found.keys() != expected.keys():
         missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
         raise ValueError(f"expected the tensors of this model: {len(missing)} missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}")
+    others = list(_other_widths(found, expected))
+    if others:
+        shown = "; ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
+        raise ValueError(
+            f"expected layers of the widths that this base model has, got others: {shown}. A checkpoint holds no base weights: one that "
+            "was saved after a cut fits only a base that was cut as its own was (what apt_ext.export wrote holds all and needs none)"
+        )
     for name, like in expected.items():
         dtype, shape, _ = found[name]
         free = {"lora_A": 0, "lora_B": 1}.get(name.rpartition(".")[2])  # the dimension that is a rank: any that the linear allows
@@ -90,3 +97,10 @@ def _judge(found: dict[str, tensor_file.Entry], expected: dict[str, Tensor]) -> 
             )
         if dtype != like.dtype and not (dtype.is_floating_point and like.is_floating_point()):
             raise ValueError(f"{name}: expected dtype {like.dtype}, got {dtype}")
+
+
+def _other_widths(found: dict[str, tensor_file.Entry], expected: dict[str, Tensor]) -> Iterator[str]:
+    """The masks, which are as long as a layer is wide, of another length."""
+    for name, like in expected.items():
+        if name.rpartition(".")[2] in ("mask_in", "mask_out") and found[name].shape != list(like.shape):
+            yield f"{name}: expected shape {list(like.shape)}, got {found[name].shape}"

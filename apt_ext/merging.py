@@ -105,6 +105,26 @@ class Merging(nn.Module):
         release(self)
         self._changes.note()
 
+    def _through_base(self, x: Tensor, compiling: bool) -> Tensor:
+        """base_layer(x). Where that fails because of x, the error names x; what does not fail pays nothing."""
+        base, weight = self.base_layer, self.weight
+        assert base is not None and weight is not None
+        if compiling:
+            return base(x)  # type: ignore[no-any-return]
+        try:
+            return base(x)  # type: ignore[no-any-return]
+        except (RuntimeError, TypeError, IndexError, AttributeError):
+            K = weight.shape[0] if self._transposed else weight.shape[1]
+            if not isinstance(x, Tensor):
+                raise TypeError(f"x must be a Tensor, got {type(x).__name__}") from None
+            if x.dim() == 0 or x.shape[-1] != K:
+                raise ValueError(f"x must have shape [..., K={K}], got {list(x.shape)}") from None
+            if x.device != weight.device:
+                raise ValueError(f"x must be on weight's device {weight.device}, got {x.device}") from None
+            if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+                raise TypeError(f"x must have weight's dtype {weight.dtype}, got {x.dtype}") from None
+            raise
+
     def _merge_for_good(self) -> None:
         """The merged weight is an ordinary one again, which another adapter may merge into. This one is not to be used again."""
         release(self)

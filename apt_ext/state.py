@@ -170,7 +170,7 @@ def _saved_rank(adapter: APTAdapter, prefix: str, A: Tensor | None, B: Tensor | 
         raise ValueError(f"{prefix}rank must lie between 0 and lora_A's {A.shape[0]} rows, got {saved}")
     if adapter.max_rank is not None and saved > adapter.max_rank:
         raise ValueError(f"{prefix}rank must be at most the module's max_rank = {adapter.max_rank}, got {saved}")
-    if saved > min(N, K):
+    if saved > max(min(N, K), adapter.rank):  # a cut leaves ranks above min(N, K), which load where they are
         raise ValueError(f"{prefix}rank must be at most min(out_features, in_features) = {min(N, K)}, got {saved}")
     return saved
 

@@ -317,3 +317,9 @@ def test_a_weight_that_is_computed_takes_part():
 class Twice(nn.Module):
     def forward(self, weight):
         return 2 * weight
+
+
+def test_sparsity_on_meta_is_refused_in_words():
+    adapter = APTAdapter(4, 6, 2, device="meta")
+    with pytest.raises(RuntimeError, match=r"get_sparsity_stats of APTAdapter\(4, 6\): expected masks with values, got them on meta"):
+        adapter.get_sparsity_stats()

@@ -275,3 +275,41 @@ def test_a_layer_made_in_inference_mode_merges_all_or_nothing():
     assert adapter.merged and not torch.equal(linear.weight, before) and (linear.bias[[0, 5]] == 0).all()
     adapter.unmerge_weights()
     assert torch.equal(linear.weight, before) and torch.equal(linear.bias, bias)
+
+
+WRONG = {
+    "type": (lambda: "x", TypeError, "x must be a Tensor, got str"),
+    "width": (lambda: torch.ones(2, 6), ValueError, r"x must have shape \[\.\.\., K=5\], got \[2, 6\]"),
+    "scalar": (lambda: torch.ones(()), ValueError, r"x must have shape \[\.\.\., K=5\], got \[\]"),
+    "dtype": (lambda: torch.ones(2, 5, dtype=torch.float64), TypeError, "x must have weight's dtype torch.float32, got torch.float64"),
+    "device": (lambda: torch.ones(2, 5, device="meta"), ValueError, "x must be on weight's device cpu, got meta"),
+}
+
+
+@pytest.mark.parametrize(("x", "error", "words"), WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("how", ["merged", "disabled"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_wrong_input_is_named_where_the_base_layer_computes(x, error, words, how, transposed):
+    pytest.importorskip("transformers")
+    from transformers.pytorch_utils import Conv1D
+
+    adapter = APTAdapter.from_linear(Conv1D(7, 5) if transposed else nn.Linear(5, 7), 2).eval()
+    if how == "merged":
+        adapter.merge_weights()
+    else:
+        adapter._set_disabled(True)
+    with pytest.raises(error, match=words):
+        adapter(x())
+    assert adapter(torch.ones(2, 5)).shape == (2, 7)
+
+
+def test_an_error_of_the_base_layer_itself_is_not_reworded():
+    class Broken(nn.Linear):
+        def forward(self, x):
+            raise RuntimeError("its own")
+
+    adapter = APTAdapter.from_linear(nn.Linear(5, 7), 2).eval()
+    adapter.merge_weights()
+    adapter.base_layer.__class__ = Broken
+    with pytest.raises(RuntimeError, match="its own"):
+        adapter(torch.ones(2, 5))

@@ -11,7 +11,7 @@ from test_model import DOWN, QUERY, assert_same, batch, half, snapshot, tiny_ber
 from apt_ext import disk
 from apt_ext.checkpoint import MANIFEST_FILE
 from apt_ext.config import APTConfig
-from apt_ext.model import APTModel, adapters
+from apt_ext.model import APTModel, adapters, get_apt_model
 
 FILES = ["apt_config.json", "apt_manifest.json", "apt_model.safetensors"]
 
@@ -229,3 +229,21 @@ def test_saving_over_what_was_loaded(tmp_path):
     apt.save_pretrained(tmp_path)
     assert torch.equal(apt(**batch()).logits, expected)
     assert torch.equal(APTModel.from_pretrained(tiny_bert(), tmp_path)(**batch()).logits, expected)
+
+
+def test_a_checkpoint_of_a_cut_model_says_which_widths_differ_and_fits_a_base_that_was_cut_alike(tmp_path):
+    apt = trained(tiny_bert(), APTConfig(r=2))
+    for name in ("0.neurons", "1.neurons"):
+        apt.set_block_mask(name, half())
+    apt.cut().save_pretrained(tmp_path)
+    base = tiny_bert()
+    before = snapshot(base)
+    words = r"model.safetensors: .*layer.0.intermediate.dense.mask_out: expected shape \[48\], got \[24\]; .*saved after a cut fits only"
+    with pytest.raises(ValueError, match=words):
+        APTModel.from_pretrained(base, tmp_path)
+    assert_same(before, snapshot(base))
+    cut = get_apt_model(tiny_bert(), APTConfig(r=1, target_modules=["query"], modules_to_save=[]))
+    for name in ("0.neurons", "1.neurons"):
+        cut.set_block_mask(name, half())
+    other = APTModel.from_pretrained(cut.cut().merge_and_unload(), tmp_path)
+    assert torch.allclose(other(**batch()).logits, apt(**batch()).logits, rtol=0, atol=1e-12)

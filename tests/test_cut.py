@@ -207,3 +207,41 @@ def test_a_model_without_masks_is_left_alone():
     before = state_of(apt)
     apt.cut(torch.optim.AdamW(adapter_parameters(apt)))
     same(before, state_of(apt))
+
+
+@pytest.mark.parametrize("max_rank", [None, 4])
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5"])
+def test_a_rank_above_what_is_left_works_on(name, max_rank):
+    """One survivor of each block: linears of one row, under adapters of rank 2."""
+    family = FAMILIES[name]
+
+    def cut(seed):
+        apt = adapted(family, APTConfig(r=2, max_rank=max_rank))
+        optimizer = torch.optim.AdamW(adapter_parameters(apt), lr=1e-2)
+        hold_pruned(optimizer, adapters(apt))
+        step(apt, family, optimizer, seed)
+        return mask_all(apt, some(family, apt.blocks, ("heads", "neurons"), "one")).cut(optimizer), optimizer
+
+    apt, optimizer = cut(3)
+    wide = [adapter for _, adapter in adapters(apt) if adapter.rank > min(adapter.in_features, adapter.out_features)]
+    assert wide
+    before = [adapter.lora_B.detach().clone() for adapter in wide]
+    step(apt, family, optimizer, 4)
+    assert all(not torch.equal(adapter.lora_B, old) for adapter, old in zip(wide, before, strict=True))
+    expected = outputs(apt, family.inputs())
+    for adapter in wide:
+        adapter.increase_rank(adapter.rank, optimizer=optimizer)  # nothing to do
+        with pytest.raises(ValueError, match="new_rank must lie between rank = 2 and 2, got 3"):
+            adapter.increase_rank(3, optimizer=optimizer)
+        assert adapter.get_sparsity_stats()["rank"] == 2
+    other, _ = cut(5)
+    other.load_state_dict(apt.state_dict())  # into a model that was cut alike
+    for same in (apt, other, copy.deepcopy(apt), shrink(apt)):
+        close(outputs(same, family.inputs()), expected)
+    for _, adapter in adapters(other):
+        adapter.merge_weights()
+    close(outputs(other, family.inputs()), expected)
+    for adapter in wide:
+        fresh = type(adapter)(adapter.in_features, adapter.out_features, 0, max_rank=max_rank)
+        with pytest.raises(ValueError, match="rank must be at most"):
+            fresh.load_state_dict({k: v for k, v in adapter.state_dict().items() if "base_layer" not in k})

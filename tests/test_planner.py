@@ -168,3 +168,24 @@ def test_the_command(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["plan", str(tmp_path), "--keep", "heads"])
     assert "expected KIND=NUMBER" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "sizes", "module"),
+    [
+        ("BertLMHeadModel", "BertConfig", FAMILIES["bert-decoder"].sizes, "bert.encoder.layer.{}.crossattention"),
+        ("GPT2LMHeadModel", "GPT2Config", FAMILIES["gpt2"].sizes, "transformer.h.{}.crossattention"),
+    ],
+)
+def test_cross_attention_that_is_no_block_is_said(kind, config, sizes, module):
+    model = getattr(transformers, kind)(getattr(transformers, config)(**sizes, add_cross_attention=True))
+    found = plan(model, APTConfig(r=2), length=16)
+    assert found.notes == [f"{module.format(layer)}: no block, it is not pruned" for layer in (0, 1)]
+    assert found.notes[0] in str(found)
+    with pytest.raises(ValueError, match="how these modules touch the residual stream: .*crossattention"):
+        plan(model, APTConfig(r=2), keep={"hidden": 16})
+
+
+@EVERY
+def test_every_linear_of_a_layer_is_in_a_block(family):
+    assert plan(family.model(), APTConfig(r=2), length=16).notes == []

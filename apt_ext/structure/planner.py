@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..arguments import checked_int
 from ..config import APTConfig
 from ..model import match
-from .architectures import Block, architecture_of, find_blocks, is_linear, side_width, stored, weight_dim
+from .architectures import Block, architecture_of, ends_with, find_blocks, is_linear, side_width, stored, weight_dim
 from .blocks import missing_block
 from .cutting import Changes, lanes_for, never_empty, parameter_changes
 from .formats import Sizes, allowed
@@ -123,6 +123,7 @@ def plan(model: nn.Module, config: APTConfig, *, keep: Mapping[str, int] | None 
         if blocks[name].count and not bool(kept[name].any()):
             kept[name][0] = True
             notes.append(f"{name}: one stays, with output weights of zero: the stock class cannot run with nothing there")
+    notes += [f"{name}: no block, it is not pruned" for name in _outside_blocks(model, blocks)]
     changes = parameter_changes(model, lanes_for(model, blocks, kept))
     products = _products(model, blocks, batch, length)
     if products is None:
@@ -178,6 +179,25 @@ def _wanted(model: nn.Module, blocks: dict[str, Block], config: APTConfig, keep:
         if not least <= count <= present[kind]:
             raise ValueError(f"keep: expected {least} to {present[kind]} {kind}, got {count}")
     return dict(keep)
+
+
+def _outside_blocks(model: nn.Module, blocks: dict[str, Block]) -> list[str]:
+    """What lies in the layers of the model's row and has linears, but belongs to no block of heads or neurons: cross-attention, for one.
+
+    Named by the outermost modules of which no linear does.
+    """
+    row, inside = architecture_of(model), {name for block in blocks.values() if block.kind != "hidden" for name in block.linears}
+    modules = dict(model.named_modules())
+    layers = [name for name in modules for one in (row.layers if row is not None else ()) if ends_with(one.pattern, name)]
+    found: dict[str, None] = {}
+    for name, module in modules.items():
+        layer = next((layer for layer in layers if name.startswith(f"{layer}.")), None)
+        if layer is None or not is_linear(module) or name in inside:
+            continue
+        parts = name.removeprefix(f"{layer}.").split(".")
+        outer = (".".join((layer, *parts[: i + 1])) for i in range(len(parts)))
+        found[next(one for one in outer if not any(other == one or other.startswith(f"{one}.") for other in inside))] = None
+    return list(found)
 
 
 # -- parameters --------------------------------------------------------------------------------------------------------

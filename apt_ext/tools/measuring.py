@@ -67,6 +67,8 @@ def compared(directories: Mapping[str, Path], batches: list[Batch], device: str,
     models = {name: load_stock(directory, dtype) for name, directory in directories.items()}
     inputs = [{name: value.to(device) for name, value in batch.items() if name != "labels"} for batch in batches]
     memory: dict[str, list[float]] = {name: [] for name in models}
+    if device == "cuda":
+        _cuda_memory(next(iter(models.values())), inputs)  # the first products on a device reserve a workspace for all
     for _ in range(_PROCESSES):
         for name, directory in directories.items():
             if device == "cuda":
@@ -115,6 +117,7 @@ def _generation(model: Any, start: torch.Tensor) -> Callable[[], object]:
 
 
 def _cuda_memory(model: Any, inputs: list[Batch]) -> float:
+    """The most that is allocated for a model and its pass; the model is back on the CPU afterwards."""
     before = torch.cuda.memory_allocated()
     model.to("cuda")
     torch.cuda.reset_peak_memory_stats()
