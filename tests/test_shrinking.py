@@ -2,12 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from families import FAMILIES
 
-from apt_ext.tools import measuring, shrinking
+from apt_ext.tools import measuring, phases, shrinking
 from apt_ext.tools.cli import main
 
 transformers = pytest.importorskip("transformers")
@@ -131,6 +132,18 @@ def test_memory_is_that_of_the_model_and_its_pass(tmp_path):
     size = 4 * model.num_parameters()
     got = measuring.run_apart(measuring.resident_of, tmp_path, [{"input_ids": [[1] * 8]}])
     assert size < got < 1.2 * size
+
+
+def test_a_peak_that_is_over_does_not_count():
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("only Linux can")
+    phases.restart_peak()
+    before = phases.peak_memory()
+    high = torch.ones(50_000_000)
+    assert phases.peak_memory() - before > 150e6 and phases.resident_memory() > 150e6
+    del high
+    phases.restart_peak()
+    assert phases.peak_memory() - before < 50e6
 
 
 def test_random_parameters_need_no_data(source, tmp_path):
