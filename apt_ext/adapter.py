@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
-from . import agreement, growth, ops, state
+from . import agreement, growth, ops
 from .arguments import FLOATING, all_ones, checked_choice, checked_device, checked_int, checked_mask, checked_number, linear_shape
 from .guard import guard, reserve
-from .merging import Merging
 from .optimizers import OptimizerLike, optimizers_of
 from .sharding import is_sharded, replicated
+from .state import Saving
 
 
-class APTAdapter(Merging):
+class APTAdapter(Saving):
     """The low-rank path alone, as in the seed: y = mask_out * s * ((mask_in * x) A^T) B^T.
 
     Use :meth:`from_linear` for the whole of Eq. 2. lora_A is Gaussian with standard deviation ``init_std``
@@ -96,7 +96,6 @@ class APTAdapter(Merging):
             self.register_buffer("mask_in", torch.empty(in_features, device=device, dtype=torch.float32))
             self.register_buffer("mask_out", torch.empty(out_features, device=device, dtype=torch.float32))
         self._guard()
-        state.install(self)
         self.reset_parameters()
 
     @classmethod

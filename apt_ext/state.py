@@ -4,35 +4,55 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import growth
 from .arguments import all_ones, checked_mask
-from .merging import hold, merged_into
-
-if TYPE_CHECKING:
-    from .adapter import APTAdapter
+from .merging import Merging, hold, merged_into
 
 _SEED_NAMES = {"Wa": "lora_A", "Wb": "lora_B"}
 
 
-def install(adapter: APTAdapter) -> None:
-    """Register the hooks that save and load ``adapter``; torch's own recursion calls them in any model."""
-    adapter._register_state_dict_hook(_save)  # type: ignore[no-untyped-call]
-    adapter._register_load_state_dict_pre_hook(_load, with_module=True)  # type: ignore[no-untyped-call]
-    adapter.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
+class Saving(Merging):
+    """An adapter whose state_dict restores rank, masks and merge; torch's own recursion calls its hooks in any model.
+
+    The subclass has the attributes and methods that are only declared here.
+    """
+
+    in_features: int
+    out_features: int
+    _rank: int
+    _max_rank: int | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._register_state_dict_hook(_save)  # type: ignore[no-untyped-call]
+        self._register_load_state_dict_pre_hook(_load, with_module=True)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
+
+    def _stamp_mask(self, name: str, ones: bool) -> None:
+        """Note whether the mask `name`, as it is now, is all ones."""
+        raise NotImplementedError
+
+    def _known_ones(self, name: str) -> bool:
+        """Whether the mask `name` is noted as all ones and has not changed since."""
+        raise NotImplementedError
+
+    def _guard(self) -> None:
+        """The factors are new objects, or their sizes or the rank changed."""
+        raise NotImplementedError
 
 
-def _save(adapter: APTAdapter, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
+def _save(adapter: Saving, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
     """Add rank and merged; a merged layer is saved unmerged, so an adapter's state never holds a rounded weight.
 
     Not even where it is another adapter that merged into a tied weight.
     """
-    state[prefix + "rank"] = torch.tensor(adapter.rank)
-    state[prefix + "merged"] = torch.tensor(adapter.merged)
+    state[prefix + "rank"] = torch.tensor(adapter._rank)
+    state[prefix + "merged"] = torch.tensor(adapter._merged)
     for name in ("weight", "bias"):
         tensor = getattr(adapter, name)
         for holder, held in merged_into(tensor) if tensor is not None else ():
@@ -42,7 +62,7 @@ def _save(adapter: APTAdapter, state: dict[str, Tensor], prefix: str, _metadata:
 
 
 def _load(
-    adapter: APTAdapter,
+    adapter: Saving,
     state: dict[str, Any],
     prefix: str,
     _metadata: dict[str, Any],
@@ -70,7 +90,7 @@ def _load(
         for name, size in (("mask_in", adapter.in_features), ("mask_out", adapter.out_features))
         if name in own
     }
-    merged = bool(own["merged"]) if "merged" in own else adapter.merged
+    merged = bool(own["merged"]) if "merged" in own else adapter._merged
     if seed and merged and "merged" in own:
         warnings.warn(f"{prefix or 'state_dict'} says merged, but the seed never merged a weight: loaded unmerged", stacklevel=2)
         merged = False
@@ -79,7 +99,7 @@ def _load(
 
     # What can run out of memory, before anything changes.
     ones = {name: all_ones(mask) for name, mask in masks.items()}
-    stored = rank if adapter.max_rank is None else adapter.max_rank
+    stored = rank if adapter._max_rank is None else adapter._max_rank
     factors: dict[str, Tensor] = {}
     storages: list[tuple[nn.Parameter, Tensor]] = []
     if A is not None and B is not None:
@@ -92,7 +112,7 @@ def _load(
         for param, storage in storages:
             param.set_(storage)  # type: ignore[call-overload]
             param.grad = None
-    if adapter.merged:
+    if adapter._merged:
         adapter.unmerge_weights()
     adapter._rank = rank
     for name in ("rank", "merged", *_SEED_NAMES):
@@ -119,7 +139,7 @@ def _check_entries(own: dict[str, Any], prefix: str) -> None:
             raise TypeError(f"{prefix}{name} must be floating, got {value.dtype}")
 
 
-def _after_load(adapter: APTAdapter, _incompatible: Any) -> None:
+def _after_load(adapter: Saving, _incompatible: Any) -> None:
     """The base layer is loaded by now: merge again if the state was merged, and note which masks are all ones."""
     ones, undo = adapter.__dict__.pop("_after_load", ({}, None))
     for name, value in ones.items():
@@ -133,7 +153,7 @@ def _after_load(adapter: APTAdapter, _incompatible: Any) -> None:
             raise
 
 
-def _undo(adapter: APTAdapter) -> Callable[[], None]:
+def _undo(adapter: Saving) -> Callable[[], None]:
     """A function that brings the adapter back to what it is now, from copies made now."""
     tensors = [adapter.lora_A, adapter.lora_B, adapter.mask_in, adapter.mask_out, adapter.weight, adapter.bias]
     copies = [None if tensor is None else tensor.detach().clone() for tensor in tensors]
@@ -147,7 +167,7 @@ def _undo(adapter: APTAdapter) -> Callable[[], None]:
                 if tensor is not None and copy is not None:
                     tensor.set_(copy) if tensor.shape != copy.shape else tensor.copy_(copy)  # type: ignore[call-overload]
         adapter.__dict__.update(plain)
-        if adapter.merged:
+        if adapter._merged:
             hold(adapter)
         for name, value in ones.items():
             adapter._stamp_mask(name, value)
@@ -155,11 +175,11 @@ def _undo(adapter: APTAdapter) -> Callable[[], None]:
     return undo
 
 
-def _saved_rank(adapter: APTAdapter, prefix: str, A: Tensor | None, B: Tensor | None, rank: Tensor | None) -> int:
+def _saved_rank(adapter: Saving, prefix: str, A: Tensor | None, B: Tensor | None, rank: Tensor | None) -> int:
     if (A is None) != (B is None):
         raise ValueError(f"state_dict must hold both {prefix}lora_A and {prefix}lora_B or neither, got only one")
     if A is None or B is None:
-        return adapter.rank
+        return adapter._rank
     K, N = adapter.in_features, adapter.out_features
     if A.dim() != 2 or B.dim() != 2 or A.shape[1] != K or B.shape[0] != N or A.shape[0] != B.shape[1]:
         raise ValueError(
@@ -168,14 +188,14 @@ def _saved_rank(adapter: APTAdapter, prefix: str, A: Tensor | None, B: Tensor | 
     saved = A.shape[0] if rank is None else int(rank)
     if not 0 <= saved <= A.shape[0]:
         raise ValueError(f"{prefix}rank must lie between 0 and lora_A's {A.shape[0]} rows, got {saved}")
-    if adapter.max_rank is not None and saved > adapter.max_rank:
-        raise ValueError(f"{prefix}rank must be at most the module's max_rank = {adapter.max_rank}, got {saved}")
-    if saved > max(min(N, K), adapter.rank):  # a cut leaves ranks above min(N, K), which load where they are
+    if adapter._max_rank is not None and saved > adapter._max_rank:
+        raise ValueError(f"{prefix}rank must be at most the module's max_rank = {adapter._max_rank}, got {saved}")
+    if saved > max(min(N, K), adapter._rank):  # a cut leaves ranks above min(N, K), which load where they are
         raise ValueError(f"{prefix}rank must be at most min(out_features, in_features) = {min(N, K)}, got {saved}")
     return saved
 
 
-def _fitting_storages(adapter: APTAdapter, stored: int) -> list[tuple[nn.Parameter, Tensor]]:
+def _fitting_storages(adapter: Saving, stored: int) -> list[tuple[nn.Parameter, Tensor]]:
     """New memory for factors of another rank (same Parameter objects will take it), or none where they fit.
 
     RuntimeError where DDP or FSDP holds them.
