@@ -1,9 +1,12 @@
 """Ratios to the frozen GEMM of the same run: F.linear(x, W) without bias (forward), plus g @ W (forward + backward).
 
     python benchmarks/bench.py [--device cuda] [--dtype bfloat16] [--only layers,merge] [--json FILE] [--plot FILE]
+    python benchmarks/bench.py --report
 
 Peers are interleaved: every round times each of them once, on random data, and the table shows medians over the rounds, with the
 quartiles in the JSON. "masks" has 1 % zeros and 1 % at 0.5 in every mask; "none" has masks of ones. On CUDA the clock is the device's.
+The JSON is written after every case; a case that fails is named in it and costs no other. --report measures nothing: it writes the tables
+of docs/performance.md from the kept files.
 """
 
 from __future__ import annotations
@@ -11,13 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import statistics
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+import report
 import torch
-from peers import by_hand, naive, peft_linear
+from host import host_time, profile_rows
+from peers import by_hand, compiled, lorafusion, naive, peft_linear
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -67,19 +74,6 @@ def measure(peers, rounds, device, inner):
     return times
 
 
-def host_time(peers, rounds, device):
-    """Seconds until one call returns, the device idle."""
-    times = {name: [] for name in peers}
-    for _ in range(rounds * 10):
-        for name, call in peers.items():
-            if device == "cuda":
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return times
-
-
 def rows_of(times, base, **labels):
     """One row a peer: the ratio of medians, and of the quartiles."""
     divisor = statistics.median(times[base])
@@ -106,15 +100,18 @@ class Layer:
             self.plain.lora_B.normal_(), self.masked.lora_B.normal_()
         A, B, scaling = self.plain.lora_A, self.plain.lora_B, self.plain.scaling
         in_dtype = (self.masked.mask_in.to(dtype), self.masked.mask_out.to(dtype))
+        self.formula = (self.W, A, B, scaling, *in_dtype)
         self.peers = {
             "apt none": (self.plain, A, B),
             "apt masks": (self.masked, self.masked.lora_A, self.masked.lora_B),
-            "naive eager, masks": (naive(self.W, A, B, scaling, *in_dtype), A, B),
+            "naive eager, masks": (naive(*self.formula), A, B),
             "mm + addmm_, none": (by_hand(self.W, A, B, scaling), A, B),
         }
         twin = nn.Linear(K, N, bias=False, device=device, dtype=dtype).requires_grad_(False)
         if (peft := peft_linear(twin, rank, scaling)) is not None:
             self.peers["PEFT, none"] = (peft, peft.lora_A["default"].weight, peft.lora_B["default"].weight)
+        if (fused := lorafusion(self.W, A, B, scaling)) is not None:
+            self.peers["LoRAFusion, none"] = (fused, A, B)
 
     def forwards(self, only=None):
         return {name: (lambda f=f: f(self.x)) for name, (f, _, _) in self.peers.items() if only is None or name in only}
@@ -132,41 +129,54 @@ class Layer:
         return F.linear(self.x, self.W.detach()), self.grad @ self.W.detach()
 
 
+def timed(layer, labels, rounds, device, only=None, inner=2, prefix="", wrap=lambda call: call):
+    """Rows of a forward without gradients and of a forward with backward, each call as `wrap` makes it."""
+    with torch.no_grad():
+        peers = {name: wrap(call) for name, call in {"frozen": layer.frozen, **layer.forwards(only)}.items()}
+        times = measure(peers, rounds, device, inner)
+    yield from rows_of(times, "frozen", work=f"{prefix}forward", **labels)
+    peers = {name: wrap(call) for name, call in {"frozen": layer.frozen_step, **layer.steps(only)}.items()}
+    yield from rows_of(measure(peers, rounds, device, inner), "frozen", work=f"{prefix}forward+backward", **labels)
+
+
 def layer_rows(M, N, K, rank, dtype, device, rounds):
     layer, labels = Layer(M, N, K, rank, dtype, device), labels_of(M, N, K, rank, dtype)
-    inner = 4 if device == "cuda" else 2
-    with torch.no_grad():
-        yield from rows_of(measure({"frozen": layer.frozen, **layer.forwards()}, rounds, device, inner), "frozen", work="forward", **labels)
-    peers = {"frozen": layer.frozen_step, **layer.steps()}
-    yield from rows_of(measure(peers, rounds, device, inner), "frozen", work="forward+backward", **labels)
+    yield from timed(layer, labels, rounds, device, inner=4 if device == "cuda" else 2)
+
+
+def captured(call):
+    """Ten calls in one CUDA graph, so that no host time is left."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(10):
+            call()
+    return graph.replay
 
 
 def graph_rows(M, N, K, rank, dtype, device, rounds):
-    """Ten calls in one CUDA graph each, so that no host time is left. A captured adapter computes its masks, ones or not."""
+    """Captured calls. A captured adapter computes its masks, ones or not."""
     layer, ours = Layer(M, N, K, rank, dtype, device), ("apt none", "apt masks")
     bare = (layer.W, None, layer.plain.lora_A, layer.plain.lora_B, None, None, layer.plain.scaling)
     layer.peers["apt_linear, no masks"] = (lambda x: apt_ext.ops.apt_linear(x, *bare), layer.plain.lora_A, layer.plain.lora_B)
-
-    def captured(call):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(10):
-                call()
-        return graph.replay
-
     only = (*ours, "apt_linear, no masks", "mm + addmm_, none")
-    labels = labels_of(M, N, K, rank, dtype)
-    with torch.no_grad():
-        peers = {name: captured(call) for name, call in {"frozen": layer.frozen, **layer.forwards(only)}.items()}
-    yield from rows_of(measure(peers, rounds, device, 2), "frozen", work="graph: forward", **labels)
-    peers = {name: captured(call) for name, call in {"frozen": layer.frozen_step, **layer.steps(only)}.items()}
-    yield from rows_of(measure(peers, rounds, device, 2), "frozen", work="graph: forward+backward", **labels)
+    yield from timed(layer, labels_of(M, N, K, rank, dtype), rounds, device, only, prefix="graph: ", wrap=captured)
+
+
+def compiled_rows(M, N, K, rank, dtype, device, rounds):
+    """The naive formula through torch.compile beside ours; small layers on a GPU in a graph, where host time does not hide the rest."""
+    torch.compiler.reset()
+    layer = Layer(M, N, K, rank, dtype, device)
+    layer.peers["torch.compile, masks"] = (compiled(*layer.formula), *layer.peers["naive eager, masks"][1:])
+    only, labels = ("apt masks", "naive eager, masks", "torch.compile, masks"), labels_of(M, N, K, rank, dtype)
+    small = device == "cuda" and max(N, K) <= 1024
+    prefix, wrap = ("compiled, graph: ", captured) if small else ("compiled: ", lambda call: call)
+    yield from timed(layer, labels, rounds, device, only, prefix=prefix, wrap=wrap)
 
 
 def host_rows(N, K, rank, dtype, device, rounds):
@@ -174,6 +184,11 @@ def host_rows(N, K, rank, dtype, device, rounds):
     with torch.no_grad():
         times = host_time({"F.linear": layer.frozen, **layer.forwards()}, rounds, device)
     yield from rows_of(times, "F.linear", work="host time a call", **labels_of(1, N, K, rank, dtype))
+
+
+def host_profile_rows(N, K, rank, dtype, device, rounds):
+    layer = Layer(1, N, K, rank, dtype, device)
+    yield from profile_rows(layer.plain, layer.x, rounds, device, labels_of(1, N, K, rank, dtype))
 
 
 def width_rows(width, rank, dtype, device, rounds):
@@ -206,7 +221,8 @@ def pass_rows(M, N, K, rank, dtype, device, rounds):
         yield from rows_of(measure(peers, rounds, device, 3), "frozen", work="one pass", **labels_of(M, N, K, rank, dtype))
 
 
-def merge_rows(N, K, rank, dtype, device, rounds):
+def merge_peers(N, K, rank, dtype, device):
+    """({name: call}, the weight they change)"""
     W = torch.randn(N, K, device=device).to(dtype)
     A, B = torch.randn(rank, K, device=device).to(dtype) * 1e-4, torch.randn(N, rank, device=device).to(dtype) * 1e-4
     peers = {
@@ -216,7 +232,43 @@ def merge_rows(N, K, rank, dtype, device, rounds):
         "W.addmm_(B, A)": lambda: W.addmm_(B, A, alpha=1e-3),
         "W += s (B @ A)": lambda: W.add_(1e-3 * (B @ A)),
     }
+    return peers, W
+
+
+def merge_rows(N, K, rank, dtype, device, rounds):
+    peers, _ = merge_peers(N, K, rank, dtype, device)
     yield from rows_of(measure(peers, rounds, device, 5), "one pass over W", work="merge_", **labels_of(0, N, K, rank, dtype))
+
+
+def bytes_taken(call, device):
+    """The most memory that `call` holds beyond what was there before, in bytes.
+
+    On CUDA the caching allocator's own count. On the CPU what torch's profiler sees of the allocator: tensors, and not the buffers that
+    MKL, oneDNN and the C++ library take for themselves.
+    """
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    held = most = 0
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
+
+
+def memory_rows(N, K, rank, dtype, device, rounds):
+    peers, W = merge_peers(N, K, rank, dtype, device)
+    size = W.numel() * W.element_size()
+    for name, call in peers.items():
+        taken = bytes_taken(call, device)
+        yield {"work": "merge_: extra memory", "peer": name, "bytes": taken, "of_W": taken / size, **labels_of(0, N, K, rank, dtype)}
 
 
 def model_merge_rows(rank, dtype, device, rounds):
@@ -255,25 +307,71 @@ def mask_rows(tensors, dtype, device, rounds):
 
 
 def jobs_of(options, dtype):
-    """[(function, its arguments before device and rounds)] of what was asked for."""
+    """[(part, function, its arguments before device and rounds)] of what was asked for."""
     cuda = options.device == "cuda"
     ranks = (16,) if options.quick else (16, 64)
     shapes = SHAPES[options.device][: 1 if options.quick else None]
     side = 4096 if cuda else 1024
-    groups = {
+    host_side = 4096 if cuda else 8  # the product itself must take no time: on a GPU it runs beside the host
+    compiled_shapes = [*SHAPES["cuda"][:2], SHAPES["cuda"][3]] if cuda else SHAPES["cpu"]
+    parts = {
         "layers": [(layer_rows, (*shape, rank, dtype)) for shape in shapes for rank in ranks],
         "graph": [(graph_rows, (4096, 768, 768, rank, dtype)) for rank in ranks] if cuda else [],
+        "compiled": [(compiled_rows, (*shape, 16, dtype)) for shape in compiled_shapes[: 1 if options.quick else None]],
         "passes": [(pass_rows, (*shapes[0], rank, dtype)) for rank in ranks],
-        "host": [(host_rows, (side, side, 16, dtype))],
+        "host": [(host_rows, (host_side, host_side, min(16, host_side), dtype))],
+        "host-profile": [(host_profile_rows, (host_side, host_side, min(16, host_side), dtype))],
         "widths": [(width_rows, (width, 16, dtype)) for width in (4097, 2055, 383)] if cuda and not options.quick else [],
         "merge": [(merge_rows, (side, side, 16, dtype))] + ([(model_merge_rows, (16, dtype))] if cuda else []),
+        "memory": [(memory_rows, (side, side, 16, dtype))],
         "mask_grads": [(mask_rows, (448 if cuda else 64, dtype))],
     }
-    asked = options.only.split(",") if options.only else list(groups)
-    unknown = [name for name in asked if name not in groups]
+    asked = options.only.split(",") if options.only else list(parts)
+    unknown = [name for name in asked if name not in parts]
     if unknown:
-        raise SystemExit(f"--only: expected some of {', '.join(groups)}, got {', '.join(unknown)}")
-    return [job for name in asked for job in groups[name]]
+        raise SystemExit(f"--only: expected some of {', '.join(parts)}, got {', '.join(unknown)}")
+    return [(name, *job) for name in asked for job in parts[name]]
+
+
+def device_name(device):
+    """The GPU's name, or the CPU's with what it has for 16-bit products."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    model = re.search(r"model name\s*: (.*)", text)
+    family = [found[1] for key in ("cpu family", "model") if (found := re.search(rf"{key}\s*: (\d+)", text))]
+    fast = [flag for flag in ("avx512_bf16", "amx_bf16", "avx512_fp16", "amx_fp16") if f" {flag}" in text]
+    name = model[1] if model else platform.processor() or platform.machine()
+    return name + (f", family {'/'.join(family)}" if family else "") + (f", {' '.join(fast)}" if fast else "")
+
+
+def header_of(options):
+    run = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return {
+        "command": " ".join(["python benchmarks/bench.py", *sys.argv[1:]]),
+        "commit": run.stdout.strip(),
+        "device": device_name(options.device),
+        "threads": torch.get_num_threads(),
+        "rounds": options.rounds,
+        "build": {**apt_ext.ops.build_info(), "torch": torch.__version__},
+    }
+
+
+def measured(jobs, options):
+    """(rows, seconds a part, what failed), the JSON written after every case."""
+    rows, seconds, failed = [], {}, []
+    for part, job, arguments in tqdm(jobs, unit="case"):
+        start = time.perf_counter()
+        try:
+            rows += list(job(*arguments, options.device, options.rounds))
+        except Exception as error:  # a peer that cannot run here (no compiler for torch.compile) must not cost the other cases
+            failed.append({"part": part, "arguments": [str(a) for a in arguments], "error": f"{type(error).__name__}: {error}"[:500]})
+        seconds[part] = round(seconds.get(part, 0.0) + time.perf_counter() - start, 1)
+        if options.json:
+            text = json.dumps({**header_of(options), "seconds": seconds, "failed": failed, "rows": rows}, indent=1)
+            options.json.write_text(text + "\n")
+    return rows, seconds, failed
 
 
 def plot(rows, path):
@@ -281,7 +379,8 @@ def plot(rows, path):
     are host time alone, are left out."""
     from matplotlib.figure import Figure
 
-    shown = [row for row in rows if "forward" in row["work"] and (row["K"] > 768 or row["M"] < 4096 or "graph" in row["work"])]
+    layers = [row for row in rows if "forward" in row["work"] and "compiled" not in row["work"]]
+    shown = [row for row in layers if row["K"] > 768 or row["M"] < 4096 or "graph" in row["work"]]
     works = list(dict.fromkeys(row["work"] for row in shown))
     figure = Figure(figsize=(11, 2.8 * len(works)), layout="constrained")
     for work, axes in zip(works, figure.subplots(len(works), 1, squeeze=False)[:, 0], strict=True):
@@ -300,17 +399,28 @@ def plot(rows, path):
     figure.savefig(path, dpi=110)
 
 
+def figure_of(row):
+    if "bytes" in row:
+        return f"{row['bytes']} bytes"
+    if "us" in row:
+        return f"{row['us']:6.2f} us" + (f" ({row['low']:.2f}-{row['high']:.2f})" if "low" in row else "")
+    return f"{row['ratio']:6.3f} ({row['low']:.3f}-{row['high']:.3f})"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default=None, help="float32, float16 or bfloat16; default: bfloat16 on cuda, float32 on the CPU")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--quick", action="store_true", help="the first shape and rank 16 only")
-    parser.add_argument("--only", help="some of layers,graph,passes,host,widths,merge,mask_grads")
+    parser.add_argument("--only", help="some of layers,graph,compiled,passes,host,host-profile,widths,merge,memory,mask_grads")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="a PNG of the layers")
     parser.add_argument("--replot", type=Path, help="draw --plot from a kept JSON file and measure nothing")
+    parser.add_argument("--report", action="store_true", help="write the tables of docs/performance.md and measure nothing")
     options = parser.parse_args()
+    if options.report:
+        return report.DOCUMENT.write_text(report.updated(report.DOCUMENT.read_text()))
     if options.replot:
         if options.plot is None:
             parser.error("--replot draws --plot FILE, which is missing")
@@ -318,20 +428,17 @@ def main():
     dtype = getattr(torch, options.dtype or ("bfloat16" if options.device == "cuda" else "float32"))
     torch.manual_seed(0)
     jobs = jobs_of(options, dtype)
-    rows = [row for job, arguments in tqdm(jobs, unit="case") for row in job(*arguments, options.device, options.rounds)]
+    rows, seconds, failed = measured(jobs, options)
 
     print(f"{'work':<24} {'M':>6} {'N':>6} {'K':>6} {'rank':>5}  {'peer':<28} ratio (quartiles)")
     for r in rows:
         size = f"{r['M']:>6} {r['N']:>6} {r['K']:>6} {r['rank']:>5}"
-        print(f"{r['work']:<24} {size}  {r['peer']:<28} {r['ratio']:6.3f} ({r['low']:.3f}-{r['high']:.3f})")
-    if options.json:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-        name = torch.cuda.get_device_name() if options.device == "cuda" else platform.processor() or platform.machine()
-        build = {**apt_ext.ops.build_info(), "torch": torch.__version__}
-        header = {"commit": commit, "device": name, "threads": torch.get_num_threads(), "rounds": options.rounds, "build": build}
-        options.json.write_text(json.dumps({**header, "rows": rows}, indent=1) + "\n")
+        print(f"{r['work']:<24} {size}  {r['peer']:<28} {figure_of(r)}")
+    print("seconds:", ", ".join(f"{part} {value}" for part, value in seconds.items()))
     if options.plot:
         plot(rows, options.plot)
+    if failed:
+        raise SystemExit("\n".join(f"{f['part']} of {', '.join(f['arguments'])} failed: {f['error']}" for f in failed))
 
 
 if __name__ == "__main__":

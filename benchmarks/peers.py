@@ -1,4 +1,5 @@
-"""What others do with the same layer, as functions of x with gradients: the naive formula, two cuBLAS products by hand, PEFT."""
+"""What others do with the same layer, as functions of x with gradients: the naive formula, eager and compiled, two cuBLAS products by hand,
+PEFT, and LoRAFusion where it is installed."""
 
 from __future__ import annotations
 
@@ -52,3 +53,19 @@ def peft_linear(linear: nn.Linear, rank: int, scaling: float):
     except TypeError:  # PEFT before 0.18 takes no config
         layer = Linear(linear, "default", r=rank, lora_alpha=int(scaling * rank))
     return layer.to(linear.weight.device, linear.weight.dtype)
+
+
+def compiled(W, A, B, scaling, mask_in, mask_out):
+    """The naive formula through torch.compile, for one shape: compiled at the first call, once with and once without gradients."""
+    return torch.compile(naive(W, A, B, scaling, mask_in, mask_out), dynamic=False, fullgraph=True)
+
+
+def lorafusion(W, A, B, scaling):
+    """LoRAFusion's fused layer without masks, or None where it is not installed or not for this device (Triton, 16-bit, [B, T, K])."""
+    try:
+        from lorafusion.ops.lora_v1 import fused_linear_lora
+    except ImportError:
+        return None
+    if not W.is_cuda or W.dtype == torch.float32:
+        return None
+    return lambda x: fused_linear_lora(x=x[None], linear_w=W, lora_a=A, lora_b=B, alpha=scaling)[0]

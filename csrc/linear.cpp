@@ -46,12 +46,22 @@ Tensor down(const Tensor& lhs, const Tensor& rhs) {
   return dtype == lhs.scalar_type() ? at::mm(lhs, rhs) : at::mm(lhs, rhs, dtype);
 }
 
+// Where oneDNN multiplies bfloat16, any alpha but 1 costs a quarter of a skinny product more; a power of two
+// scales the small side exactly instead.
+bool scales_exactly(const Tensor& low, double scaling) {
+  int exponent = 0;
+  return low.is_cpu() && low.scalar_type() == at::kBFloat16 && std::frexp(scaling, &exponent) == 0.5 &&
+         scaling > 1.0 && scaling <= 256.0;
+}
+
 // out = beta out + scaling low factor in place; low may be float32 over float16. With beta 0, out is not
 // read.
 void up_(Tensor& out, const Tensor& low, const Tensor& factor, double scaling, int beta) {
   if (out.scalar_type() == at::kHalf && low.scalar_type() == at::kFloat) {
     Scaled half = to_half(low);
     out.addmm_(half.value, absorb(factor, half.inverse), beta, scaling);
+  } else if (scales_exactly(low, scaling)) {
+    out.addmm_(low.mul(scaling), factor, beta, 1);
   } else {
     out.addmm_(low, factor, beta, scaling);
   }

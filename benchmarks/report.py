@@ -1,0 +1,88 @@
+"""The tables of docs/performance.md, from the kept results: what stands between `<!-- bench FILE PART -->` and `<!-- end -->`.
+
+python benchmarks/bench.py --report
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENT, RESULTS = ROOT / "docs" / "performance.md", ROOT / "benchmarks" / "results"
+BASES = {"frozen", "F.linear", "one pass over W", "one copy of the same bytes", "aligned", "PEFT merge"}
+MARKED = re.compile(r"(<!-- bench (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table(head, lines):
+    """A Markdown table of these cells."""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *lines]) + "\n"
+
+
+def origin(data):
+    """Where the figures come from, and the command that measures them again."""
+    threads = f"{data['threads']} thread{'s' * (data['threads'] != 1)}"
+    where = f"{data['device']}, {threads}, torch {data['build']['torch']}, commit {data['commit']}"
+    return f"{where}, medians of {data['rounds']} rounds:\n\n    {data['command']}\n\n"
+
+
+def ratios(rows):
+    """Rows of ratios as a table: one line a work, shape and rank, one column a peer; the base, which is 1, is left out."""
+    lines, peers = {}, []
+    for row in rows:
+        case = (row["work"], f"{row['M']}, {row['N']}, {row['K']}", str(row["rank"]))
+        of_case = lines.setdefault(case, {})
+        if row["peer"] in BASES:
+            continue
+        of_case[row["peer"]] = f"{row['ratio']:.2f}"
+        if row["peer"] not in peers:
+            peers.append(row["peer"])
+    body = [[*case, *(cells.get(peer, "") for peer in peers)] for case, cells in lines.items()]
+    return table(["work", "M, N, K", "rank", *peers], body)
+
+
+def of(*works):
+    """Rows of these works; a name that ends in a colon stands for all that begin with it."""
+    begins = tuple(work for work in works if work.endswith(":"))
+    return lambda rows: ratios([row for row in rows if row["work"] in works or (begins and row["work"].startswith(begins))])
+
+
+def memory(rows):
+    shown = [row for row in rows if row["work"] == "merge_: extra memory" and row["bytes"] is not None]
+    return table(["call", "bytes beyond W, A and B", "of W"], [[r["peer"], f"{r['bytes']:,}", f"{r['of_W']:.2%}"] for r in shown])
+
+
+def host(rows):
+    """The stages that add up to one call, then the yardsticks beside them."""
+    levels = {row["peer"]: row["us"] for row in rows if row["work"] == "host profile"}
+    stages = [row for row in rows if row["work"] == "host profile: stages"]
+    total, linear = levels["adapter(x)"], levels["F.linear"]
+    lines = [[row["peer"], f"{row['us']:.2f}", f"{row['us'] / linear:.2f}"] for row in stages]
+    lines += [["**adapter(x) with gradients, which is all of it**", f"{total:.2f}", f"{total / linear:.2f}"]]
+    yardsticks = ("adapter(x), no_grad", "F.linear", "x A^T", "y += s t B^T", "empty y", "a module that does nothing")
+    lines += [[f"beside it: {name}", f"{levels[name]:.2f}", f"{levels[name] / linear:.2f}"] for name in yardsticks]
+    return table(["one call, device idle", "us", "of F.linear"], lines)
+
+
+PARTS = {
+    "layers": of("forward", "forward+backward"),
+    "graph": of("graph:"),
+    "compiled": of("compiled:", "compiled, graph:"),
+    "passes": of("one pass"),
+    "host": of("host time a call"),
+    "host-profile": host,
+    "merge": of("merge_", "merge, 1.1 B model"),
+    "memory": memory,
+}
+
+
+def updated(text):
+    """`text` with every marked section written anew; a part alone is its table, FILE `origin` says where the figures come from."""
+
+    def section(match):
+        start, file, part, end = match.groups()
+        data = json.loads((RESULTS / file).read_text())
+        return start + "\n" + (origin(data) if part == "origin" else PARTS[part](data["rows"]) + "\n") + end
+
+    return MARKED.sub(section, text)
