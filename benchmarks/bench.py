@@ -411,6 +411,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--dtype", default=None, help="float32, float16 or bfloat16; default: bfloat16 on cuda, float32 on the CPU")
+    parser.add_argument("--threads", type=int, help="of the CPU; default: torch's own choice")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--quick", action="store_true", help="the first shape and rank 16 only")
     parser.add_argument("--only", help="some of layers,graph,compiled,passes,host,host-profile,widths,merge,memory,mask_grads")
@@ -427,6 +428,8 @@ def main():
         return plot(json.loads(options.replot.read_text())["rows"], options.plot)
     dtype = getattr(torch, options.dtype or ("bfloat16" if options.device == "cuda" else "float32"))
     torch.manual_seed(0)
+    if options.threads:
+        torch.set_num_threads(options.threads)
     jobs = jobs_of(options, dtype)
     rows, seconds, failed = measured(jobs, options)
 
