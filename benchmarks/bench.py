@@ -360,7 +360,7 @@ def header_of(options):
 
 def measured(jobs, options):
     """(rows, seconds a part, what failed), the JSON written after every case."""
-    rows, seconds, failed = [], {}, []
+    rows, seconds, failed, header = [], {}, [], header_of(options)
     for part, job, arguments in tqdm(jobs, unit="case"):
         start = time.perf_counter()
         try:
@@ -369,7 +369,7 @@ def measured(jobs, options):
             failed.append({"part": part, "arguments": [str(a) for a in arguments], "error": f"{type(error).__name__}: {error}"[:500]})
         seconds[part] = round(seconds.get(part, 0.0) + time.perf_counter() - start, 1)
         if options.json:
-            text = json.dumps({**header_of(options), "seconds": seconds, "failed": failed, "rows": rows}, indent=1)
+            text = json.dumps({**header, "seconds": seconds, "failed": failed, "rows": rows}, indent=1)
             options.json.write_text(text + "\n")
     return rows, seconds, failed
 

@@ -1,0 +1,88 @@
+"""The benchmark's own promises: what it measures is kept whatever fails, and the document's tables are those of the kept results."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import apt_ext
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import bench
+
+    return bench
+
+
+def run(bench, monkeypatch, *arguments):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", ["bench.py", *map(str, arguments)])
+    try:
+        bench.main()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_a_case_that_fails_costs_no_other(bench, monkeypatch, tmp_path, capsys):
+    def broken(*arguments):
+        yield {"work": "forward", "peer": "none"}
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(bench, "compiled_rows", broken)
+    path = tmp_path / "out.json"
+    with pytest.raises(SystemExit, match=r"compiled of 1024, 768, 768, 16, .* failed: OSError: no compiler"):
+        run(bench, monkeypatch, "--device", "cpu", "--quick", "--rounds", 2, "--threads", 1, "--only", "compiled,memory", "--json", path)
+    kept = json.loads(path.read_text())
+    assert [f["part"] for f in kept["failed"]] == ["compiled"] and set(kept["seconds"]) == {"compiled", "memory"}
+    assert {row["work"] for row in kept["rows"]} == {"merge_: extra memory"}
+    taken = {row["peer"]: row["bytes"] for row in kept["rows"]}
+    assert taken["W.addmm_(B, A)"] == 0 and taken["W += s (B @ A)"] >= 2 * 4 * 1024 * 1024
+    assert 0 < taken["merge_ check=False"] <= 2 << 20  # a block of rows and the factors, never W's 4 MiB
+    assert "merge_ check=True" in capsys.readouterr().out
+
+
+def test_an_unknown_part_is_refused(bench, monkeypatch):
+    with pytest.raises(SystemExit, match="expected some of layers, .*got gemm"):
+        run(bench, monkeypatch, "--device", "cpu", "--only", "gemm")
+
+
+def test_the_stages_of_a_call_add_up_to_it(bench, monkeypatch, tmp_path):
+    path = tmp_path / "out.json"
+    run(bench, monkeypatch, "--device", "cpu", "--rounds", 2, "--threads", 1, "--only", "host-profile", "--json", path)
+    rows = json.loads(path.read_text())["rows"]
+    levels = {row["peer"]: row["us"] for row in rows if row["work"] == "host profile"}
+    stages = {row["peer"]: row["us"] for row in rows if row["work"] == "host profile: stages"}
+    without_autograd = sum(us for stage, us in stages.items() if not stage.startswith("autograd"))
+    assert without_autograd == pytest.approx(levels["adapter(x), no_grad"])
+
+
+def test_the_formula_of_every_peer_is_ours(bench):
+    """With masks those that have them, without those that have none; forward and gradients."""
+    layer = bench.Layer(32, 24, 16, 4, torch.float64, "cpu")
+    groups = {"masks": layer.masked, "none": layer.plain}
+    for name, (peer, A, B) in layer.peers.items():
+        adapter = groups["masks" if "masks" in name else "none"]
+        with torch.no_grad():
+            for theirs, ours in ((A, adapter.lora_A), (B, adapter.lora_B)):
+                theirs.copy_(ours)
+        got = peer(layer.leaf)
+        weight = layer.W if "PEFT" not in name else peer.base_layer.weight
+        masks = (adapter.mask_in.double(), adapter.mask_out.double()) if adapter is layer.masked else (None, None)
+        expected = apt_ext.reference.apt_linear(layer.leaf, weight, None, A, B, *masks, adapter.scaling)
+        assert torch.allclose(got, expected), name
+        grads = torch.autograd.grad(got, (layer.leaf, A, B), layer.grad)
+        for one, other in zip(grads, torch.autograd.grad(expected, (layer.leaf, A, B), layer.grad), strict=True):
+            assert torch.allclose(one, other), name
+
+
+@pytest.mark.slow
+def test_the_compiled_peer_is_the_formula(bench):
+    layer = bench.Layer(32, 24, 16, 4, torch.float32, "cpu")
+    theirs = bench.compiled(*layer.formula)(layer.x)
+    assert torch.allclose(theirs, bench.naive(*layer.formula)(layer.x), rtol=1e-4, atol=1e-4)
