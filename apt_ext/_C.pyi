@@ -47,6 +47,61 @@ def merge_(
     check: bool,
 ) -> None: ...
 def mask_grads_(grads: Sequence[Tensor], masks: Sequence[Tensor], dims: Sequence[int]) -> None: ...
+def compact_linear(
+    x: Tensor,
+    packed: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    mask_in: Tensor | None,
+    mask_out: Tensor | None,
+    index_in: Tensor,
+    index_out: Tensor,
+    position_in: Tensor,
+    position_out: Tensor,
+    kept: Tensor,
+    scaling: float,
+    compact_in: bool,
+    compact_out: bool,
+) -> Tensor: ...
+def compact_linear_forward(
+    x: Tensor,
+    packed: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    mask_in: Tensor | None,
+    mask_out: Tensor | None,
+    index_in: Tensor,
+    index_out: Tensor,
+    position_in: Tensor,
+    position_out: Tensor,
+    kept: Tensor,
+    scaling: float,
+    compact_in: bool,
+    compact_out: bool,
+) -> tuple[Tensor, Tensor]: ...
+def compact_linear_backward(
+    grad: Tensor,
+    x: Tensor,
+    packed: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    t: Tensor,
+    mask_in: Tensor | None,
+    mask_out: Tensor | None,
+    index_in: Tensor,
+    index_out: Tensor,
+    position_in: Tensor,
+    position_out: Tensor,
+    kept: Tensor,
+    scaling: float,
+    compact_in: bool,
+    compact_out: bool,
+    gathered: bool,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
+def pack_kept_(packed: Tensor, weight: Tensor, index_in: Tensor, index_out: Tensor, kept: Tensor) -> None: ...
 def next_moment() -> tuple[int, int]: ...
 def node_moment() -> tuple[int, int] | None: ...
 def build_info() -> dict[str, Any]: ...

@@ -180,11 +180,6 @@ class APTAdapter(Saving):
         return self._merged
 
     @property
-    def compacted(self) -> bool:
-        """Whether the products run on kept rows and columns only; this version computes full-size always."""
-        return False
-
-    @property
     def Wa(self) -> Tensor:
         """The first ``rank`` rows of lora_A, [rank, K] (the paper's W_A)."""
         return self.lora_A[: self._rank]
@@ -213,6 +208,8 @@ class APTAdapter(Saving):
             if self._merged:
                 self._warn_if_learning()
             return self._through_base(x, compiling)
+        if self._compaction is not None and mask_in is None and mask_out is None:
+            return self._compute_kept(x, self._compaction, compiling)
         if mask_in is None:
             mask_in = self._effective_mask("mask_in", compiling)
         if mask_out is None:
@@ -292,6 +289,7 @@ class APTAdapter(Saving):
         """
         with torch.inference_mode(False), torch.no_grad():
             new = {name: (mask if mask.shape == self._buffer(name).shape else mask.clone(), all_ones(mask)) for name, mask in masks.items()}
+        follow = self._compaction_change(masks)
 
         def make() -> None:
             with torch.no_grad():
@@ -302,6 +300,7 @@ class APTAdapter(Saving):
                     else:
                         self._buffers[name] = mask
                     self._stamp_mask(name, ones)
+            follow()
 
         return make
 
@@ -452,9 +451,7 @@ class APTAdapter(Saving):
             self.lora_A.zero_()
             self.lora_A[: self._rank].normal_(0.0, self.init_std)
             self.lora_B.zero_()
-            for name in ("mask_in", "mask_out"):
-                self._buffer(name).fill_(1.0)
-                self._stamp_mask(name, True)
+        self.mask_change({name: torch.ones_like(self._buffer(name)) for name in ("mask_in", "mask_out")})()
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, rank={self._rank}, scaling={self._scaling}"
@@ -462,7 +459,7 @@ class APTAdapter(Saving):
             text += f", max_rank={self._max_rank}"
         if self.dropout:
             text += f", dropout={self.dropout}"
-        return text + (", merged=True" if self._merged else "")
+        return text + (", merged=True" if self._merged else "") + (", compacted=True" if self.compacted else "")
 
     # -- moving and copying ------------------------------------------------------------------------------------------
 
@@ -478,7 +475,7 @@ class APTAdapter(Saving):
 
     def __getstate__(self) -> dict[str, Any]:
         # Version counters start anew in a copy: what travels is whether a mask is known to be all ones.
-        return {**self.__dict__, "_mask_stamps": {name: self._known_ones(name) for name in self._mask_stamps}}
+        return {**super().__getstate__(), "_mask_stamps": {name: self._known_ones(name) for name in self._mask_stamps}}
 
     def __setstate__(self, state_: dict[str, Any]) -> None:
         super().__setstate__(state_)

@@ -133,6 +133,22 @@ class APTModel(nn.Module):
                 self._hidden_left = kept if self._hidden_left is None else self._hidden_left[kept]
         return self
 
+    def compact(self, on: bool = True) -> None:
+        """`APTAdapter.compact` for every adapter: forward and backward cost what is kept from now on. Modules that train whole do not.
+
+        Nothing has changed when this raises RuntimeError (an adapter is merged, sharded by FSDP2 or on meta).
+        """
+        found = [(name, adapter) for name, adapter in adapters(self) if not isinstance(adapter, MaskedLinear)]
+        before = [adapter._compaction for _, adapter in found]
+        try:
+            for name, adapter in found:
+                with naming(name):
+                    adapter.compact(on)
+        except BaseException:
+            for (_, adapter), compaction in zip(found, before, strict=True):
+                adapter._compaction = compaction
+            raise
+
     # -- counting ----------------------------------------------------------------------------------------------------
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:

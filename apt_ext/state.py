@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from . import growth
 from .arguments import all_ones, checked_mask
-from .merging import Merging, hold, merged_into
+from .compact import Compacting
+from .merging import hold, merged_into
 
 _SEED_NAMES = {"Wa": "lora_A", "Wb": "lora_B"}
 
 
-class Saving(Merging):
+class Saving(Compacting):
     """An adapter whose state_dict restores rank, masks and merge; torch's own recursion calls its hooks in any model.
 
     The subclass has the attributes and methods that are only declared here.
@@ -144,6 +145,7 @@ def _after_load(adapter: Saving, _incompatible: Any) -> None:
     ones, undo = adapter.__dict__.pop("_after_load", ({}, None))
     for name, value in ones.items():
         adapter._stamp_mask(name, value)
+    adapter._compact_anew()
     adapter._guard()
     if undo is not None:
         try:
@@ -167,6 +169,7 @@ def _undo(adapter: Saving) -> Callable[[], None]:
                 if tensor is not None and copy is not None:
                     tensor.set_(copy) if tensor.shape != copy.shape else tensor.copy_(copy)  # type: ignore[call-overload]
         adapter.__dict__.update(plain)
+        adapter._compact_anew()
         if adapter._merged:
             hold(adapter)
         for name, value in ones.items():

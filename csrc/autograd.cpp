@@ -1,13 +1,13 @@
 // Autograd and autocast, in C++ because a Python autograd.Function costs more than a small layer's product.
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <utility>
 
+#include "autograd.h"
 #include "check.h"
 #include "composite.h"
 #include "ops.h"
@@ -17,18 +17,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-// The dispatcher's handle, looked up once: fake tensors and tracing modes see every inner call.
-template <auto function>
-auto& handle(const char* name) {
-  static auto op = c10::Dispatcher::singleton()
-                       .findSchemaOrThrow((std::string("apt_ext::") + name).c_str(), "")
-                       .typed<std::remove_pointer_t<decltype(function)>>();
-  return op;
-}
-
-Tensor or_undefined(const OptTensor& tensor) { return tensor.value_or(Tensor()); }
-OptTensor or_none(const Tensor& tensor) { return tensor.defined() ? OptTensor(tensor) : std::nullopt; }
 
 struct Linear : torch::autograd::Function<Linear> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptTensor& weight, const OptTensor& bias,
@@ -67,35 +55,6 @@ struct Linear : torch::autograd::Function<Linear> {
             Tensor()};
   }
 };
-
-bool wants_grad(const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
-
-bool wants_grad(const OptTensor& tensor) { return tensor.has_value() && tensor->requires_grad(); }
-
-bool is_dual(const Tensor& tensor) { return tensor.defined() && tensor._fw_grad(/*level=*/0).defined(); }
-
-// Whether somebody else differentiates: forward mode (dual numbers), or a gradient transform of torch.func.
-bool is_transformed(const Tensor& tensor) {
-  return is_dual(tensor) ||
-         (tensor.defined() && tensor.key_set().has(c10::DispatchKey::FuncTorchGradWrapper));
-}
-bool is_transformed(const OptTensor& tensor) { return tensor.has_value() && is_transformed(*tensor); }
-
-// A layout that is a Python subclass (jagged) would reach its own code before an op's door.
-template <class Name>
-void check_dense(const OptTensor& tensor, const Name& name) {
-  if (tensor.has_value()) check_strided(*tensor, name);
-}
-
-template <class... Tensors>
-bool any_transformed(const Tensors&... tensors) {
-  return (is_transformed(tensors) || ...);
-}
-
-template <class... Tensors>
-bool any_wants_grad(const Tensors&... tensors) {
-  return at::GradMode::is_enabled() && (wants_grad(tensors) || ...);
-}
 
 Tensor linear_autograd(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const Tensor& lora_A,
                        const Tensor& lora_B, const OptTensor& mask_in, const OptTensor& mask_out,
@@ -176,12 +135,6 @@ void mask_grads_autograd(at::TensorList grads, at::TensorList masks, at::IntArra
   for (size_t i = 0; i < masks.size(); ++i) check_plain("mask_grads_", masks[i], Indexed{"masks", i});
   at::AutoDispatchBelowAutograd below;
   handle<&mask_grads_>("mask_grads_").call(grads, masks, dims);
-}
-
-// A write through a raw pointer is invisible to autograd unless it is counted. Counted here and not under
-// Autograd, which inference mode leaves out.
-void count_write(const Tensor& tensor) {
-  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
 }
 
 void merge_counted(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,

@@ -3,17 +3,15 @@
 #include "ops.h"
 
 #include <ATen/ATen.h>
-#include <ATen/autocast_mode.h>
-#include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
-#include <limits>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "check.h"
 #include "device.h"
+#include "door.h"
 #include "linear.h"
 
 namespace apt {
@@ -68,17 +66,6 @@ Sizes check_linear(const Tensor& x, const OptTensor& weight, const OptTensor& bi
   return size;
 }
 
-std::vector<c10::SymInt> with_last(const Tensor& x, const c10::SymInt& last) {
-  auto sizes = x.sym_sizes().vec();
-  sizes.back() = last;
-  return sizes;
-}
-
-// t leaves float16, whose range a low-rank activation can exceed although y does not.
-at::TensorOptions low_rank_options(const Tensor& x) {
-  return x.options().dtype(x.scalar_type() == at::kHalf ? at::kFloat : x.scalar_type());
-}
-
 Sizes check_backward(const Tensor& grad, const Tensor& x, const OptTensor& weight, const Tensor& lora_A,
                      const Tensor& lora_B, const Tensor& t, const OptTensor& mask_in,
                      const OptTensor& mask_out) {
@@ -97,33 +84,6 @@ Sizes check_backward(const Tensor& grad, const Tensor& x, const OptTensor& weigh
                     text(with_last(x, size.R)), ", got ", text(t.sym_sizes()));
   return size;
 }
-
-// A view is a dispatched call, so matrices are taken as they are.
-Tensor flat(const Tensor& x) {
-  if (x.dim() == 2) return x;
-  int64_t columns = x.size(-1), rows = 1;
-  for (int64_t dim = 0; dim + 1 < x.dim(); ++dim) rows *= x.size(dim);
-  return x.reshape({rows, columns});
-}
-
-// cuBLAS counts the distance between rows in 32 bits; rows farther apart than that are few, and copied.
-Tensor reachable(const Tensor& matrix) {
-  constexpr int64_t kFarthest = std::numeric_limits<int32_t>::max();
-  bool far = matrix.is_cuda() && (matrix.stride(0) >= kFarthest || matrix.stride(1) >= kFarthest);
-  return far ? matrix.contiguous() : matrix;
-}
-
-OptTensor reachable(const OptTensor& matrix) {
-  return matrix.has_value() ? OptTensor(reachable(*matrix)) : std::nullopt;
-}
-
-// Kernels run on the tensors' device, and the products inside an op are not autocast a second time.
-struct Scope {
-  explicit Scope(const Tensor& tensor)
-      : device(tensor.is_cuda() ? std::optional(tensor.device()) : std::nullopt) {}
-  c10::OptionalDeviceGuard device;
-  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
-};
 
 }  // namespace
 

@@ -43,6 +43,33 @@ void merge_(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, do
 
 void mask_grads_(at::TensorList grads, at::TensorList masks, at::IntArrayRef dims);
 
+// apt_linear on the kept lanes alone (compact.h says what the operands are): the products have the size of
+// what is kept. Internal: apt_ext.APTAdapter.compact prepares the operands.
+Tensor compact_linear(const Tensor& x, const OptTensor& packed, const OptTensor& bias, const Tensor& lora_A,
+                      const Tensor& lora_B, const OptTensor& mask_in, const OptTensor& mask_out,
+                      const Tensor& index_in, const Tensor& index_out, const Tensor& position_in,
+                      const Tensor& position_out, const Tensor& kept, double scaling, bool compact_in,
+                      bool compact_out);
+
+std::tuple<Tensor, Tensor> compact_linear_forward(const Tensor& x, const OptTensor& packed,
+                                                  const OptTensor& bias, const Tensor& lora_A,
+                                                  const Tensor& lora_B, const OptTensor& mask_in,
+                                                  const OptTensor& mask_out, const Tensor& index_in,
+                                                  const Tensor& index_out, const Tensor& position_in,
+                                                  const Tensor& position_out, const Tensor& kept,
+                                                  double scaling, bool compact_in, bool compact_out);
+
+// `gathered`: x is its kept lanes under mask_in already, as the forward left them.
+std::tuple<Tensor, Tensor, Tensor, Tensor> compact_linear_backward(
+    const Tensor& grad, const Tensor& x, const OptTensor& packed, const Tensor& lora_A, const Tensor& lora_B,
+    const Tensor& t, const OptTensor& mask_in, const OptTensor& mask_out, const Tensor& index_in,
+    const Tensor& index_out, const Tensor& position_in, const Tensor& position_out, const Tensor& kept,
+    double scaling, bool compact_in, bool compact_out, bool gathered, std::array<bool, 4> output_mask);
+
+// packed <- the kept rows and columns of W, in one pass.
+void pack_kept_(const Tensor& packed, const Tensor& weight, const Tensor& index_in, const Tensor& index_out,
+                const Tensor& kept);
+
 // The refusals of the two ops without the work, for other ways to the same values.
 void check_apt_linear(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const Tensor& lora_A,
                       const Tensor& lora_B, const OptTensor& mask_in, const OptTensor& mask_out);
@@ -72,6 +99,30 @@ void for_each_op(Def&& def) {
       "mask_out=None, "
       "bool check=True) -> ()",
       &merge_);
+  def("compact_linear",
+      "(Tensor x, Tensor? packed, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? mask_in, Tensor? "
+      "mask_out, "
+      "Tensor index_in, Tensor index_out, Tensor position_in, Tensor position_out, Tensor kept, float "
+      "scaling, "
+      "bool compact_in=False, bool compact_out=False) -> Tensor",
+      &compact_linear);
+  def("compact_linear_forward",
+      "(Tensor x, Tensor? packed, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? mask_in, Tensor? "
+      "mask_out, "
+      "Tensor index_in, Tensor index_out, Tensor position_in, Tensor position_out, Tensor kept, float "
+      "scaling, "
+      "bool compact_in, bool compact_out) -> (Tensor y, Tensor t)",
+      &compact_linear_forward);
+  def("compact_linear_backward",
+      "(Tensor grad, Tensor x, Tensor? packed, Tensor lora_A, Tensor lora_B, Tensor t, Tensor? mask_in, "
+      "Tensor? mask_out, Tensor index_in, Tensor index_out, Tensor position_in, Tensor position_out, Tensor "
+      "kept, "
+      "float scaling, bool compact_in, bool compact_out, bool gathered, bool[4] output_mask) -> (Tensor dx, "
+      "Tensor dA, Tensor dB, Tensor db)",
+      &compact_linear_backward);
+  def("pack_kept_",
+      "(Tensor(a!) packed, Tensor weight, Tensor index_in, Tensor index_out, Tensor kept) -> ()",
+      &pack_kept_);
   def("mask_grads_", "(Tensor(a!)[] grads, Tensor[] masks, int[] dims) -> ()", &mask_grads_);
 }
 

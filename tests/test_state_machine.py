@@ -154,6 +154,13 @@ class Life(RuleBasedStateMachine):
             self.forget()
         self.plain.replace(adapter.Wa.double(), adapter.Wb.double())
 
+    @rule(on=st.booleans())
+    def compact(self, on):
+        if self.adapter.merged:
+            return self.refused(lambda: self.adapter.compact(on), RuntimeError, "merged")
+        self.adapter.compact(on)
+        assert self.adapter.compacted == on
+
     # -- merge ---------------------------------------------------------------------------------------------------------
 
     @rule(keep=st.sampled_from(["device", "cpu"]))

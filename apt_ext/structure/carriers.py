@@ -30,6 +30,11 @@ class MaskedLinear(APTAdapter):
             parameter.requires_grad_(flag)
         return masked  # type: ignore[return-value]  # from_linear builds a cls
 
+    def compact(self, on: bool = True) -> None:
+        """Refused: the weight trains, so a copy of what is kept of it would be old at every step."""
+        if on:
+            raise RuntimeError("compact: this module trains whole; only an adapter, whose weight is frozen, computes on kept lanes")
+
     def _compute(self, x: Tensor, mask_in: Tensor | None, mask_out: Tensor | None) -> Tensor:
         """With gradients for the weight and bias too."""
         assert self.base_layer is not None

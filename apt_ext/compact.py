@@ -1,0 +1,229 @@
+"""What a compacted adapter computes with: the kept lanes of both sides as indices, and a copy of W's kept rows and columns.
+
+    Compaction    the operands of torch.ops.apt_ext.compact_linear, of a size that does not change with the masks
+    Compacting    the part of the adapter that makes one and keeps it up to date
+    width         how many lanes are computed for so many kept ones
+
+A Compaction is in no registry of the module: DDP would broadcast it and a state_dict hold it. It follows from W and the masks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C import _is_torch_function_mode_enabled
+from torch.compiler import is_compiling
+from torch.nn import functional as F
+
+from . import _C
+from .merging import Merging
+from .sharding import is_sharded
+
+_compact_linear = torch.ops.apt_ext.compact_linear.default
+_pack_kept_ = torch.ops.apt_ext.pack_kept_.default
+
+_INDICES = ("index_in", "index_out", "position_in", "position_out")
+
+
+def width(kept: int, size: int) -> int:
+    """Kept lanes are padded with zeros to whole 16 bytes; a side that keeps all of its lanes is left as it is."""
+    return size if kept == size else max(8, -(-kept // 8) * 8)
+
+
+class Compaction:
+    """The kept lanes of an adapter, N out_features and K in_features; each [n] is a capacity, at least the size and a multiple of 8.
+
+    packed                      [n_out * n_in] of W's dtype: W's kept rows and columns come first, contiguous; None without a base layer
+    index_in, index_out         int32 [n_in], [n_out]: the kept lanes ascending, then -1
+    position_in, position_out   int32 [K], [N]: a lane's place among the kept ones; of a pruned lane ~(the kept lanes before it)
+    kept                        int64 on the CPU, no dimension (only such a tensor may lie beside others on a GPU when traced): how many
+                                lanes each side keeps, and whether their masks have fractions
+    """
+
+    packed: Tensor | None
+    index_in: Tensor
+    index_out: Tensor
+    position_in: Tensor
+    position_out: Tensor
+    kept: Tensor
+
+    def __init__(self, mask_in: Tensor, mask_out: Tensor, matrix: Tensor | None) -> None:
+        """The lanes that the masks keep, of W [N, K] (Conv1D: a transposed view)."""
+        n_in, n_out = (max(8, -(-len(mask) // 8) * 8) for mask in (mask_in, mask_out))
+        device = mask_in.device
+        with torch.inference_mode(False), torch.no_grad():  # a tensor born in inference mode could not be saved for a backward
+            self.packed = None if matrix is None else torch.empty(n_in * n_out, dtype=matrix.dtype, device=matrix.device)
+            sizes = (n_in, n_out, len(mask_in), len(mask_out))
+            for name, size in zip(_INDICES, sizes, strict=True):
+                setattr(self, name, torch.full((size,), -1, dtype=torch.int32, device=device))
+            self.kept = torch.zeros((), dtype=torch.int64)
+        self._copied: tuple[int, int | None] = (0, None)  # which tensor, and how often it had been written
+        self.change(mask_in, mask_out, matrix, anew=True)()
+
+    def change(self, mask_in: Tensor, mask_out: Tensor, matrix: Tensor | None, anew: bool = False) -> Callable[[], None]:
+        """The change to what these masks keep: what can fail is done here. W is copied where the exact zeros changed, or `anew`."""
+        if mask_in.is_meta or mask_out.is_meta:
+            return lambda: None
+        with torch.inference_mode(False), torch.no_grad():
+            (index_in, position_in, kept_in, soft_in), (index_out, position_out, kept_out, soft_out) = (
+                _lanes(mask, len(index)) for mask, index in ((mask_in, self.index_in), (mask_out, self.index_out))
+            )
+        new = dict(zip(_INDICES, (index_in, index_out, position_in, position_out), strict=True))
+        new = {name: value for name, value in new.items() if anew or not torch.equal(value, getattr(self, name))}
+        word = kept_in | kept_out << 30 | soft_in << 60 | soft_out << 61
+
+        def make() -> None:
+            with torch.no_grad():
+                for name, value in new.items():
+                    getattr(self, name).copy_(value)
+                if int(self.kept) != word:
+                    self.kept.fill_(word)
+            if new or self.is_stale(matrix):
+                self.pack(matrix)
+
+        return make
+
+    def pack(self, matrix: Tensor | None) -> None:
+        """Copy what is kept of W, in one pass over it."""
+        if self.packed is not None and matrix is not None:
+            _pack_kept_(self.packed, matrix.detach().to(self.packed.device), self.index_in, self.index_out, self.kept)
+            self._copied = _written(matrix)
+
+    def is_stale(self, matrix: Tensor | None) -> bool:
+        """Whether somebody has written into W since it was copied. Another tensor in its place (FSDP2 gathers one) says nothing."""
+        if matrix is None:
+            return False
+        storage, version = _written(matrix)
+        return self._copied[0] == storage and self._copied[1] != version
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """What `nn.Module._apply` does to a module's tensors."""
+        for name in ("packed", *_INDICES):
+            value = getattr(self, name)
+            setattr(self, name, None if value is None else fn(value))
+
+    def apply(self, x: Tensor, packed: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, masks: Any, scaling: float) -> Tensor:
+        """y [..., N] of x [..., K], in the products of the kept lanes."""
+        given = (self.index_in, self.index_out, self.position_in, self.position_out, self.kept, scaling, False, False)
+        # As in ops.apt_linear: the typed door is faster, and only for plain tensors.
+        if type(x) is Tensor and not is_compiling() and not _is_torch_function_mode_enabled():
+            return _C.compact_linear(x, packed, bias, A, B, *masks, *given)
+        return _compact_linear(x, packed, bias, A, B, *masks, *given)  # type: ignore[no-any-return]
+
+
+def _lanes(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, int, bool]:
+    """(index [capacity], position [size], kept lanes, whether their mask has fractions)."""
+    lanes = mask.nonzero().flatten().to(torch.int32)
+    index = torch.full((capacity,), -1, dtype=torch.int32, device=mask.device)
+    index[: len(lanes)] = lanes
+    kept = mask != 0
+    before = kept.cumsum(0)
+    position = torch.where(kept, before - 1, ~before).to(torch.int32)
+    return index, position, len(lanes), bool((mask[kept] != 1).any())
+
+
+def _written(tensor: Tensor) -> tuple[int, int | None]:
+    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+
+
+class Compacting(Merging):
+    """Computes on kept lanes where it is asked to. State: one Compaction or none."""
+
+    dropout: float
+    _scaling: float
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._compaction: Compaction | None = None
+
+    @property
+    def compacted(self) -> bool:
+        """Whether the products run on kept rows and columns only."""
+        return self._compaction is not None
+
+    def compact(self, on: bool = True) -> None:
+        """From now on forward and backward compute on kept rows and columns only: the same function, at the cost of what is kept.
+
+        x and y stay full-size, and masks change as before, also back up, without recompiling anything: every change of exact zeros copies
+        what is kept of W, in one pass. That copy has room for all of W. A captured CUDA graph keeps the sizes of its capture: capture again
+        after such a change. ``compact(False)`` undoes it. A state_dict holds nothing of it.
+
+        A backward after a change of exact zeros raises torch's error about a tensor modified in place; a second derivative is refused; a
+        forward with masks of its own computes full-size.
+
+        Raises RuntimeError while merged, under FSDP and on meta; nothing has then changed.
+        """
+        if not isinstance(on, bool):
+            raise TypeError(f"on must be a bool, got {type(on).__name__}")
+        if self._merged:
+            raise RuntimeError("compact: the weight is merged; call unmerge_weights() first")
+        if not on:
+            self._compaction = None
+            return
+        self._refuse_sharded("compact")
+        if self.mask_in.is_meta:
+            raise RuntimeError("compact: masks on meta have no values; call it where the module has its memory")
+        self._compaction = Compaction(self.mask_in, self.mask_out, self._source())
+
+    def _compact_anew(self) -> None:
+        """The weight is another, or the sizes are."""
+        kept = self._compaction
+        if kept is not None and (len(kept.position_in), len(kept.position_out)) == (len(self.mask_in), len(self.mask_out)):
+            kept.change(self.mask_in, self.mask_out, self._source(), anew=True)()
+        elif kept is not None:
+            self._compaction = kept = None  # its memory first
+            self._compaction = Compaction(self.mask_in, self.mask_out, self._source())
+
+    def _compaction_change(self, masks: dict[str, Tensor]) -> Callable[[], None]:
+        """What follows from a change of masks that was checked: what can fail is done here, unless sizes change (a cut)."""
+        kept = self._compaction
+        buffers = {"mask_in": self.mask_in, "mask_out": self.mask_out}
+        if kept is None or any(mask.shape != buffers[name].shape for name, mask in masks.items()):
+            return self._compact_anew
+        self._refuse_sharded("set_masks")
+        sides = {**buffers, **masks}
+        return kept.change(sides["mask_in"], sides["mask_out"], self._source())
+
+    def _refuse_sharded(self, call: str) -> None:
+        weight, shape = self._source(), (len(self.mask_out), len(self.mask_in))
+        if is_sharded(self.lora_A) or (weight is not None and (is_sharded(weight) or weight.shape != shape)):
+            raise RuntimeError(f"{call}: FSDP has sharded this layer, so no rank has the whole weight to copy kept rows and columns from")
+
+    def _source(self) -> Tensor | None:
+        """W [N, K] as it is without a merge."""
+        weight = self._kept.get("weight", self.weight)
+        return weight.t() if weight is not None and self._transposed else weight
+
+    def _compute_kept(self, x: Tensor, kept: Compaction, compiling: bool) -> Tensor:
+        """Eq. 2 under the masks of the module, in products of the kept lanes."""
+        base, packed = self._modules["base_layer"], kept.packed
+        A, B, bias = self._parameters["lora_A"], self._parameters["lora_B"], None
+        assert A is not None and B is not None
+        if base is not None:
+            own = base._parameters
+            bias = own["bias"] if "bias" in own else base.bias
+            if not compiling and kept.is_stale(own.get("weight")):
+                kept.pack(self._source())
+        masks = self._buffers["mask_in"], self._buffers["mask_out"]
+        if self.dropout > 0.0 and self.training:
+            low_rank = kept.apply(F.dropout(x, self.dropout), None, None, A, B, masks, self._scaling)
+            return low_rank if packed is None else kept.apply(x, packed, bias, A[:0], B[:, :0], masks, 1.0) + low_rank
+        return kept.apply(x, packed, bias, A, B, masks, self._scaling)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Compacting:
+        super()._apply(fn, recurse)
+        if self._compaction is not None:
+            self._compaction.move(fn)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_compaction": self.compacted}  # found again from weight and masks
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        compacted, self._compaction = self.__dict__.get("_compaction"), None
+        if compacted:
+            self._compaction = Compaction(self.mask_in, self.mask_out, self._source())

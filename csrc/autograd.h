@@ -1,0 +1,64 @@
+// What the autograd formulas of the ops share.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+
+#include <optional>
+#include <string>
+#include <type_traits>
+
+#include "check.h"
+
+namespace apt {
+
+// The dispatcher's handle, looked up once: fake tensors and tracing modes see every inner call.
+template <auto function>
+auto& handle(const char* name) {
+  static auto op = c10::Dispatcher::singleton()
+                       .findSchemaOrThrow((std::string("apt_ext::") + name).c_str(), "")
+                       .typed<std::remove_pointer_t<decltype(function)>>();
+  return op;
+}
+
+inline Tensor or_undefined(const OptTensor& tensor) { return tensor.value_or(Tensor()); }
+inline OptTensor or_none(const Tensor& tensor) { return tensor.defined() ? OptTensor(tensor) : std::nullopt; }
+
+inline bool wants_grad(const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
+
+inline bool wants_grad(const OptTensor& tensor) { return tensor.has_value() && tensor->requires_grad(); }
+
+inline bool is_dual(const Tensor& tensor) {
+  return tensor.defined() && tensor._fw_grad(/*level=*/0).defined();
+}
+
+// Whether somebody else differentiates: forward mode (dual numbers), or a gradient transform of torch.func.
+inline bool is_transformed(const Tensor& tensor) {
+  return is_dual(tensor) ||
+         (tensor.defined() && tensor.key_set().has(c10::DispatchKey::FuncTorchGradWrapper));
+}
+inline bool is_transformed(const OptTensor& tensor) { return tensor.has_value() && is_transformed(*tensor); }
+
+// A layout that is a Python subclass (jagged) would reach its own code before an op's door.
+template <class Name>
+void check_dense(const OptTensor& tensor, const Name& name) {
+  if (tensor.has_value()) check_strided(*tensor, name);
+}
+
+template <class... Tensors>
+bool any_transformed(const Tensors&... tensors) {
+  return (is_transformed(tensors) || ...);
+}
+
+template <class... Tensors>
+bool any_wants_grad(const Tensors&... tensors) {
+  return at::GradMode::is_enabled() && (wants_grad(tensors) || ...);
+}
+
+// A write through a raw pointer is invisible to autograd unless it is counted. Counted here and not under
+// Autograd, which inference mode leaves out.
+inline void count_write(const Tensor& tensor) {
+  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
+}
+
+}  // namespace apt

@@ -1,0 +1,405 @@
+"""APTAdapter.compact and APTModel.compact: the same function through every change of masks, rank, weight and place."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from conftest import assert_accurate
+from families import EVERY, FAMILIES, adapted, close, mask_all, outputs, some
+from small_adapter import expected, make, masks
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import apt_ext
+from apt_ext import APTAdapter, APTConfig, adapters, get_apt_model
+
+SERIES = [
+    lambda n: torch.ones(n),
+    lambda n: (torch.arange(n) % 2).float(),
+    lambda n: (torch.arange(n) % 3 != 0).float() * 0.5,
+    lambda n: torch.zeros(n),
+    lambda n: (torch.arange(n) == n // 2).float(),
+    lambda n: torch.linspace(0, 1, n),
+    lambda n: torch.ones(n),
+]
+
+
+def compacted(device="cpu", **options):
+    adapter = make(device, **options)
+    adapter.set_masks(*masks(device))
+    adapter.compact()
+    assert adapter.compacted and "compacted=True" in repr(adapter)
+    return adapter
+
+
+def computes_kept_lanes_only(adapter):
+    """Whether the pruned rows and columns of the weight are not read: NaN there would show."""
+    W = adapter.weight.detach().clone()
+    with torch.no_grad():
+        adapter.weight.mul_(torch.where(adapter.mask_in == 0, float("nan"), 1).to(W.dtype))
+        y = adapter(torch.ones(2, adapter.in_features, dtype=W.dtype, device=W.device))
+        adapter.weight.copy_(W)
+    return bool(torch.isfinite(y).all())
+
+
+@pytest.mark.parametrize("max_rank", [None, 6])
+@pytest.mark.parametrize("bias", [True, False])
+def test_equals_the_masked_layer_through_every_mask(device, bias, max_rank):
+    adapter, twin = make(device, bias=bias, max_rank=max_rank), None
+    twin = copy.deepcopy(adapter)
+    adapter.compact()
+    for mask in SERIES:
+        for which in (("mask_in",), ("mask_out",), ("mask_in", "mask_out")):
+            change = {name: mask(10 if name == "mask_in" else 7).to(device) for name in which}
+            for one in (adapter, twin):
+                one.set_masks(**change)
+            x = torch.randn(3, 10, dtype=torch.float64, device=device).requires_grad_()
+            results = []
+            for one in (adapter, twin):
+                y = one(x)
+                results.append((y, *torch.autograd.grad(y.square().sum(), (x, one.lora_A, one.lora_B))))
+            for got, want in zip(*results, strict=True):
+                torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+            assert torch.equal(results[0][1] == 0, results[1][1] == 0)
+    adapter.compact(False)
+    assert not adapter.compacted and torch.equal(adapter(x), twin(x))
+
+
+def test_reads_nothing_that_is_pruned(device):
+    adapter = compacted(device)
+    assert computes_kept_lanes_only(adapter)
+    adapter.compact(False)
+    assert not computes_kept_lanes_only(adapter)
+
+
+def test_conv1d(device):
+    conv = pytest.importorskip("transformers.pytorch_utils").Conv1D(7, 10).to(device).double()
+    adapter = APTAdapter.from_linear(conv, 3)
+    with torch.no_grad():
+        adapter.lora_B.normal_()
+    adapter.compact()
+    adapter.set_masks(*masks(device))
+    x = torch.randn(4, 10, dtype=torch.float64, device=device)
+    torch.testing.assert_close(adapter(x), expected(adapter, x))
+
+
+def test_without_a_base_layer(device):
+    adapter = APTAdapter(10, 7, 3, device=device, dtype=torch.float64)
+    with torch.no_grad():
+        adapter.lora_B.normal_()
+    adapter.set_masks(*masks(device))
+    adapter.compact()
+    x = torch.randn(4, 10, dtype=torch.float64, device=device)
+    torch.testing.assert_close(adapter(x), expected(adapter, x))
+
+
+def test_a_change_of_fractions_alone_copies_nothing(device):
+    adapter = compacted(device)
+    before = adapter._compaction.packed._version
+    m_in, m_out = masks(device)
+    adapter.set_masks(m_in * 0.5, m_out * 0.25)
+    assert adapter._compaction.packed._version == before
+    x = torch.randn(4, 10, dtype=torch.float64, device=device)
+    torch.testing.assert_close(adapter(x), expected(adapter, x))
+    m_in[0] = 0
+    adapter.set_masks(m_in)
+    assert adapter._compaction.packed._version > before
+
+
+def test_a_weight_that_somebody_writes_is_copied_again(device):
+    adapter, x = compacted(device), torch.randn(4, 10, dtype=torch.float64, device=device)
+    with torch.no_grad():
+        adapter.weight.mul_(3)
+    torch.testing.assert_close(adapter(x), expected(adapter, x))
+
+
+def test_overrides_compute_full_size(device):
+    adapter, x = compacted(device), torch.randn(4, 10, dtype=torch.float64, device=device)
+    m_in = torch.rand(10, device=device)
+    torch.testing.assert_close(adapter(x, mask_in=m_in), expected(adapter, x, m_in))
+    torch.testing.assert_close(adapter(x), expected(adapter, x))
+
+
+def test_dropout(device):
+    adapter = compacted(device, dropout=0.4)
+    twin = copy.deepcopy(adapter)
+    twin.compact(False)
+    x = torch.randn(64, 10, dtype=torch.float64, device=device)
+    results = []
+    for one in (adapter, twin):
+        torch.manual_seed(3)
+        results.append(one(x))
+    torch.testing.assert_close(*results)
+    assert not torch.allclose(results[0], adapter.eval()(x))
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle", "torch.save"])
+def test_copies_are_compacted_and_on_their_own(device, way):
+    adapter, x = compacted(device), torch.randn(4, 10, dtype=torch.float64, device=device)
+    if way == "deepcopy":
+        other = copy.deepcopy(adapter)
+    elif way == "pickle":
+        other = pickle.loads(pickle.dumps(adapter))  # noqa: S301
+        assert len(pickle.dumps(adapter)) < len(pickle.dumps(make(device))) + 200  # nothing of it is stored
+    else:
+        file = io.BytesIO()
+        torch.save(adapter, file)
+        file.seek(0)
+        other = torch.load(file, weights_only=False)  # noqa: S614
+    assert other.compacted and computes_kept_lanes_only(other)
+    want = expected(adapter, x)
+    other.set_masks(torch.ones(10, device=device), torch.zeros(7, device=device))
+    torch.testing.assert_close(adapter(x), want)
+    assert (other(x) == 0).all()
+
+
+def test_a_state_dict_holds_nothing_of_it(device):
+    adapter, x = compacted(device), torch.randn(4, 10, dtype=torch.float64, device=device)
+    state = {name: value.clone() for name, value in adapter.state_dict().items()}
+    plain = make(device)
+    assert list(state) == list(plain.state_dict()) and {n for n, _ in adapter.named_buffers()} == {"mask_in", "mask_out"}
+    plain.load_state_dict(state)
+    torch.testing.assert_close(plain(x), adapter(x))
+    assert not plain.compacted
+    other = compacted(device)  # another weight, the same masks
+    other.set_masks(torch.ones(10, device=device))
+    other.load_state_dict(state)
+    assert other.compacted and computes_kept_lanes_only(other)
+    torch.testing.assert_close(other(x), adapter(x))
+    for bad in ({"mask_in": torch.full((10,), 2.0)}, {"lora_A": torch.zeros(3, 11)}):
+        with pytest.raises(ValueError):
+            other.load_state_dict({**state, **bad})
+        torch.testing.assert_close(other(x), adapter(x))
+
+
+@pytest.mark.parametrize("keep", ["device", "cpu"])
+def test_merge_and_unmerge(device, keep):
+    adapter, x = compacted(device), torch.randn(4, 10, dtype=torch.float64, device=device)
+    want, before = expected(adapter, x), adapter.weight.clone()
+    adapter.merge_weights(keep)
+    torch.testing.assert_close(adapter.eval()(x), want)
+    torch.testing.assert_close(adapter.base_layer(x), want)
+    for on in (True, False):
+        with pytest.raises(RuntimeError, match="merged"):
+            adapter.compact(on)
+    for other in (copy.deepcopy(adapter), pickle.loads(pickle.dumps(adapter))):  # noqa: S301
+        assert other.merged and other.compacted
+        other.unmerge_weights()
+        torch.testing.assert_close(other(x), want)
+    fresh = compacted(device)
+    fresh.load_state_dict(adapter.state_dict())
+    assert fresh.merged
+    fresh.unmerge_weights()
+    torch.testing.assert_close(fresh(x), want)
+    adapter.unmerge_weights()
+    assert torch.equal(adapter.weight, before) and adapter.compacted
+    torch.testing.assert_close(adapter(x), want)
+
+
+@pytest.mark.parametrize("max_rank", [None, 6])
+def test_growth(device, max_rank):
+    adapter, x = compacted(device, max_rank=max_rank), torch.randn(4, 10, dtype=torch.float64, device=device)
+    optimizer = torch.optim.AdamW([adapter.lora_A, adapter.lora_B], lr=0.1)
+    for rank in (3, 4, 6):
+        adapter.increase_rank(rank, optimizer=optimizer)
+        optimizer.zero_grad()
+        adapter(x).square().sum().backward()
+        pruned_in, pruned_out = adapter.mask_in == 0, adapter.mask_out == 0
+        assert (adapter.lora_A.grad[:, pruned_in] == 0).all() and (adapter.lora_B.grad[pruned_out] == 0).all()
+        assert (adapter.lora_A.grad[rank:] == 0).all() and (adapter.lora_B.grad[:, rank:] == 0).all()
+        optimizer.step()
+        torch.testing.assert_close(adapter(x), expected(adapter, x))
+
+
+def test_moves(device):
+    adapter = compacted(device, dtype=torch.float32)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        adapter.to(dtype)
+        x = torch.randn(4, 10, dtype=dtype, device=device)
+        assert adapter._compaction.packed.dtype == dtype
+        torch.testing.assert_close(adapter(x), expected(adapter, x), rtol=2e-2, atol=2e-2)
+        m_in, m_out = masks(device)
+        adapter.set_masks(m_in.flip(0), m_out)
+        torch.testing.assert_close(adapter(x), expected(adapter, x), rtol=2e-2, atol=2e-2)
+        adapter.set_masks(m_in, m_out)
+    state = {name: value.clone() for name, value in adapter.state_dict().items()}
+    adapter.to("meta").to_empty(device=device)
+    adapter.load_state_dict(state)
+    torch.testing.assert_close(adapter(x), expected(adapter, x))
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpoints(device, reentrant):
+    adapter = compacted(device)
+    x = torch.randn(4, 10, dtype=torch.float64, device=device, requires_grad=True)
+    want = torch.autograd.grad(adapter(x).square().sum(), (x, adapter.lora_A, adapter.lora_B))
+    checkpoint(adapter, x, use_reentrant=reentrant).square().sum().backward()
+    for got, w in zip((x.grad, adapter.lora_A.grad, adapter.lora_B.grad), want, strict=True):
+        torch.testing.assert_close(got, w)
+    y = checkpoint(adapter, x, use_reentrant=reentrant)
+    adapter.set_masks(torch.ones(10, device=device))
+    with pytest.raises(RuntimeError, match="masks changed|modified by an inplace"):
+        y.sum().backward()
+
+
+def test_a_change_between_forward_and_backward_is_no_wrong_gradient(device):
+    adapter, x = compacted(device), torch.randn(4, 10, dtype=torch.float64, device=device)
+    y = adapter(x)
+    adapter.set_masks(torch.ones(10, device=device))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    want = torch.autograd.grad(adapter(x).sum(), adapter.lora_A)[0]
+    y = adapter(x)
+    adapter.compact(False)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), adapter.lora_A)[0], want)
+
+
+def test_disabled_is_the_base_layer(device):
+    adapter, x = compacted(device), torch.randn(4, 10, dtype=torch.float64, device=device)
+    adapter._set_disabled(True)
+    assert torch.equal(adapter(x), adapter.base_layer(x))
+
+
+def test_activation_memory_falls():
+    """What a graph keeps of x is what is kept of x."""
+    linear = nn.Linear(512, 512)
+    kept = {}
+    for share in (1, 2, 8):
+        adapter = APTAdapter.from_linear(linear, 2)
+        mask = (torch.arange(512) % share == 0).float()
+        adapter.set_masks(mask, mask)
+        adapter.compact()
+        seen = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, seen=seen: seen.append(t) or t, lambda t: t):
+            adapter(torch.randn(64, 512))
+        kept[share] = sum(t.numel() for t in seen if t.dim() == 2 and t.shape[0] == 64)
+    assert kept[1] == 64 * (512 + 2) and kept[2] == 64 * (256 + 2) and kept[8] == 64 * (64 + 2)
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = APTAdapter.from_linear(nn.Linear(24, 40), 2, max_rank=6)
+        self.second = APTAdapter.from_linear(nn.Linear(40, 9, bias=False), 1, max_rank=9)
+        for adapter in (self.first, self.second):
+            adapter.compact()
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x))).square().sum()
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_step_is_one_graph_through_all_changes(device, backend):
+    net = Net().to(device)
+    twin = copy.deepcopy(net)
+    for adapter in (twin.first, twin.second):
+        adapter.compact(False)
+    compiled = torch.compile(net, fullgraph=True, backend=backend)
+    generator = torch.Generator().manual_seed(0)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step, share in enumerate((1.0, 0.5, 0.2, 0.0, 0.9, 1.0)):
+            hidden = (torch.rand(40, generator=generator) < share).float().to(device)
+            x = torch.randn(5, 24, device=device)
+            for n in (net, twin):
+                n.first.set_masks((torch.arange(24) != step).float().to(device), hidden)
+                n.second.set_masks(hidden * 0.5)
+                n.zero_grad()
+            losses = [f(x) for f in (compiled, twin)]
+            torch.testing.assert_close(*losses)
+            for loss in losses:
+                loss.backward()
+            for (name, p), q in zip(net.named_parameters(), twin.parameters(), strict=True):
+                if p.requires_grad:
+                    torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_refusals(device):
+    adapter = make(device)
+    with pytest.raises(TypeError, match="on must be a bool, got int"):
+        adapter.compact(1)
+    meta = APTAdapter.from_linear(nn.Linear(3, 4, device="meta"), 1)
+    with pytest.raises(RuntimeError, match="on meta"):
+        meta.compact()
+    assert not meta.compacted
+
+
+# -- models ------------------------------------------------------------------------------------------------------------
+
+
+@EVERY
+def test_a_compacted_model_is_the_same_function(family):
+    kinds = ("heads", "neurons", "hidden")
+    apt = adapted(family)
+    apt.compact()
+    for how in ("none", "soft", "hard", "one"):
+        masks_ = some(family, apt.blocks, kinds if how != "soft" else kinds[:2], how)
+        got = outputs(mask_all(apt, masks_), family.inputs())
+        apt.compact(False)
+        close(got, outputs(apt, family.inputs()), 1e-6 if "Gemma" in family.kind else 1e-9)
+        apt.compact()
+    assert all(adapter.compacted for _, adapter in adapters(apt) if type(adapter) is APTAdapter)
+
+
+def test_a_model_trains_saves_cuts_and_shrinks_compacted(tmp_path):
+    family = FAMILIES["bert"]
+    results = []
+    for on in (False, True):
+        apt = adapted(family, dtype=torch.float32)
+        optimizer = torch.optim.AdamW(apt_ext.adapter_parameters(apt), lr=1e-2)
+        apt_ext.hold_pruned(optimizer, adapters(apt))
+        apt.compact(on)
+        for step in range(4):
+            mask_all(apt, some(family, apt.blocks, ("heads", "neurons"), "hard" if step else "soft", seed=step))
+            optimizer.zero_grad()
+            apt(**family.inputs(), labels=torch.tensor([0, 1, 2])).loss.backward()
+            optimizer.step()
+        apt.eval()
+        apt.save_pretrained(tmp_path / str(on))
+        small = apt_ext.shrink(apt)
+        before = outputs(apt, family.inputs())
+        torch.testing.assert_close(outputs(small, family.inputs()), before, rtol=1e-4, atol=1e-4)
+        apt.cut(optimizer)
+        assert all(adapter.compacted == on for _, adapter in adapters(apt) if type(adapter) is APTAdapter)
+        torch.testing.assert_close(outputs(apt, family.inputs()), before, rtol=1e-4, atol=1e-4)
+        optimizer.zero_grad()
+        apt(**family.inputs(), labels=torch.tensor([0, 1, 2])).loss.backward()
+        optimizer.step()
+        results.append([*before, *outputs(apt, family.inputs())])
+        loaded = apt_ext.APTModel.from_pretrained(family.model(torch.float32), tmp_path / str(on)).eval()
+        torch.testing.assert_close(outputs(loaded, family.inputs()), before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-3)
+
+
+def test_a_model_is_compacted_whole_or_not_at_all():
+    apt = adapted(FAMILIES["bert"])
+    list(adapters(apt))[3][1].merge_weights()
+    with pytest.raises(RuntimeError, match=r"encoder.*: compact: the weight is merged"):
+        apt.compact()
+    assert not any(adapter.compacted for _, adapter in adapters(apt))
+    unmerged = adapted(FAMILIES["bert"])
+    unmerged.compact()
+    unmerged.set_block_mask("0.neurons", torch.zeros(20))
+    with unmerged.disable_adapter():
+        pass
+    merged = unmerged.merge_and_unload()
+    assert not any(isinstance(module, APTAdapter) for module in merged.modules())
+
+
+def test_16_bit_accuracy_within_a_model(device):
+    linear = nn.Linear(200, 120, device=device, dtype=torch.bfloat16)
+    adapter = APTAdapter.from_linear(linear, 8)
+    with torch.no_grad():
+        adapter.lora_B.normal_()
+    adapter.set_masks((torch.rand(200) > 0.5).float().to(device), (torch.rand(120) > 0.5).float().to(device))
+    adapter.compact()
+    x = torch.randn(33, 200, device=device, dtype=torch.bfloat16)
+    wide = copy.deepcopy(adapter).double()
+    wide.compact(False)
+    magnitude = expected(wide, x.double()).abs() + 10
+    assert_accurate(adapter(x), wide(x.double()), magnitude, torch.bfloat16)
+
+
+def test_get_apt_model_of_a_config_is_not_compacted():
+    assert not any(a.compacted for _, a in adapters(get_apt_model(FAMILIES["bert"].model(), APTConfig(r=1))))
