@@ -25,6 +25,7 @@ from .sharding import is_sharded
 _compact_linear = torch.ops.apt_ext.compact_linear.default
 _pack_kept_ = torch.ops.apt_ext.pack_kept_.default
 
+Masks = tuple[Tensor | None, Tensor | None]  # (mask_in, mask_out)
 _INDICES = ("index_in", "index_out", "position_in", "position_out")
 
 
@@ -105,13 +106,13 @@ class Compaction:
             value = getattr(self, name)
             setattr(self, name, None if value is None else fn(value))
 
-    def apply(self, x: Tensor, packed: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, masks: Any, scaling: float) -> Tensor:
+    def apply(self, x: Tensor, packed: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, masks: Masks, scaling: float) -> Tensor:
         """y [..., N] of x [..., K], in the products of the kept lanes."""
-        given = (self.index_in, self.index_out, self.position_in, self.position_out, self.kept, scaling, False, False)
+        given = (*masks, self.index_in, self.index_out, self.position_in, self.position_out, self.kept, scaling, False, False)
         # As in ops.apt_linear: the typed door is faster, and only for plain tensors.
         if type(x) is Tensor and not is_compiling() and not _is_torch_function_mode_enabled():
-            return _C.compact_linear(x, packed, bias, A, B, *masks, *given)
-        return _compact_linear(x, packed, bias, A, B, *masks, *given)  # type: ignore[no-any-return]
+            return _C.compact_linear(x, packed, bias, A, B, *given)
+        return _compact_linear(x, packed, bias, A, B, *given)  # type: ignore[no-any-return]
 
 
 def _lanes(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, int, bool]:
@@ -200,7 +201,8 @@ class Compacting(Merging):
     def _compute_kept(self, x: Tensor, kept: Compaction, compiling: bool) -> Tensor:
         """Eq. 2 under the masks of the module, in products of the kept lanes."""
         base, packed = self._modules["base_layer"], kept.packed
-        A, B, bias = self._parameters["lora_A"], self._parameters["lora_B"], None
+        A, B = self._parameters["lora_A"], self._parameters["lora_B"]
+        bias: Any = None
         assert A is not None and B is not None
         if base is not None:
             own = base._parameters

@@ -23,9 +23,11 @@ struct CompactLayer {
   Tensor lora_A, lora_B;        // [R, K], [N, R], full-size
   OptTensor mask_in, mask_out;  // [K], [N]; read where `kept` says that they have fractions
   Tensor index_in, index_out;   // int32: the kept lanes ascending, then -1
-  Tensor position_in,
-      position_out;  // int32 [K], [N]: a lane's place among the kept ones, ~(the kept ones before it) where it is pruned
-  Tensor kept;       // int64 on the CPU, no dimension: kept_in + kept_out 2^30 + soft_in 2^60 + soft_out 2^61
+  // int32 [K], [N]: a lane's place among the kept ones; of a pruned lane ~(the number of kept ones before
+  // it).
+  Tensor position_in, position_out;
+  // int64 on the CPU, no dimension: kept_in + kept_out 2^30 + soft_in 2^60 + soft_out 2^61.
+  Tensor kept;
   double scaling;
   // Whether x (and its gradient), or y, is [.., width] already: the kept lanes, then zeros, without the mask.
   bool compact_in, compact_out;

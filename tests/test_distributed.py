@@ -74,6 +74,14 @@ def test_ddp_gradients_agree_after_growth_and_mask_changes(both):
     both("ddp_follows_one_process")
 
 
+def test_ddp_of_compacted_adapters(both):
+    both("ddp_of_compacted_adapters_follows_one_process")
+
+
+def test_fsdp_refuses_to_compact_what_it_has_sharded(both):
+    both("fsdp_refuses_what_it_has_sharded")
+
+
 def test_ddp_growth_between_accumulated_batches(both):
     both("ddp_growth_between_accumulated_batches")
 

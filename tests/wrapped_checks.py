@@ -75,6 +75,24 @@ def ddp_follows_one_process(rank):
 
 
 @check
+def ddp_of_compacted_adapters_follows_one_process(rank):
+    def wrap(model):
+        for adapter in model.adapters():
+            adapter.compact()
+        return DistributedDataParallel(model)
+
+    follows_one_process(wrap, rank)
+
+
+@check
+def fsdp_refuses_what_it_has_sharded(rank):
+    model = sharded(Two())
+    with pytest.raises(RuntimeError, match="compact: FSDP has sharded this layer"):
+        model.first.compact()
+    assert not model.first.compacted
+
+
+@check
 def ddp_growth_between_accumulated_batches(rank):
     model, plain = Two(), Two()
     wrapped = DistributedDataParallel(model)
