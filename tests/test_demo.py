@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from apt_ext.tools import data, demo, phases, report
+from apt_ext.tools import data, demo, processes, report
 from apt_ext.tools.cli import main
 from apt_ext.tools.data import Example, Missing, Review
 
@@ -114,7 +114,7 @@ def test_training_batches_visit_every_example_once_an_epoch_and_repeat_with_the_
 
 
 def test_peak_memory_is_in_bytes() -> None:
-    assert 50e6 < phases.peak_memory() < 1e12
+    assert 50e6 < processes.peak_memory() < 1e12
 
 
 def trained(**changes: object) -> dict[str, object]:

@@ -76,7 +76,7 @@ def test_a_figure_that_no_run_gave_is_noticed(tables, tmp_path, name):
 
 def test_the_kept_runs_are_of_commands_that_there_are(tables):
     runs = tables.shrink_runs(tables.RESULTS)
-    assert runs and all(run["commit"] and "-dirty" not in run["commit"] for run in runs)
+    assert runs and all(re.fullmatch("[0-9a-f]{7,40}", run["commit"]) for run in runs)  # of files as they were committed
     for run in runs:
         program, *arguments = shlex.split(run["command"])
         options = cli._parser().parse_args(arguments)

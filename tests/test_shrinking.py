@@ -8,7 +8,7 @@ import pytest
 import torch
 from families import FAMILIES
 
-from apt_ext.tools import measuring, phases, shrinking
+from apt_ext.tools import measuring, processes, shrinking
 from apt_ext.tools.cli import main
 
 transformers = pytest.importorskip("transformers")
@@ -46,7 +46,21 @@ def command(source, output, *more):
 
 
 def test_a_directory_becomes_a_smaller_one(source, tmp_path, capsys):
-    assert command(source, tmp_path / "out", "--keep", "heads=2", "neurons=7", "--recover", "3", "--json", str(tmp_path / "kept.json")) == 0
+    assert (
+        command(
+            source,
+            tmp_path / "out",
+            "--keep",
+            "heads=2",
+            "neurons=7",
+            "--recover",
+            "3",
+            "--json",
+            str(tmp_path / "kept.json"),
+            "--commit=c0ffee",
+        )
+        == 0
+    )
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     small = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
     assert type(small).__name__ == report["loaded by"] == "LlamaForCausalLM"
@@ -63,6 +77,7 @@ def test_a_directory_becomes_a_smaller_one(source, tmp_path, capsys):
     assert transformers.AutoTokenizer.from_pretrained(tmp_path / "out" / "model")("fox")["input_ids"]
     kept = json.loads((tmp_path / "kept.json").read_text())
     line = kept.pop("command")
+    assert report["commit"] == "c0ffee" and "c0ffee" not in line
     assert kept == report and line.startswith("apt-ext shrink") and "--keep heads=2 neurons=7" in line
     assert "--output" not in line and "--json" not in line and str(tmp_path / "out") not in line and "kept.json" not in line
     shown = capsys.readouterr().out
@@ -137,13 +152,13 @@ def test_memory_is_that_of_the_model_and_its_pass(tmp_path):
 def test_a_peak_that_is_over_does_not_count():
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("only Linux can")
-    phases.restart_peak()
-    before = phases.peak_memory()
+    processes.restart_peak()
+    before = processes.peak_memory()
     high = torch.ones(50_000_000)
-    assert phases.peak_memory() - before > 150e6 and phases.resident_memory() > 150e6
+    assert processes.peak_memory() - before > 150e6 and processes.resident_memory() > 150e6
     del high
-    phases.restart_peak()
-    assert phases.peak_memory() - before < 50e6
+    processes.restart_peak()
+    assert processes.peak_memory() - before < 50e6
 
 
 def test_random_parameters_need_no_data(source, tmp_path):

@@ -55,6 +55,7 @@ def _shrink(options: argparse.Namespace) -> None:
         steps=options.steps,
         recover=options.recover,
         rounds=options.rounds,
+        commit=options.commit,
         seed=options.seed,
     )
     if options.random and (options.steps or options.recover):
@@ -80,7 +81,7 @@ def _matching(given: str) -> list[Path]:
 
 def _without_places(argv: list[str]) -> str:
     """The command line, without where its results went."""
-    places = ("--output", "--json")
+    places = ("--output", "--json", "--commit")
     kept = [word for i, word in enumerate(argv) if word.partition("=")[0] not in places and argv[i - 1] not in places]
     return shlex.join(["apt-ext", *kept])
 
@@ -137,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--reviews", type=Path, default=ARCHIVE, metavar="PATH", help="vaderSentiment's source archive (%(default)s)")
     command.add_argument("--output", type=Path, default=Path("shrink-output"), metavar="DIR", help="%(default)s")
     command.add_argument("--json", type=Path, metavar="FILE", help="the report with this command line, to keep")
+    command.add_argument("--commit", default="", help="what the report says of the code, where there is no git")
     command.add_argument("--device", nargs="+", choices=("cpu", "cuda"), help="of speed and memory (CPU; CUDA too where there is a GPU)")
     for name, default, text in (
         ("batch", 4, "sequences a step"),

@@ -12,7 +12,9 @@ import torch
 import apt_ext
 
 from .data import ARCHIVE, encoder_directory, load_reviews
-from .phases import compare, reload, run_apart, train, transformers_offline
+from .models import transformers_offline
+from .phases import compare, reload, train
+from .processes import run_apart
 from .recipe import Recipe
 from .report import figure_class, table, write_json, write_plot
 

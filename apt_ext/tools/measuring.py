@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from .._version import __version__
 from .data import Batch
 from .models import class_of, load_stock
-from .phases import peak_memory, resident_memory, restart_peak, run_apart
+from .processes import peak_memory, resident_memory, restart_peak, run_apart
 
 _ROUND = 0.2  # seconds that a round of the clock lasts at least, for each model
 _PROCESSES = 3  # that measure each model's memory on the CPU
@@ -146,14 +147,19 @@ def disk_bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.iterdir())
 
 
-def commit() -> str | None:
-    """The commit of the checkout that this package runs from, with "-dirty" where files were changed; None outside of one."""
+def commit_here() -> str:
+    """The git commit of this checkout, with + where files differ from it; without git or a checkout the package's version."""
     root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude", "*"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)  # noqa: S603  # no argument is a user's
-    except OSError:
-        return None
-    return done.stdout.strip() or None
+
+    def git(*arguments: str) -> str | None:
+        command = ["git", "-C", str(root), *arguments]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20)  # noqa: S603  # git, with words of our own
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD") if (root / ".git").exists() else None
+    if not commit:
+        return f"apt_ext {__version__}"
+    return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,19 @@ from typing import Any
 import torch
 
 from .data import Missing
-from .phases import transformers_offline
+
+
+def transformers_offline() -> Any:
+    """The transformers library, told to fetch nothing and to keep its bars and notices to itself."""
+    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    try:
+        import transformers
+    except ImportError as error:
+        raise Missing('the demo needs transformers; run: python -m pip install "apt_ext[demo]"') from error
+    logging: Any = transformers.utils.logging
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return transformers
 
 
 def class_of(directory: Path) -> tuple[Any, Any]:

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
-import resource
 import statistics
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from functools import partial
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import apt_ext
 
 from .data import (
     Batch,
     Example,
-    Missing,
     batch_of,
     encode,
     encoder_directory,
@@ -32,52 +25,10 @@ from .data import (
     split_reviews,
     training_batches,
 )
+from .measuring import in_turn
+from .models import transformers_offline
+from .processes import peak_memory
 from .recipe import PruneAndGrow, Recipe, accuracy, fit, logits_of
-
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
-
-
-def run_apart(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
-    """Call `function` in a new process and return, or raise, what it does."""
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args, **kwargs).result()
-
-
-def peak_memory() -> int:
-    """The most resident memory this process has had, in bytes: torch and transformers themselves included."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage counts on Linux what the parent held when it started this process
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def restart_peak() -> None:
-    """`peak_memory` counts from what is resident now; only Linux can."""
-    counter = Path("/proc/self/clear_refs")
-    if counter.exists():
-        counter.write_text("5")
-
-
-def resident_memory() -> int:
-    """Resident memory of this process now, in bytes; 0 where only the peak is known."""
-    status = Path("/proc/self/statm")
-    return int(status.read_text().split()[1]) * resource.getpagesize() if status.is_file() else 0
-
-
-def transformers_offline() -> Any:
-    """The transformers library, told to fetch nothing and to keep its bars and notices to itself."""
-    os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
-    try:
-        import transformers
-    except ImportError as error:
-        raise Missing('the demo needs transformers; run: python -m pip install "apt_ext[demo]"') from error
-    logging: Any = transformers.utils.logging
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    return transformers
 
 
 def load_examples(archive: Path, quick: bool) -> tuple[dict[str, list[Example]], int]:
@@ -161,12 +112,8 @@ def compare(methods: list[str], archive: Path, output: Path, quick: bool, rounds
     accuracies = {method: accuracy(model, test) for method, model in models.items()}
     timed = examples["test"][:512]
     batches = sorted_batches(timed, pad)
-    speeds: dict[str, list[float]] = {method: [] for method in methods}
-    for _ in tqdm(range(rounds), desc="throughput", unit="round"):
-        for method, model in models.items():
-            started = time.perf_counter()
-            logits_of(model, batches)
-            speeds[method].append(len(timed) / (time.perf_counter() - started))
+    seconds = in_turn({method: partial(logits_of, model, batches) for method, model in models.items()}, rounds)
+    speeds = {method: [len(timed) / one for one in values] for method, values in seconds.items()}
     return {
         method: {
             "test_accuracy": accuracies[method],

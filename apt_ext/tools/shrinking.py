@@ -20,9 +20,8 @@ import apt_ext
 from ..method import one_shot
 from ..method.oneshot import check_keep
 from .data import Batch, Missing, encode, load_reviews, sorted_batches, split_reviews, training_batches
-from .measuring import commit, compared, disk_bytes
-from .models import load, load_stock, package_file, random_model
-from .phases import transformers_offline
+from .measuring import commit_here, compared, disk_bytes
+from .models import load, load_stock, package_file, random_model, transformers_offline
 from .recipe import Recipe, accuracy, fit
 
 _HELD_OUT = 0.1  # of a text, at its end
@@ -36,6 +35,7 @@ class Settings:
     score    batches that decide which blocks stay
     steps    LoRA steps before pruning (reviews: the task's head is new) and recover after the cut
     rounds   of the clock, dense and cut model in turn
+    commit   what the report says of the code; "": the checkout's
     """
 
     keep: Mapping[str, int]
@@ -47,6 +47,7 @@ class Settings:
     recover: int = 0
     rounds: int = 9
     seed: int = 0
+    commit: str = ""
 
 
 class Text:
@@ -200,10 +201,10 @@ def _report(
     directories = {"before": output / "dense", "after": output / "model"}
     measured = {device: compared(directories, batches, device, settings.rounds) for device in devices}
     report = {
-        "commit": commit(),
+        "commit": settings.commit or commit_here(),
         "versions": {"torch": torch.__version__, "transformers": transformers_offline().__version__, "python": platform.python_version()},
         "loaded by": loader,
-        "settings": {**vars(settings), "keep": dict(settings.keep)},
+        "settings": {name: value for name, value in vars(settings).items() if name != "commit"},
         **more,
         "parameters": {name: _parameters(directory) for name, directory in directories.items()},
         "bytes on disk": {name: disk_bytes(directory) for name, directory in directories.items()},

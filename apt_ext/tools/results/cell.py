@@ -9,10 +9,9 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,9 @@ import torch
 import apt_ext
 
 from ..data import Missing
-from ..phases import peak_memory, transformers_offline
+from ..measuring import in_turn
+from ..models import transformers_offline
+from ..processes import peak_memory, restart_peak
 from .rows import Row, rows_of
 from .tasks import TASKS, Data, Task, load_data, load_model
 from .training import ALPHA, DISTILLED, RANK, Trained, adapter_config, autocast, precision, train, wait
@@ -172,23 +173,6 @@ def write(path: Path, result: Any) -> None:
     aside.replace(path)
 
 
-def commit_here() -> str:
-    """The git commit of this checkout, with + where files differ from it; without git the package's version."""
-
-    def git(*arguments: str) -> str | None:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=20)  # noqa: S603  # git, with words of our own
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    if not commit:
-        return f"apt_ext {apt_ext.__version__}"
-    return commit + ("+" if git("status", "--porcelain", "--untracked-files=no") else "")
-
-
 def layer_weights(model: Any) -> int:
     """Entries of all Parameters within the layers of a stock model: no embeddings, no pooler, no head."""
     layers = next(module for name, module in model.named_modules() if name.rpartition(".")[2] in ("layer", "layers"))
@@ -250,12 +234,10 @@ def _inference(place: Place, task: Task, small: Any, device: torch.device) -> di
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     small, dense = small.to(dtype), dense.to(dtype)  # the cell is done with both
     ids = torch.randint(1, small.config.vocab_size, (batch, length)).to(device)
-    times: dict[str, list[float]] = {"small": [], "dense": []}
+    calls = {name: partial(model, input_ids=ids) for name, model in (("small", small), ("dense", dense))}
     with torch.no_grad():
-        for _ in range(3 if place.quick else 12):
-            for name, model in (("small", small), ("dense", dense)):
-                times[name].append(_seconds(lambda model=model: model(input_ids=ids), device))  # type: ignore[misc]
-    medians = {name: statistics.median(seconds[2:]) for name, seconds in times.items()}  # the first two warm up
+        times = in_turn(calls, 3 if place.quick else 10, lambda: wait(device))
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     return {
         "batch": batch,
         "length": length,
@@ -265,22 +247,12 @@ def _inference(place: Place, task: Task, small: Any, device: torch.device) -> di
     }
 
 
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
-    wait(device)
-    started = time.perf_counter()
-    call()
-    wait(device)
-    return time.perf_counter() - started
-
-
 def _forget_peak(device: torch.device) -> int:
     """From now on the peak counts anew; the bytes in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
-    clear = Path("/proc/self/clear_refs")
-    if clear.is_file() and os.access(clear, os.W_OK):
-        clear.write_text("5")  # Linux: the high-water mark of resident memory falls to what is resident
+    restart_peak()
     return peak_memory()
 
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from ..data import ARCHIVE, Missing
-from .cell import Cell, Place, commit_here
+from ..measuring import commit_here
+from .cell import Cell, Place
 from .packing import Sources, prepare
 from .report import write_report
 from .rows import row_names, rows_of

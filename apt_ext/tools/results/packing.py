@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from ..data import ENCODER, Missing, encoder_directory, load_reviews, split_reviews
-from ..models import load, package_file
-from ..phases import transformers_offline
+from ..models import load, package_file, transformers_offline
 from .quantised import BYTES, widened
 from .tasks import PACK, PARTS
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data import Batch, Example, Missing, sorted_batches, training_batches
-from ..phases import transformers_offline
+from ..models import transformers_offline
 from .quantised import dequantised
 
 PARTS = ("train", "validation", "test")

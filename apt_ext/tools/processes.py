@@ -1,0 +1,44 @@
+"""Work in a process of its own, and how much memory a process has."""
+
+from __future__ import annotations
+
+import os
+import resource
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import ParamSpec, TypeVar
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def run_apart(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+    """Call `function` in a new process and return, or raise, what it does."""
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *args, **kwargs).result()
+
+
+def peak_memory() -> int:
+    """The most resident memory this process has had, in bytes: torch and transformers themselves included."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage counts on Linux what the parent held when it started this process
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def restart_peak() -> None:
+    """`peak_memory` counts from what is resident now; only Linux can."""
+    counter = Path("/proc/self/clear_refs")
+    if counter.is_file() and os.access(counter, os.W_OK):
+        counter.write_text("5")
+
+
+def resident_memory() -> int:
+    """Resident memory of this process now, in bytes; 0 where only the peak is known."""
+    status = Path("/proc/self/statm")
+    return int(status.read_text().split()[1]) * resource.getpagesize() if status.is_file() else 0
