@@ -110,13 +110,15 @@ constexpr int64_t kStagedBytes = 113664;  // of shared memory a block, gather.cu
 
 constexpr int64_t kMostRank = 16;  // beyond it the library's products are as fast (docs/performance.md)
 
-// grad [R, C], or by_channel [C, R] = mask * scaling * the sum of `spans` partial sums [R, C], zeros
-// selected.
+// grad [R, E], or by_channel [E, R] = mask * scaling * the sum of `spans` partial sums [R, C], zeros
+// selected; channel e of the gradient is channel e of the sums, or position[e] of them and zero where that is
+// negative.
 struct FactorGrad {
   const float* partial;
   void* grad = nullptr;  // float32 or 16-bit
-  int64_t spans, R, C;
-  const float* mask;  // [C], or null
+  int64_t spans, R, C, E;
+  const float* mask;        // [C], or null
+  const int32_t* position;  // [E], or null
   double scaling;
   DType dtype;
   bool by_channel;

@@ -273,8 +273,9 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Layer& layer) {
   if (is_widened(x)) return widened_forward(x, layer);
   LinearPlan plan = plan_for(x, layer);
   if (plan.padded) return padded_forward(x, layer);
-  return plan.route == LinearPlan::Route::kPasses ? passes_forward(x, layer, plan)
-                                                  : library_forward(x, layer);
+  if (plan.route != LinearPlan::Route::kPasses) return library_forward(x, layer);
+  auto [y, t, masked] = passes_forward(x, layer, plan);
+  return {y, t};
 }
 
 std::array<Tensor, 4> linear_backward(const Tensor& grad, const Tensor& x, const Tensor& t,

@@ -32,11 +32,30 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Layer& layer);
 std::array<Tensor, 4> linear_backward(const Tensor& grad, const Tensor& x, const Tensor& t,
                                       const Layer& layer, const std::array<bool, 4>& need);
 
-// The route of 16-bit types on CUDA (passes.cpp): the same signatures, for a plan that says kPasses.
-std::tuple<Tensor, Tensor> passes_forward(const Tensor& x, const Layer& layer, const LinearPlan& plan);
+// One side of a compacted layer whose operand is full-size: its kept lanes are gathered, or scattered back,
+// on the way.
+struct KeptSide {
+  Tensor index, position;  // int32 [at least width], [size], as in kernels.h
+  OptTensor mask;          // [size], or none where the kept lanes are as they are
+  int64_t size, width;     // width: the layer's own, of the kept lanes and what pads them
+};
+
+// Which sides of a layer are, if any. The layer is that of the kept lanes, without a mask on these sides.
+struct KeptSides {
+  const KeptSide *in = nullptr, *out = nullptr;
+  Tensor lora_A, lora_B;  // full-size
+};
+
+// The route of 16-bit types on CUDA (passes.cpp): the same signatures, for a plan that says kPasses. With
+// kept sides, x and grad and what comes back are full-size there; the third result is x's kept lanes, and
+// passes_backward is given them as x.
+std::tuple<Tensor, Tensor, Tensor> passes_forward(const Tensor& x, const Layer& layer, const LinearPlan& plan,
+                                                  const KeptSides& kept = {});
 std::array<Tensor, 4> passes_backward(const Tensor& grad, const Tensor& x, const Tensor& t,
                                       const Layer& layer, const std::array<bool, 4>& need,
-                                      const LinearPlan& plan);
+                                      const LinearPlan& plan, const KeptSides& kept = {});
+// Whether that route can gather and scatter these sides on the way.
+bool passes_fit(const Tensor& x, const Layer& layer, const LinearPlan& plan, const KeptSides& kept);
 
 // The route of widths that are no multiple of 8 (padded.cpp): copies with rows of whole 16 bytes go through
 // linear_forward and linear_backward, and what comes back is copied to its own width.

@@ -5,6 +5,10 @@
 //   no mask   low-rank part into the output first, then the dense product on top (beta = 1): one write of the
 //   output a mask    dense product first, then low-rank part, bias and mask in one pass over the output
 //
+// A compacted layer (compact.cpp) goes the same way with other ends: x's kept lanes are gathered while the
+// low-rank product is made of them, and what the dense product gives is scattered, with the low-rank part,
+// into the output.
+//
 // Saved for the backward are x and t [M, R], never a masked copy of x. Workspace: that copy during a call,
 // and partial sums of the factors' gradients, at most (M / 64) R (N + K) floats.
 #include <ATen/ATen.h>
@@ -43,38 +47,79 @@ at::ScalarType low_type(at::ScalarType type) { return type == at::kHalf ? at::kF
 // One direction of the layer: out [M, E] = column_mask * ((mask * x) matrix + scaling low up^T + bias) with
 // low [M, R] = (mask * x) down^T. Forward and, with the roles of the sides exchanged, the gradient of x.
 struct Direction {
-  Tensor x;                           // [M, C], aligned rows
-  OptTensor matrix;                   // [C, E], or none for the low-rank part alone
-  Tensor down, up;                    // contiguous factors; the one of lora_B is stored by channel
-  bool backward;                      // down is lora_B and up is lora_A
+  Tensor x;          // [M, C], aligned rows
+  OptTensor matrix;  // [C, E], or none for the low-rank part alone
+  Tensor down, up;   // contiguous factors, [R, channels] or by channel [channels, R]
+  bool down_by_channel, up_by_channel;
   OptTensor mask, column_mask, bias;  // aligned, masks in float32
   double scaling;
   bool keep_low;
   int rows, up_splits;
+  // x has the first side's size, and out, bias and up (by channel) the second's; their masks are these sides'
+  // own.
+  const KeptSide *gather = nullptr, *scatter = nullptr;
 };
 
 struct Result {
   Tensor out, low, masked;  // masked: (mask * x) where it was written, else x itself
 };
 
+// masked [M, width] and low of a full-size x.
+void gather(const Direction& d, int64_t R, Result& result) {
+  int64_t M = d.x.size(0);
+  OptTensor mask = aligned_vector(d.gather->mask, at::kFloat);
+  result.masked = at::empty({M, d.gather->width}, d.x.options());
+  GatherArgs args{};
+  args.M = M, args.C = d.gather->size, args.kept = d.gather->width;
+  args.x = d.x.const_data_ptr(), args.x_stride[0] = d.x.stride(0), args.x_stride[1] = 1;
+  args.index = d.gather->index.const_data_ptr<int32_t>();
+  if (mask.has_value()) args.mask = {data_of(mask), DType::kFloat32};
+  args.gathered = result.masked.mutable_data_ptr();
+  args.dtype = dtype_of(d.x);
+  args.staged = true;
+  args.low = result.low.mutable_data_ptr(), args.low_dtype = dtype_of(result.low);
+  args.down = d.down.const_data_ptr(), args.R = R;
+  kernels_for(d.x).gather(args, current_stream(d.x));
+}
+
+// out [M, size] of the dense product's [M, width].
+Tensor scatter(const Direction& d, const Tensor& values, const Tensor& low) {
+  Tensor out = at::empty({values.size(0), d.scatter->size}, values.options());
+  OptTensor mask = aligned_vector(d.scatter->mask, at::kFloat);
+  ScatterArgs args{};
+  args.M = out.size(0), args.E = d.scatter->size, args.kept = d.scatter->width;
+  args.values = values.const_data_ptr();
+  args.position = d.scatter->position.const_data_ptr<int32_t>();
+  if (mask.has_value()) args.mask = {data_of(mask), DType::kFloat32};
+  if (d.bias.has_value()) args.bias = d.bias->const_data_ptr();
+  args.out = out.mutable_data_ptr();
+  args.dtype = dtype_of(out);
+  args.staged = true;
+  args.low = low.const_data_ptr(), args.low_dtype = dtype_of(low);
+  args.up = d.up.const_data_ptr(), args.R = low.size(1), args.scaling = d.scaling;
+  kernels_for(out).scatter(args, current_stream(out));
+  return out;
+}
+
 Result run(const Direction& d, bool need_out) {
-  int64_t M = d.x.size(0), C = d.x.size(1), R = d.down.size(d.backward ? 1 : 0),
-          E = d.up.size(d.backward ? 1 : 0);
+  int64_t M = d.x.size(0), C = d.gather != nullptr ? d.gather->width : d.x.size(1),
+          R = d.down.size(d.down_by_channel ? 1 : 0), E = d.up.size(d.up_by_channel ? 0 : 1);
   const Kernels& kernels = kernels_for(d.x);
   Stream stream = current_stream(d.x);
   Result result;
-  // One launch writes all where no mask on the output side asks for the dense product in between.
-  const bool low_first = !d.matrix.has_value() || !d.column_mask.has_value();
+  // One launch writes all where nothing on the output side asks for the dense product in between.
+  const bool low_first = !d.matrix.has_value() || (!d.column_mask.has_value() && d.scatter == nullptr);
   at::ScalarType low_dtype = low_type(d.x.scalar_type());
-  if (d.keep_low || !low_first) result.low = at::empty({M, R}, d.x.options().dtype(low_dtype));
+  if (d.keep_low || !low_first || d.gather != nullptr)
+    result.low = at::empty({M, R}, d.x.options().dtype(low_dtype));
   result.masked =
       d.mask.has_value() && need_out && d.matrix.has_value() ? at::empty({M, C}, d.x.options()) : d.x;
 
   LowRankArgs args{};
   args.M = M, args.R = R, args.C = C, args.E = E;
   args.x = d.x.const_data_ptr(), args.x_stride = d.x.stride(0);
-  args.down = {d.down.const_data_ptr(), d.backward};
-  args.up = {d.up.const_data_ptr(), !d.backward};
+  args.down = {d.down.const_data_ptr(), d.down_by_channel};
+  args.up = {d.up.const_data_ptr(), d.up_by_channel};
   args.mask = data_of(d.mask), args.column_mask = data_of(d.column_mask);
   args.masked = result.masked.is_same(d.x) ? nullptr : result.masked.mutable_data_ptr();
   args.low = result.low.defined() ? result.low.mutable_data_ptr() : nullptr;
@@ -83,21 +128,30 @@ Result run(const Direction& d, bool need_out) {
   args.dtype = dtype_of(d.x), args.low_dtype = low_dtype == at::kFloat ? DType::kFloat32 : args.dtype;
   args.rows = d.rows, args.column_splits = 1;
   args.out_stride = E;
+  if (d.gather != nullptr) {
+    gather(d, R, result);
+    args.x = nullptr, args.masked = nullptr;
+  }
   if (!need_out) {
-    kernels.low_rank(args, stream);
+    if (d.gather == nullptr) kernels.low_rank(args, stream);
   } else if (low_first) {
     result.out = at::empty({M, E}, d.x.options());
     args.out = result.out.mutable_data_ptr();
     kernels.low_rank(args, stream);
     if (d.matrix.has_value()) result.out.addmm_(result.masked, *d.matrix);
   } else {
-    kernels.low_rank(args, stream);
-    result.out = at::mm(result.masked, *d.matrix);
-    args.x = nullptr, args.masked = nullptr;
-    args.out = result.out.mutable_data_ptr();
-    args.accumulate = true;
-    args.column_splits = d.up_splits;
-    kernels.low_rank(args, stream);
+    if (d.gather == nullptr) kernels.low_rank(args, stream);
+    Tensor dense = at::mm(result.masked, *d.matrix);
+    if (d.scatter != nullptr) {
+      result.out = scatter(d, dense, result.low);
+    } else {
+      result.out = dense;
+      args.x = nullptr, args.masked = nullptr;
+      args.out = result.out.mutable_data_ptr();
+      args.accumulate = true;
+      args.column_splits = d.up_splits;
+      kernels.low_rank(args, stream);
+    }
   }
   return result;
 }
@@ -118,27 +172,35 @@ FactorGrad sum_tokens(const Tensor& x, const Tensor& low, Tensor& partial, int64
                     span};
   kernels_for(x).token_sums(args, current_stream(x));
   FactorGrad job{};
-  job.partial = args.partial, job.spans = spans, job.R = R, job.C = C;
+  job.partial = args.partial, job.spans = spans, job.R = R, job.C = job.E = C;
   return job;
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> passes_forward(const Tensor& x, const Layer& layer, const LinearPlan& plan) {
+bool passes_fit(const Tensor& x, const Layer& layer, const LinearPlan& plan, const KeptSides& kept) {
+  auto fits = [](const KeptSide* side) { return side == nullptr || side->size % 8 == 0; };
+  return plan.route == LinearPlan::Route::kPasses && !plan.padded && layer.weight.has_value() &&
+         fits(kept.in) && fits(kept.out) && limits_of(x).shared_bytes >= kStagedBytes;
+}
+
+std::tuple<Tensor, Tensor, Tensor> passes_forward(const Tensor& x, const Layer& layer, const LinearPlan& plan,
+                                                  const KeptSides& kept) {
   at::ScalarType dtype = x.scalar_type();
   OptTensor matrix = layer.weight.has_value() ? OptTensor(layer.weight->t()) : std::nullopt;
-  Result result = run({aligned_rows(x), matrix, contiguous_factor(layer.lora_A, dtype),
-                       contiguous_factor(layer.lora_B, dtype),
-                       /*backward=*/false, aligned_vector(layer.mask_in, at::kFloat),
-                       aligned_vector(layer.mask_out, at::kFloat), aligned_vector(layer.bias, dtype),
-                       layer.scaling, layer.keep_low, plan.rows, plan.up_splits_N},
-                      /*need_out=*/true);
-  return {result.out, result.low};
+  Result result =
+      run({aligned_rows(x), matrix, contiguous_factor(layer.lora_A, dtype),
+           contiguous_factor(kept.out != nullptr ? kept.lora_B : layer.lora_B, dtype),
+           /*down_by_channel=*/false, /*up_by_channel=*/true, aligned_vector(layer.mask_in, at::kFloat),
+           aligned_vector(layer.mask_out, at::kFloat), aligned_vector(layer.bias, dtype), layer.scaling,
+           layer.keep_low, plan.rows, plan.up_splits_N, kept.in, kept.out},
+          /*need_out=*/true);
+  return {result.out, result.low, result.masked};
 }
 
 std::array<Tensor, 4> passes_backward(const Tensor& grad, const Tensor& x, const Tensor& t,
                                       const Layer& layer, const std::array<bool, 4>& need,
-                                      const LinearPlan& plan) {
+                                      const LinearPlan& plan, const KeptSides& kept) {
   auto [need_x, need_A, need_B, need_bias] = need;
   at::ScalarType dtype = x.scalar_type();
   Tensor g = aligned_rows(grad), low = t.contiguous();
@@ -148,30 +210,39 @@ std::array<Tensor, 4> passes_backward(const Tensor& grad, const Tensor& x, const
   FactorGradPair pair;
   int jobs = 0;
   Tensor partial_A, partial_B, masked_g;
+  // The gradient of a factor from a wide matrix, under the mask that the matrix has not yet.
+  auto add_job = [&](Tensor& result, const Tensor& factor, const KeptSide* side, const Tensor& wide,
+                     const Tensor& narrow, Tensor& partial, int64_t span, const OptTensor& mask,
+                     bool by_channel) {
+    result = at::empty_like(factor, at::MemoryFormat::Contiguous);
+    FactorGrad& job = pair.job[jobs++] = sum_tokens(wide, narrow, partial, span);
+    job.grad = result.mutable_data_ptr(), job.dtype = dtype_of(result), job.by_channel = by_channel;
+    job.mask = data_of(mask), job.scaling = layer.scaling;
+    if (side != nullptr) job.E = side->size, job.position = side->position.const_data_ptr<int32_t>();
+  };
+  auto add_B = [&](const Tensor& wide) {
+    add_job(out[2], kept.out != nullptr ? kept.lora_B : layer.lora_B, kept.out, wide, low, partial_B,
+            plan.span_N, mask_out, true);
+  };
   // First the pass from g's first token to its last, then the one that goes back: it finds g's end in the L2
   // cache.
-  if (need_B) {
-    out[2] = at::empty_like(layer.lora_B, at::MemoryFormat::Contiguous);
-    FactorGrad& job = pair.job[jobs++] = sum_tokens(g, low, partial_B, plan.span_N);
-    job.grad = out[2].mutable_data_ptr(), job.dtype = dtype_of(out[2]), job.by_channel = true;
-    job.mask = data_of(mask_out), job.scaling = layer.scaling;
-  }
-  if (need_x || need_A) {
-    Result result =
-        run({g, layer.weight, contiguous_factor(layer.lora_B, dtype), contiguous_factor(layer.lora_A, dtype),
-             /*backward=*/true, mask_out, mask_in, std::nullopt, layer.scaling, /*keep_low=*/true, plan.rows,
-             plan.up_splits_K},
-            need_x);
+  if (need_B && kept.out == nullptr) add_B(g);
+  if (need_x || need_A || kept.out != nullptr) {
+    // The kernels want the factor of a gathered side by rank, and that of a scattered one by channel.
+    Tensor down = kept.out != nullptr ? layer.lora_B.t() : layer.lora_B,
+           up = kept.in != nullptr && need_x ? kept.lora_A.t() : layer.lora_A;
+    Result result = run({g, layer.weight, contiguous_factor(down, dtype), contiguous_factor(up, dtype),
+                         /*down_by_channel=*/kept.out == nullptr,
+                         /*up_by_channel=*/kept.in != nullptr && need_x, mask_out, mask_in, std::nullopt,
+                         layer.scaling, /*keep_low=*/true, plan.rows, plan.up_splits_K, kept.out, kept.in},
+                        need_x);
     out[0] = result.out;
-    if (mask_out.has_value() && !result.masked.is_same(g)) masked_g = result.masked;
-    if (need_A) {
-      // From the unmasked x: the mask acts on the sums, so a NaN in a pruned lane ends in a pruned column.
-      out[1] = at::empty_like(layer.lora_A, at::MemoryFormat::Contiguous);
-      Tensor rows = aligned_rows(x);
-      FactorGrad& job = pair.job[jobs++] = sum_tokens(rows, result.low, partial_A, plan.span_K);
-      job.grad = out[1].mutable_data_ptr(), job.dtype = dtype_of(out[1]);
-      job.mask = data_of(mask_in), job.scaling = layer.scaling;
-    }
+    if (!result.masked.is_same(g)) masked_g = result.masked;
+    if (need_B && kept.out != nullptr) add_B(masked_g);
+    // From the unmasked x: the mask acts on the sums, so a NaN in a pruned lane ends in a pruned column.
+    if (need_A)
+      add_job(out[1], kept.in != nullptr ? kept.lora_A : layer.lora_A, kept.in, aligned_rows(x), result.low,
+              partial_A, plan.span_K, mask_in, false);
   }
   if (jobs > 0) kernels_for(x).add_spans(pair, current_stream(x));
   if (need_bias) out[3] = (masked_g.defined() ? masked_g : lanes(grad, mask_out, 1, false)).sum(0);

@@ -113,17 +113,20 @@ __global__ void __launch_bounds__(kThreads, 2) apt_token_sums(const __grid_const
   }
 }
 
-// One job of the second launch: grad[r, c] or grad[c, r] = mask[c] * scaling * sum over spans.
+// One job of the second launch: entry (r, e) of the gradient.
 template <class T>
 __device__ void add_spans(const FactorGrad& job, int64_t i) {
-  const int64_t r = i / job.C, c = i % job.C, size = job.R * job.C;
-  const float* partial = job.partial + i;
+  const int64_t r = i / job.E, e = i % job.E, c = job.position == nullptr ? e : job.position[e];
   float value = 0.f;
+  if (c >= 0) {
+    const int64_t size = job.R * job.C;
+    const float* partial = job.partial + r * job.C + c;
 #pragma unroll 8
-  for (int64_t s = 0; s < job.spans; ++s) value += partial[s * size];
-  const float mask = job.mask == nullptr ? 1.f : job.mask[c];
-  value = mask == 0.f ? 0.f : value * float(job.scaling) * mask;
-  static_cast<T*>(job.grad)[job.by_channel ? c * job.R + r : i] = narrow<T>(value);
+    for (int64_t s = 0; s < job.spans; ++s) value += partial[s * size];
+    const float mask = job.mask == nullptr ? 1.f : job.mask[c];
+    value = mask == 0.f ? 0.f : value * float(job.scaling) * mask;
+  }
+  static_cast<T*>(job.grad)[job.by_channel ? e * job.R + r : i] = narrow<T>(value);
 }
 
 constexpr int kAddThreads = 128;
@@ -131,7 +134,7 @@ constexpr int kAddThreads = 128;
 __global__ void __launch_bounds__(kAddThreads) apt_add_spans(const __grid_constant__ FactorGradPair pair) {
   const FactorGrad& job = pair.job[blockIdx.y];
   const int64_t i = int64_t{blockIdx.x} * kAddThreads + threadIdx.x;
-  if (i >= job.R * job.C) return;
+  if (i >= job.R * job.E) return;
   switch (job.dtype) {
     case DType::kFloat16:
       return add_spans<__half>(job, i);
@@ -162,7 +165,7 @@ void add_spans(const FactorGradPair& pair, Stream stream) {
   int64_t largest = 0;
   unsigned jobs = 0;
   for (; jobs < 2 && pair.job[jobs].grad != nullptr; ++jobs) {
-    largest = std::max(largest, pair.job[jobs].R * pair.job[jobs].C);
+    largest = std::max(largest, pair.job[jobs].R * pair.job[jobs].E);
   }
   dim3 grid(static_cast<unsigned>((largest + kAddThreads - 1) / kAddThreads), jobs);
   apt_add_spans<<<grid, kAddThreads, 0, static_cast<cudaStream_t>(stream)>>>(pair);
