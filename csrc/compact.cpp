@@ -17,10 +17,7 @@ namespace apt {
 namespace {
 
 // One side of the layer as the arithmetic sees it.
-struct Side {
-  Tensor index, position;
-  OptTensor mask;  // none: the kept lanes are as they are
-  int64_t size, width;
+struct Side : KeptSide {
   bool whole;    // nothing is pruned, and nothing is moved
   bool compact;  // the operand is [.., width] already
 
@@ -44,8 +41,8 @@ Sides sides_of(const CompactLayer& layer) {
                     " and N=", text(N), " lanes, got ", text(kept_in), " and ", text(kept_out));
   auto side = [](const Tensor& index, const Tensor& position, const OptTensor& mask, bool soft, int64_t size,
                  int64_t kept, bool compact) {
-    return Side{index,        position, soft ? mask : std::nullopt, size, kept_width(kept, size),
-                kept == size, compact};
+    return Side{
+        {index, position, soft ? mask : std::nullopt, size, kept_width(kept, size)}, kept == size, compact};
   };
   Sides sides{
       kept_in, kept_out,
@@ -63,32 +60,45 @@ Sides sides_of(const CompactLayer& layer) {
   return sides;
 }
 
+OptTensor contiguous_mask(const OptTensor& mask, bool wide) {
+  if (!mask.has_value()) return std::nullopt;
+  return wide ? mask->to(at::kFloat).contiguous() : mask->contiguous();
+}
+
 // mask * matrix[:, index] for the first `width` entries of index, zeros selected, zeros where the index is
 // -1.
 Tensor gathered(const Tensor& matrix, const Tensor& index, int64_t width,
-                const OptTensor& mask = std::nullopt) {
+                const OptTensor& mask = std::nullopt, bool staged = false) {
   Tensor out = at::empty({matrix.size(0), width}, matrix.options());
   if (out.numel() == 0) return out;
   if (matrix.size(1) == 0) return out.zero_();
-  OptTensor held = mask.has_value() ? OptTensor(mask->contiguous()) : std::nullopt;
+  Tensor from = staged ? aligned_rows(matrix) : matrix;
+  OptTensor held = contiguous_mask(mask, staged);
   GatherArgs args{};
-  args.M = matrix.size(0), args.C = matrix.size(1), args.kept = width;
-  args.x = matrix.const_data_ptr();
-  args.x_stride[0] = matrix.stride(0), args.x_stride[1] = matrix.stride(1);
+  args.M = from.size(0), args.C = from.size(1), args.kept = width;
+  args.x = from.const_data_ptr();
+  args.x_stride[0] = from.stride(0), args.x_stride[1] = from.stride(1);
   args.index = index.const_data_ptr<int32_t>();
   if (held.has_value()) args.mask = {held->const_data_ptr(), dtype_of(*held)};
   args.gathered = out.mutable_data_ptr();
-  args.dtype = dtype_of(matrix);
-  kernels_for(matrix).gather(args, current_stream(matrix));
+  args.dtype = dtype_of(from);
+  args.staged = staged;
+  kernels_for(from).gather(args, current_stream(from));
   return out;
+}
+
+// A side's kept lanes [M, width] of x [M, size], under its mask.
+Tensor gathered(const Tensor& x, const Side& side) {
+  return gathered(x, side.index, side.width, side.mask, can_stage(x, side.size));
 }
 
 // Their way back [M, size], under the side's mask, with zeros in pruned lanes.
 Tensor scattered(const Tensor& values, const Side& side, const OptTensor& bias = std::nullopt) {
   Tensor out = at::empty({values.size(0), side.size}, values.options());
   if (out.numel() == 0) return out;
-  Tensor from = values.contiguous();
-  OptTensor mask = side.mask.has_value() ? OptTensor(side.mask->contiguous()) : std::nullopt;
+  const bool staged = can_stage(out, side.size);
+  Tensor from = staged ? aligned_rows(values.contiguous()) : values.contiguous();
+  OptTensor mask = contiguous_mask(side.mask, staged);
   OptTensor added = bias.has_value() ? OptTensor(bias->contiguous()) : std::nullopt;
   ScatterArgs args{};
   args.M = out.size(0), args.E = side.size, args.kept = side.width;
@@ -98,6 +108,7 @@ Tensor scattered(const Tensor& values, const Side& side, const OptTensor& bias =
   if (added.has_value()) args.bias = added->const_data_ptr();
   args.out = out.mutable_data_ptr();
   args.dtype = dtype_of(out);
+  args.staged = staged;
   kernels_for(out).scatter(args, current_stream(out));
   return out;
 }
@@ -108,19 +119,35 @@ OptTensor kept_vector(const OptTensor& vector, const Side& side) {
   return gathered(vector->unsqueeze(0), side.index, side.width).squeeze(0);
 }
 
-// The dense layer that is left. Where a side moves, its mask acts on the way.
-Layer inner_layer(const CompactLayer& layer, const Sides& sides) {
+// The dense layer that is left. Where a side moves, its mask acts on the way; a factor that is not asked for
+// is missing.
+Layer inner_layer(const CompactLayer& layer, const Sides& sides, bool need_A = true, bool need_B = true) {
   const Side &in = sides.in, &out = sides.out;
   Layer inner;
   if (layer.packed.has_value()) {
     inner.weight = layer.packed->narrow(0, 0, out.width * in.width).view({out.width, in.width});
   }
-  inner.lora_A = in.whole ? layer.lora_A : gathered(layer.lora_A, in.index, in.width);
-  inner.lora_B = out.whole ? layer.lora_B : gathered(layer.lora_B.t(), out.index, out.width).t();
+  if (need_A) inner.lora_A = in.whole ? layer.lora_A : gathered(layer.lora_A, in.index, in.width);
+  if (need_B) inner.lora_B = out.whole ? layer.lora_B : gathered(layer.lora_B.t(), out.index, out.width).t();
   if (!in.moves()) inner.mask_in = kept_vector(in.mask, in);
   if (!out.moves()) inner.mask_out = kept_vector(out.mask, out);
   inner.scaling = layer.scaling;
   return inner;
+}
+
+// The passes of 16-bit types on CUDA gather and scatter on the way (passes.cpp), where they take this layer.
+struct Passes {
+  LinearPlan plan;
+  KeptSides kept;
+  bool fit;
+};
+
+Passes passes_for(const Tensor& x, int64_t tokens, const CompactLayer& layer, const Sides& sides) {
+  LinearPlan plan =
+      launch_plan({tokens, sides.out.width, sides.in.width, layer.lora_A.size(0), dtype_of(x)}, limits_of(x));
+  KeptSides kept{sides.in.moves() ? &sides.in : nullptr, sides.out.moves() ? &sides.out : nullptr,
+                 layer.lora_A, layer.lora_B};
+  return {plan, kept, layer.packed.has_value() && passes_fit(x, plan, kept)};
 }
 
 void check_kernels(const Tensor& x) {
@@ -209,12 +236,18 @@ CompactForward compact_forward(const Tensor& x, const CompactLayer& layer) {
     if (y.numel() == 0) return {y, at::zeros_symint(with_last(x, R), low_rank_options(x)), x, false};
   }
   Scope scope(x);
-  Layer inner = inner_layer(layer, sides);
-  Tensor used = reachable(flat(x));
-  if (sides.in.moves()) used = gathered(used, sides.in.index, sides.in.width, sides.in.mask);
-  if (!sides.out.moves()) inner.bias = kept_vector(layer.bias, sides.out);
-  auto [y, t] = linear_forward(used, inner);
-  if (sides.out.moves()) y = scattered(y, sides.out, layer.bias);
+  Tensor used = reachable(flat(x)), y, t;
+  Passes passes = passes_for(x, used.size(0), layer, sides);
+  Layer inner = inner_layer(layer, sides, true, !passes.fit || !sides.out.moves());
+  inner.bias = sides.out.moves() ? layer.bias : kept_vector(layer.bias, sides.out);
+  if (passes.fit) {
+    std::tie(y, t, used) = passes_forward(used, inner, passes.plan, passes.kept);
+  } else {
+    if (sides.out.moves()) inner.bias.reset();
+    if (sides.in.moves()) used = gathered(used, sides.in);
+    std::tie(y, t) = linear_forward(used, inner);
+    if (sides.out.moves()) y = scattered(y, sides.out, layer.bias);
+  }
   return {y.view_symint(with_last(x, y.size(1))), t.view_symint(with_last(x, R)),
           sides.in.moves() ? used.view_symint(with_last(x, sides.in.width)) : x, sides.in.moves()};
 }
@@ -283,22 +316,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compact_linear_backward(
     check_width(x, "x", compact_in || is_gathered, sides.in);
     const Side &in_side = sides.in, &out_side = sides.out;
     Scope scope(x);
-    Layer inner = inner_layer(layer, sides);
-    if (!need_x) inner.weight.reset();  // a copy of it may be spared
     Tensor used = reachable(flat(x)), g = reachable(flat(grad));
+    Passes passes = passes_for(x, g.size(0), layer, sides);
+    const bool scatters = passes.fit && in_side.moves(), gathers = passes.fit && out_side.moves();
+    Layer inner = inner_layer(layer, sides, !scatters, true);
     if (in_side.moves() && !is_gathered) {
       // Without a gradient of A only its shape is looked at.
-      used = need_A ? gathered(used, in_side.index, in_side.width, in_side.mask)
-                    : used.new_empty({1}).expand({used.size(0), in_side.width});
+      used = need_A ? gathered(used, in_side) : used.new_empty({1}).expand({used.size(0), in_side.width});
     }
-    if (out_side.moves()) g = gathered(g, out_side.index, out_side.width, out_side.mask);
-    out = linear_backward(g, used, flat(t), inner, output_mask);
+    if (passes.fit) {
+      out = passes_backward(g, used, flat(t), inner, output_mask, passes.plan, passes.kept);
+    } else {
+      if (!need_x) inner.weight.reset();  // a copy of it may be spared
+      if (out_side.moves()) g = gathered(g, out_side);
+      out = linear_backward(g, used, flat(t), inner, output_mask);
+    }
     if (need_x) {
-      if (in_side.moves()) out[0] = scattered(out[0], in_side);
+      if (in_side.moves() && !scatters) out[0] = scattered(out[0], in_side);
       out[0] = out[0].view_symint(with_last(x, K));
     }
-    if (need_A && !in_side.whole) out[1] = gathered(out[1], in_side.position, in_side.size);
-    if (need_B && !out_side.whole) {
+    if (need_A && !in_side.whole && !scatters) out[1] = gathered(out[1], in_side.position, in_side.size);
+    if (need_B && !out_side.whole && !gathers) {
       out[2] = gathered(out[2].t(), out_side.position, out_side.size).t().contiguous();
     }
     if (need_bias && !out_side.whole) {

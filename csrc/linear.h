@@ -55,7 +55,11 @@ std::array<Tensor, 4> passes_backward(const Tensor& grad, const Tensor& x, const
                                       const Layer& layer, const std::array<bool, 4>& need,
                                       const LinearPlan& plan, const KeptSides& kept = {});
 // Whether that route can gather and scatter these sides on the way.
-bool passes_fit(const Tensor& x, const Layer& layer, const LinearPlan& plan, const KeptSides& kept);
+bool passes_fit(const Tensor& x, const LinearPlan& plan, const KeptSides& kept);
+// Whether rows of so many columns can be gathered and scattered through shared memory (staged, in kernels.h),
+// and such rows: of whole 16 bytes at aligned addresses, copied only if need be.
+bool can_stage(const Tensor& x, int64_t columns);
+Tensor aligned_rows(const Tensor& matrix);
 
 // The route of widths that are no multiple of 8 (padded.cpp): copies with rows of whole 16 bytes go through
 // linear_forward and linear_backward, and what comes back is copied to its own width.

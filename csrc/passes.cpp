@@ -17,7 +17,6 @@
 #include "linear.h"
 
 namespace apt {
-namespace {
 
 // Rows of whole 16 bytes at aligned addresses, copied only if need be.
 Tensor aligned_rows(const Tensor& matrix) {
@@ -27,6 +26,8 @@ Tensor aligned_rows(const Tensor& matrix) {
   Tensor copy = matrix.contiguous();
   return is_aligned(copy) ? copy : copy.clone();
 }
+
+namespace {
 
 Tensor contiguous_factor(const Tensor& factor, at::ScalarType dtype) {
   Tensor out = factor.to(dtype).contiguous();
@@ -178,10 +179,14 @@ FactorGrad sum_tokens(const Tensor& x, const Tensor& low, Tensor& partial, int64
 
 }  // namespace
 
-bool passes_fit(const Tensor& x, const Layer& layer, const LinearPlan& plan, const KeptSides& kept) {
-  auto fits = [](const KeptSide* side) { return side == nullptr || side->size % 8 == 0; };
-  return plan.route == LinearPlan::Route::kPasses && !plan.padded && layer.weight.has_value() &&
-         fits(kept.in) && fits(kept.out) && limits_of(x).shared_bytes >= kStagedBytes;
+bool can_stage(const Tensor& x, int64_t columns) {
+  bool sixteen = x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
+  return sixteen && x.is_cuda() && columns % 8 == 0 && limits_of(x).shared_bytes >= kStagedBytes;
+}
+
+bool passes_fit(const Tensor& x, const LinearPlan& plan, const KeptSides& kept) {
+  auto fits = [&](const KeptSide* side) { return side == nullptr || can_stage(x, side->size); };
+  return plan.route == LinearPlan::Route::kPasses && !plan.padded && fits(kept.in) && fits(kept.out);
 }
 
 std::tuple<Tensor, Tensor, Tensor> passes_forward(const Tensor& x, const Layer& layer, const LinearPlan& plan,
@@ -229,8 +234,10 @@ std::array<Tensor, 4> passes_backward(const Tensor& grad, const Tensor& x, const
   if (need_B && kept.out == nullptr) add_B(g);
   if (need_x || need_A || kept.out != nullptr) {
     // The kernels want the factor of a gathered side by rank, and that of a scattered one by channel.
-    Tensor down = kept.out != nullptr ? layer.lora_B.t() : layer.lora_B,
-           up = kept.in != nullptr && need_x ? kept.lora_A.t() : layer.lora_A;
+    Tensor down = kept.out != nullptr ? layer.lora_B.t() : layer.lora_B, up = kept.in == nullptr
+                                                                                  ? layer.lora_A
+                                                                              : need_x ? kept.lora_A.t()
+                                                                                       : kept.lora_A;
     Result result = run({g, layer.weight, contiguous_factor(down, dtype), contiguous_factor(up, dtype),
                          /*down_by_channel=*/kept.out == nullptr,
                          /*up_by_channel=*/kept.in != nullptr && need_x, mask_out, mask_in, std::nullopt,
