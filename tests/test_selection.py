@@ -6,24 +6,7 @@ import pytest
 import torch
 
 from apt_ext import APTAdapter
-from apt_ext.method import AdapterImportance, cubic_density, grown_ranks, kept_count, linear_budget, step_mask, top_k
-
-
-@pytest.mark.parametrize(
-    ("count", "density", "round_to", "expected"),
-    [
-        (1536, 0.5, 8, 768),
-        (1536, 0.51, 8, 776),
-        (1536, 0.501, 8, 768),
-        (10, 0.7, 1, 7),
-        (12, 0.01, 8, 8),
-        (5, 0.2, 8, 5),
-        (13, 1.0, 8, 13),
-        (6, 0.0, 1, 1),
-    ],
-)
-def test_kept_count_is_a_multiple_within_the_density(count: int, density: float, round_to: int, expected: int) -> None:
-    assert kept_count(count, density, round_to) == expected
+from apt_ext.method import AdapterImportance, cubic_density, grown_ranks, linear_budget, step_mask, top_k
 
 
 def test_top_k_takes_the_largest() -> None:

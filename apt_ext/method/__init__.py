@@ -11,7 +11,7 @@ from .salience import Salience
 from .schedule import Steps, cubic_density, distill_weight, linear_budget, step_mask
 from .scores import BlockScores
 from .search import Group, search
-from .selection import kept_count, top_k
+from .selection import top_k
 
 __all__ = [
     "AdapterImportance",
@@ -30,7 +30,6 @@ __all__ = [
     "cubic_density",
     "distill_weight",
     "grown_ranks",
-    "kept_count",
     "kurtosis",
     "linear_budget",
     "one_shot",

@@ -28,7 +28,7 @@ from .data import (
 from .measuring import in_turn
 from .models import transformers_offline
 from .processes import peak_memory
-from .recipe import PruneAndGrow, Recipe, accuracy, fit, logits_of
+from .recipe import Recipe, accuracy, fit, logits_of
 
 
 def load_examples(archive: Path, quick: bool) -> tuple[dict[str, list[Example]], int]:
@@ -50,22 +50,23 @@ def train(method: str, recipe: Recipe, archive: Path, output: Path, quick: bool)
         encoder_directory(), num_labels=2, local_files_only=True, dtype=torch.float32
     )
     model = apt_ext.get_apt_model(stock, recipe.config())
-    apt = PruneAndGrow(model, recipe) if method == "apt" else None
+    apt = method == "apt"
     before = adapter_parameter_count(model)
     batches = training_batches(examples["train"], pad, recipe.batch, recipe.seed)
-    seconds = fit(model, batches, recipe, apt, method)
+    seconds = fit(model, batches, recipe, method, prune=apt)
+    neurons = {name: block for name, block in model.blocks.items() if block.kind == "neurons"}
     result: dict[str, Any] = {
         "training_seconds": seconds,
         "peak_memory_bytes": peak_memory(),
         "adapter_parameters": [before, adapter_parameter_count(model)],
         "ranks": {name: adapter.rank for name, adapter in apt_ext.adapters(model) if adapter.rank},
-        "kept": {name: int((model.get_block_mask(name) != 0).sum()) for name in model.blocks},
-        "counts": {name: block.count for name, block in model.blocks.items()},
+        "kept": {name: int((model.get_block_mask(name) != 0).sum()) for name in neurons},
+        "counts": {name: block.count for name, block in neurons.items()},
         "masks_are_binary": all(bool((mask * (1 - mask) == 0).all()) for mask in map(model.get_block_mask, model.blocks)),
     }
     batch = batch_of(examples["validation"][:32], pad)
     masked = logits_of(model, [batch])[0]
-    small = model.merge_and_unload() if apt is None else apt_ext.shrink(model)
+    small = apt_ext.shrink(model) if apt else model.merge_and_unload()
     apt_ext.export(small, output / method)
     logits = logits_of(small, [batch])[0]
     _save_check(output / f"{method}.check.safetensors", batch, logits)

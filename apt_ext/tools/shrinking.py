@@ -144,7 +144,7 @@ def shrink_model(
         raise Missing(f"length: expected at most the {most} positions of {type(model).__name__}, got {settings.length}")
     check_keep(apt, settings.keep)  # before anything that takes long
     if settings.steps:
-        fit(apt, task.batches(settings.seed), Recipe(steps=settings.steps), None, "train")
+        fit(apt, task.batches(settings.seed), Recipe(steps=settings.steps), "train")
     apt.eval()
     output.mkdir(parents=True, exist_ok=True)
     apt_ext.export(apt, output / "dense", tokenizer=tokenizer)  # nothing is masked: the fine-tuned model, merged
@@ -154,7 +154,7 @@ def shrink_model(
     masked = task.quality(apt)
     apt.cut()
     if settings.recover:
-        fit(apt, task.batches(settings.seed + 2), Recipe(steps=settings.recover), None, "recover")
+        fit(apt, task.batches(settings.seed + 2), Recipe(steps=settings.recover), "recover")
         apt.eval()
     loader = apt_ext.export(apt, output / "model", tokenizer=tokenizer)
     del apt, model
