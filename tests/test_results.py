@@ -147,7 +147,7 @@ def test_a_cell_that_fails_is_said_and_the_others_go_on(place, monkeypatch, caps
     monkeypatch.setattr(runner, "run_cell", breaks)
     assert command(place, "--task", "movies", "--row", "random,magnitude", "--densities", "40") == 1
     assert "movies.random.40.seed-0: failed: RuntimeError: out of luck" in capsys.readouterr().err
-    assert sorted(file.name for file in place.output.iterdir()) == ["movies.magnitude.40.seed-0.json"]  # and no half of one
+    assert sorted(file.name for file in place.output.glob("*.*")) == ["movies.magnitude.40.seed-0.json"]  # and no half of one
 
 
 def test_when_time_is_up_nothing_is_started(place):

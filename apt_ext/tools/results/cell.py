@@ -90,6 +90,8 @@ def run_cell(place: Place, cell: Cell) -> dict[str, Any]:
     before = _forget_peak(device)
     trained = train(task, row, stock, data, cell.density or 1.0, rate, cell.seed, teacher)
     peak = _peak(device)
+    if cell.row == "lora":
+        _keep_teacher(place, cell, rate, trained)
     with torch.no_grad(), autocast(device):
         masked = data.score(trained.model, "validation")
     small = trained.model if row.whole else apt_ext.shrink(trained.model)
@@ -201,22 +203,28 @@ def _config(task: Task, row: Row, cell: Cell, rate: float) -> dict[str, Any]:
 
 
 def _teacher(place: Place, lora: Cell, data: Data) -> tuple[Any, float]:
-    """(the finished dense LoRA of this seed, the seconds of its training); kept in output/teachers for the other densities."""
+    """(the finished dense LoRA of this seed, the seconds of its training): what the cell or trial left, or else trained now."""
     task, row = place.task(lora), lora.of()[1]
     rate = chosen_rate(place, lora)
-    directory = place.output / "teachers" / f"{lora.name}.{rate:g}"
+    directory = _teacher_directory(place, lora, rate)
     torch.manual_seed(lora.seed)
     stock = load_model(place.pack, task, data.on)
-    try:
+    if (directory / "seconds.json").is_file():
         seconds = float(json.loads((directory / "seconds.json").read_text(encoding="utf-8")))
         return apt_ext.APTModel.from_pretrained(stock, directory).eval().requires_grad_(False), seconds
-    except (OSError, ValueError):
-        torch.manual_seed(lora.seed)
-        stock = load_model(place.pack, task, data.on)
-    trained: Trained = train(task, row, stock, data, 1.0, rate, lora.seed)
+    trained = train(task, row, stock, data, 1.0, rate, lora.seed)
+    _keep_teacher(place, lora, rate, trained)
+    return trained.model.eval().requires_grad_(False), trained.clock.seconds
+
+
+def _teacher_directory(place: Place, lora: Cell, rate: float) -> Path:
+    return place.output / "teachers" / f"{lora.task}.seed-{lora.seed}.rate-{rate:g}"
+
+
+def _keep_teacher(place: Place, lora: Cell, rate: float, trained: Trained) -> None:
+    directory = _teacher_directory(place, lora, rate)
     trained.model.save_pretrained(directory)
     write(directory / "seconds.json", trained.clock.seconds)
-    return trained.model.eval().requires_grad_(False), trained.clock.seconds
 
 
 # -- time and memory ---------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
@@ -20,14 +20,13 @@ from .tasks import Task
 _number = 0  # of this worker process
 
 
-def wanted(tasks: Iterable[Task], rows: Sequence[str] | None, seeds: Sequence[int], densities: Sequence[float] | None) -> list[Cell]:
-    """The cells of these tasks, rows (None: all but extra ones), seeds and densities (None: the task's), by seed and then by row."""
+def wanted(tasks: Collection[Task], rows: Sequence[str] | None, seeds: Sequence[int], densities: Sequence[float] | None) -> list[Cell]:
+    """The cells of these tasks, rows (None: all but extra ones), seeds and densities (None: the task's), by seed, task and row."""
     found = []
-    for task in tasks:
-        known = rows_of(task)
-        names = [name for name, row in known.items() if (not row.extra if rows is None else name in rows)]
-        for seed in seeds:
-            for name in names:
+    for seed in seeds:
+        for task in tasks:
+            known = rows_of(task)
+            for name in [name for name, row in known.items() if (not row.extra if rows is None else name in rows)]:
                 if known[name].pruned:
                     found += [Cell(task.name, name, seed, density) for density in densities or task.densities]
                 else:
@@ -36,14 +35,19 @@ def wanted(tasks: Iterable[Task], rows: Sequence[str] | None, seeds: Sequence[in
 
 
 def stages(place: Place, cells: Sequence[Cell]) -> list[list[Cell]]:
-    """What is not there yet of the cells and of the trials they need, in stages of which each needs the ones before."""
+    """What is not there yet of the cells and of the trials they need, in stages of which each needs the ones before.
+
+    First trials, then those of pupils and the dense LoRAs, which become their teachers, then the rest.
+    """
     tasks = {cell.task: place.task(cell) for cell in cells}
     rows = {(cell.task, cell.row): cell for cell in cells}
     teachers = {task for task, row in rows if rows_of(tasks[task])[row].teacher == "lora"}
     first = [trial for task, row in rows if rows_of(tasks[task])[row].teacher != "lora" for trial in trials(tasks[task], row)]
     first += [trial for task in teachers if (task, "lora") not in rows for trial in trials(tasks[task], "lora")]
     second = [trial for task, row in rows if rows_of(tasks[task])[row].teacher == "lora" for trial in trials(tasks[task], row)]
-    found = [[cell for cell in stage if read(place.file(cell)) is None] for stage in (first, second, list(cells))]
+    dense = [cell for cell in cells if cell.row == "lora" and cell.task in teachers]
+    last = [cell for cell in cells if cell not in dense]
+    found = [[cell for cell in stage if read(place.file(cell)) is None] for stage in (first, [*dense, *second], last)]
     return [stage for stage in found if stage]
 
 
@@ -130,7 +134,7 @@ def _begin(counter: Any, jobs: int) -> None:
 def _tried(place: Place, cell: Cell) -> dict[str, Any] | str:
     """The cell's result, or in a line what went wrong."""
     if place.device == "cuda" and not place.alone:
-        place = replace(place, device=f"cuda:{_number % torch.cuda.device_count()}")
+        torch.cuda.set_device(_number % torch.cuda.device_count())
     try:
         return run_cell(place, cell)
     except Exception as error:  # one cell that fails must not take the others with it

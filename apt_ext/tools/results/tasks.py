@@ -181,7 +181,7 @@ def load_model(pack: Path, task: Task, device: torch.device) -> Any:
     state = _state(pack, task.model)
     inner = model.base_model if task.classes else model
     left = inner.load_state_dict(state, strict=False)
-    tied = set(getattr(inner, "all_tied_weights_keys", None) or [])
+    tied = {"lm_head.weight"} if getattr(config, "tie_word_embeddings", False) else set()
     if left.unexpected_keys or set(left.missing_keys) - tied:
         raise Missing(f"data: {directory} is not of this version's making: {[*left.unexpected_keys, *left.missing_keys][:3]}")
     inner.tie_weights()

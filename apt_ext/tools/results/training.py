@@ -198,8 +198,7 @@ def _prune(model: apt_ext.APTModel, row: Row, data: Data, density: float, seed: 
     if row.once == "salience":
         batches = data.training(seed + 10_000)
         number = max(data.task.scored // data.task.batch, 1)
-        with autocast(data.on):
-            scores: Mapping[str, Tensor] = block_scores(model, kinds, (next(batches) for _ in range(number)), row.kurtosis)
+        scores: Mapping[str, Tensor] = block_scores(model, kinds, (next(batches) for _ in range(number)), row.kurtosis)
     elif row.once == "magnitude":
         scores = magnitudes(model, kinds)
     else:
