@@ -5,7 +5,8 @@ import torch
 from families import EVERY, FAMILIES, keep_first
 
 from apt_ext import APTConfig, get_apt_model, shrink
-from apt_ext.method import one_shot
+from apt_ext.method import block_scores, cost_of, one_shot, within_density
+from apt_ext.method.kurtosis import outliers
 
 KEEP = {"heads": 1, "neurons": 5, "hidden": 20}
 
@@ -77,3 +78,71 @@ def test_it_refuses_in_words(keep, words):
     with pytest.raises(ValueError, match="batches: expected at least one"):
         one_shot(apt, [], {"heads": 2})
     assert int(apt.get_block_mask("0.neurons").sum()) == 9 and bool(apt.get_block_mask("0.heads").all())
+
+
+@pytest.mark.parametrize("uniform", [True, False])
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5"])
+def test_a_density_is_met_and_nothing_more_would_fit(name, uniform):
+    family = FAMILIES[name]
+    apt = get_apt_model(family.model(), APTConfig(r=2, round_to=4, uniform=uniform))
+    masks = one_shot(apt, with_loss(family, apt), 0.5)
+    cost = cost_of(apt.model, apt.blocks)
+    full = {block: apt.blocks[block].count for block in apt.blocks}
+    kept = {block: int(apt.get_block_mask(block).sum()) for block in apt.blocks}
+    assert masks.keys() == {block for block in apt.blocks if block != "hidden"}
+    assert 0.2 < cost.total(kept) / cost.total(full) <= 0.5
+    for block, mask in masks.items():
+        assert torch.equal(apt.get_block_mask(block), mask) and (apt.blocks[block].kind == "heads" or kept[block] % 4 == 0)
+    if uniform:
+        assert len({kept[block] for block in masks if apt.blocks[block].kind == "neurons"}) == 1
+
+
+def test_within_density_goes_by_the_scores_for_what_a_block_costs():
+    """BERT's layers: a head costs more than a neuron, so of equal scores neurons stay."""
+    apt = get_apt_model(FAMILIES["bert"].model(), APTConfig(r=2, round_to=1, uniform=False))
+    ones = {name: torch.ones(block.count) for name, block in apt.blocks.items() if block.kind != "hidden"}
+    masks = within_density(apt, ones, 0.5)
+    assert [int(masks[f"{layer}.heads"].sum()) for layer in (0, 1)] == [1, 1] and sum(int(masks[f"{n}.neurons"].sum()) for n in (0, 1)) > 30
+    assert masks["0.neurons"][2]
+    assert within_density(apt, {**ones, "1.neurons": torch.zeros(20)}, 0.5)["1.neurons"].sum() < masks["0.neurons"].sum()  # not uniform
+    ones["0.neurons"][2] = 0
+    assert not within_density(apt, ones, 0.5)["0.neurons"][2]
+    assert bool(apt.get_block_mask("0.heads").all())  # nothing is masked here
+    keep_first(apt, neurons=5)
+    assert not within_density(apt, ones, 0.4)["0.neurons"][5:].any()  # what is gone stays gone
+    with pytest.raises(ValueError, match=r"keep: expected a density of at least 0\.\d+, which is what always stays, got 0\.01"):
+        within_density(apt, ones, 0.01)
+    with pytest.raises(ValueError, match="expected a density of at least"):
+        one_shot(apt, with_loss(FAMILIES["bert"], apt), 0.01)
+    assert bool(apt.get_block_mask("0.heads").all())
+
+
+def test_kurtosis_is_of_all_the_samples_and_raises_what_has_an_outlier():
+    family = FAMILIES["llama"]
+    apt = get_apt_model(family.model(), APTConfig(r=2))
+    plain = block_scores(apt, ["heads", "neurons"], with_loss(family, apt))
+    weighted = block_scores(apt, ["heads", "neurons"], with_loss(family, apt), 2.0)
+    turned = block_scores(apt, ["heads", "neurons"], with_loss(family, apt, (2, 1)), 2.0)
+    assert any(not torch.equal(plain[name], weighted[name]) for name in plain)
+    seen = []
+    handle = apt.model.get_submodule("model.layers.1.self_attn.o_proj").register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for batch in with_loss(family, apt):
+        apt(**batch)
+    handle.remove()
+    mean = torch.cat(seen).flatten(0, 1).sum(0)
+    expected = outliers(apt.model.get_submodule("model.layers.1.self_attn.o_proj"), mean, 3)
+    scale = torch.cat([plain["0.heads"], plain["1.heads"]]).mean()
+    torch.testing.assert_close(weighted["1.heads"], (plain["1.heads"] + 2.0 * scale * expected).float(), check_dtype=False)
+    for name in plain:
+        torch.testing.assert_close(weighted[name], turned[name])
+    with torch.no_grad():
+        apt.model.get_submodule("model.layers.1.mlp.down_proj").weight[3, 11] = 40.0
+    plain, weighted = (block_scores(apt, ["neurons"], with_loss(family, apt), weight)["1.neurons"] for weight in (0.0, 2.0))
+    assert int((weighted - plain).argmax()) == 11
+    for keep in ({"neurons": 3}, 0.5):
+        found = []
+        for weight in (0.0, 1e6):
+            found.append(torch.cat(list(one_shot(apt, with_loss(family, apt), keep, kurtosis=weight).values())))
+            for name, block in apt.blocks.items():
+                apt.set_block_mask(name, torch.ones(block.count))
+        assert not torch.equal(*found)

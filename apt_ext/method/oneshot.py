@@ -76,6 +76,7 @@ def block_scores(model: APTModel, kinds: Collection[str], batches: Iterable[Mapp
     listener, training = BlockScores(model, kinds, decay=0.0, kurtosis=kurtosis), model.training
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     totals: dict[str, Tensor] = {}
+    means: dict[str, Tensor] = {}
     try:
         for parameter, _ in gradients:
             parameter.grad = None
@@ -84,8 +85,8 @@ def block_scores(model: APTModel, kinds: Collection[str], batches: Iterable[Mapp
             with torch.enable_grad():
                 model(**batch).loss.backward()
             listener.salience.update()
-            for name, score in listener.salience.scores.items():
-                totals[name] = totals[name] + score if name in totals else score.clone()
+            for found, sums in ((listener.salience.scores, totals), (listener.salience.means, means)):
+                sums.update({name: sums[name] + value if name in sums else value.clone() for name, value in found.items()})
     finally:
         listener.salience.remove()
         model.train(training)
@@ -93,6 +94,6 @@ def block_scores(model: APTModel, kinds: Collection[str], batches: Iterable[Mapp
             parameter.grad = gradient
     if not totals:
         raise ValueError("batches: expected at least one, got none")
-    listener.salience.scores = totals
+    listener.salience.scores, listener.salience.means = totals, means
     listener.look_for_outliers()
     return listener.scores()
