@@ -110,7 +110,7 @@ class Layer:
         twin = nn.Linear(K, N, bias=False, device=device, dtype=dtype).requires_grad_(False)
         if (peft := peft_linear(twin, rank, scaling)) is not None:
             self.peers["PEFT, none"] = (peft, peft.lora_A["default"].weight, peft.lora_B["default"].weight)
-        if (fused := lorafusion(self.W, A, B, scaling)) is not None:
+        if (fused := lorafusion(self.W, A, B, scaling, self.x)) is not None:
             self.peers["LoRAFusion, none"] = (fused, A, B)
 
     def forwards(self, only=None):

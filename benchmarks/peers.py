@@ -3,6 +3,8 @@ PEFT, and LoRAFusion where it is installed."""
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -60,12 +62,21 @@ def compiled(W, A, B, scaling, mask_in, mask_out):
     return torch.compile(naive(W, A, B, scaling, mask_in, mask_out), dynamic=False, fullgraph=True)
 
 
-def lorafusion(W, A, B, scaling):
-    """LoRAFusion's fused layer without masks, or None where it is not installed or not for this device (Triton, 16-bit, [B, T, K])."""
+def lorafusion(W, A, B, scaling, x):
+    """LoRAFusion's fused layer without masks; None where it is not installed, not for this device and dtype, or fails at `x`."""
+    if not W.is_cuda or W.dtype not in (torch.float16, torch.bfloat16):
+        return None
     try:
         from lorafusion.ops.lora_v1 import fused_linear_lora
     except ImportError:
         return None
-    if not W.is_cuda or W.dtype == torch.float32:
+
+    def forward(x):  # its rows are [batch, tokens]
+        return fused_linear_lora(x=x[None], linear_w=W, lora_a=A, lora_b=B, alpha=scaling)[0]
+
+    try:
+        forward(x)
+    except Exception as error:  # its Triton kernels are tuned for shapes and versions of their own
+        warnings.warn(f"LoRAFusion is left out of {list(W.shape)}: {type(error).__name__}: {error}", stacklevel=2)
         return None
-    return lambda x: fused_linear_lora(x=x[None], linear_w=W, lora_a=A, lora_b=B, alpha=scaling)[0]
+    return forward

@@ -215,3 +215,17 @@ def test_16_bit_never_takes_a_slow_path(dtype):
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", script], env=environment, cwd=os.path.dirname(__file__), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("scaling", [0.5, 2.0, 256.0, 512.0, -4.0])
+def test_scaling_by_a_power_of_two(device, dtype, scaling):
+    """The scaling of most adapters is exact, so on the CPU it is applied where it is cheapest: accurate, and the same wherever it is."""
+    p = Problem((70,), 40, 48, 8, dtype, device, "soft", scaling=scaling)
+    got = p.run(ops.apt_linear)
+    p.check(got)
+    if device != "cpu":
+        return
+    p.scaling, p.lora_B = 1.0, p.lora_B * scaling
+    other = p.run(ops.apt_linear)
+    for name in ("y", "dx"):
+        torch.testing.assert_close(got[name], other[name])
