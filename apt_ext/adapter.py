@@ -210,11 +210,7 @@ class APTAdapter(Saving):
             return self._through_base(x, compiling)
         if self._compaction is not None and mask_in is None and mask_out is None:
             return self._compute_kept(x, self._compaction, compiling)
-        if mask_in is None:
-            mask_in = self._effective_mask("mask_in", compiling)
-        if mask_out is None:
-            mask_out = self._effective_mask("mask_out", compiling)
-        return self._compute(x, mask_in, mask_out)
+        return self._compute(x, *self._effective_masks(mask_in, mask_out, compiling))
 
     def _compute(self, x: Tensor, mask_in: Tensor | None, mask_out: Tensor | None) -> Tensor:
         """Eq. 2 under these masks, None for all ones."""
@@ -318,18 +314,26 @@ class APTAdapter(Saving):
         stamp = self._mask_stamps.get(name)
         return stamp is not None and stamp == self._buffer(name)._version
 
-    def _effective_mask(self, name: str, compiling: bool) -> Tensor | None:
-        """The mask, or None where it is known to be all ones: then it costs nothing, and no device is asked.
+    def _effective_masks(self, mask_in: Tensor | None, mask_out: Tensor | None, compiling: bool) -> tuple[Tensor | None, Tensor | None]:
+        """The overrides, else the masks, or None for one known to be all ones: then it costs nothing, and no device is asked.
 
-        A compiled or captured graph outlives this knowledge, so there the mask always takes part. The version counter
+        A compiled or captured graph outlives this knowledge, so there the masks always take part. The version counter
         notices a mask written by anybody else (DDP broadcasts buffers).
         """
-        buffer = self._buffers[name]
-        assert buffer is not None
-        stamp = None if compiling else self._mask_stamps.get(name)
-        if stamp is None or stamp != buffer._version:
-            return buffer
-        return buffer if buffer.is_cuda and torch.cuda.is_current_stream_capturing() else None
+        own_in, own_out = self._buffers["mask_in"], self._buffers["mask_out"]
+        assert own_in is not None and own_out is not None
+        ones_in = ones_out = False
+        if not compiling:
+            stamp_in, stamp_out = self._mask_stamps.get("mask_in"), self._mask_stamps.get("mask_out")
+            ones_in = mask_in is None and stamp_in is not None and stamp_in == own_in._version
+            ones_out = mask_out is None and stamp_out is not None and stamp_out == own_out._version
+            if (ones_in or ones_out) and own_in.is_cuda and torch.cuda.is_current_stream_capturing():
+                ones_in = ones_out = False
+        if mask_in is None and not ones_in:
+            mask_in = own_in
+        if mask_out is None and not ones_out:
+            mask_out = own_out
+        return mask_in, mask_out
 
     # -- rank --------------------------------------------------------------------------------------------------------
 
