@@ -77,6 +77,20 @@ def test_a_refusal_says_the_constraint_and_what_would_pass(name, counts, words, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_a_stack_that_shares_a_position_bias_is_written_with_its_heads_alike_or_not_at_all(per_layer, tmp_path):
+    apt = adapted(FAMILIES["t5"])
+    apt.set_block_mask("decoder.1.heads", torch.tensor([1.0, 0, 1]))
+    with pytest.raises(ValueError, match=r"decoder.1.heads: expected the same heads of decoder.0.heads, because .* one position bias"):
+        export(apt, tmp_path / "small", per_layer=per_layer)
+    assert list(tmp_path.iterdir()) == []
+    apt.set_block_mask("decoder.0.heads", torch.tensor([1.0, 0, 1]))
+    with pytest.raises(ValueError, match="one width for all layers is all that num_heads|num_attention_heads of T5Config can say"):
+        export(apt, tmp_path / "small")
+    assert export(apt, tmp_path / "small", per_layer=True) == "apt_ext.load_export"
+    close(outputs(load_export(tmp_path / "small"), FAMILIES["t5"].inputs()), outputs(apt, FAMILIES["t5"].inputs()))
+
+
 def test_llama_is_written_as_mistral_where_only_that_can_say_it(tmp_path):
     family = FAMILIES["llama"]
     apt = keep_first(adapted(family), hidden=16)  # 6 heads do not divide 16
