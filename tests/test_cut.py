@@ -1,6 +1,7 @@
 """APTModel.cut: smaller in place, adapters, gradients and optimizer state with it, and training goes on."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -187,6 +188,31 @@ def test_it_is_refused_under_ddp(tmp_path):
         del wrapped
         apt.cut()
         assert apt.blocks["0.neurons"].count < 20
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("version", ["FSDP", "FSDP2"])
+def test_it_is_refused_under_fsdp(tmp_path, version):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        apt = adapted(FAMILIES["bert"])
+        mask_all(apt, some(FAMILIES["bert"], apt.blocks, ("neurons",), "hard"))
+        if version == "FSDP2":
+            wrapped = fully_shard(apt, mesh=init_device_mesh("cpu", (1,)))
+        else:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # its own deprecations
+                wrapped = FullyShardedDataParallel(apt, use_orig_params=True, device_id=torch.device("cpu"))
+        shapes = {name: (id(p), p.shape) for name, p in apt.named_parameters()}
+        with pytest.raises(RuntimeError, match="FullyShardedDataParallel|FSDP"):
+            apt.cut()
+        assert {name: (id(p), p.shape) for name, p in apt.named_parameters()} == shapes
+        assert apt.blocks["0.neurons"].count == 20
+        del wrapped
     finally:
         dist.destroy_process_group()
 
