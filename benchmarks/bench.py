@@ -418,10 +418,12 @@ def main():
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="a PNG of the layers")
     parser.add_argument("--replot", type=Path, help="draw --plot from a kept JSON file and measure nothing")
-    parser.add_argument("--report", action="store_true", help="write the tables of docs/performance.md and measure nothing")
+    parser.add_argument("--report", action="store_true", help="write the tables of docs/performance.md and README.md, and measure nothing")
     options = parser.parse_args()
     if options.report:
-        return report.DOCUMENT.write_text(report.updated(report.DOCUMENT.read_text()))
+        for document in report.DOCUMENTS:
+            document.write_text(report.updated(document.read_text()))
+        return
     if options.replot:
         if options.plot is None:
             parser.error("--replot draws --plot FILE, which is missing")

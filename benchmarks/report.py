@@ -1,4 +1,5 @@
-"""The tables of docs/performance.md, from the kept results: what stands between `<!-- bench FILE PART -->` and `<!-- end -->`.
+"""The tables of docs/performance.md and the README, from the kept results: what stands between `<!-- bench FILE PART -->` and
+`<!-- end -->`. FILE may be a pattern, for a table of several.
 
 python benchmarks/bench.py --report
 """
@@ -9,8 +10,11 @@ import json
 import re
 from pathlib import Path
 
+import shrunk
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT, RESULTS = ROOT / "docs" / "performance.md", ROOT / "benchmarks" / "results"
+DOCUMENTS = (DOCUMENT, ROOT / "README.md")
 BASES = {"frozen", "F.linear", "one pass over W", "one copy of the same bytes", "aligned", "PEFT merge"}
 MARKED = re.compile(r"(<!-- bench (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -65,7 +69,26 @@ def host(rows):
     return table(["one call, device idle", "us", "of F.linear"], lines)
 
 
+def short(rows):
+    """The cases that most users meet."""
+    peers = {
+        "apt none": "apt_ext",
+        "apt masks": "apt_ext, masks on both sides",
+        "PEFT, none": "PEFT, no masks",
+        "naive eager, masks": "masked formula in torch",
+    }
+    lines = []
+    for N, K in ((4096, 4096), (11008, 4096)):
+        for work in ("forward", "forward+backward"):
+            case = {"work": work, "M": 8192, "N": N, "K": K, "rank": 16}
+            found = {row["peer"]: f"{row['ratio']:.2f}" for row in rows if case.items() <= row.items()}
+            lines.append([f"{N}, {K}", work.replace("+", " + "), *(found[peer] for peer in peers)])
+    return table(["(N, K)", "", *peers.values()], lines)
+
+
+RUNS = {"quality": shrunk.quality, "speed": shrunk.speed}  # of all files that match
 PARTS = {
+    "short": short,
     "layers": of("forward", "forward+backward"),
     "graph": of("graph:"),
     "compiled": of("compiled:", "compiled, graph:"),
@@ -82,6 +105,8 @@ def updated(text):
 
     def section(match):
         start, file, part, end = match.groups()
+        if part in RUNS:
+            return start + "\n" + table(*RUNS[part]([json.loads(path.read_text()) for path in sorted(RESULTS.glob(file))])) + "\n" + end
         data = json.loads((RESULTS / file).read_text())
         return start + "\n" + (origin(data) if part == "origin" else PARTS[part](data["rows"]) + "\n") + end
 

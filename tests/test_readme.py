@@ -1,6 +1,6 @@
 """The README's lines of use and its formula run as they stand there; its figures are those of the kept runs."""
 
-import importlib.util
+import importlib
 import json
 import pathlib
 import re
@@ -49,33 +49,37 @@ def test_the_lines_of_use(tmp_path, monkeypatch):
     torch.testing.assert_close(small(**batch).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def tables():
-    spec = importlib.util.spec_from_file_location("readme_tables", ROOT / "benchmarks" / "readme.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("report")
 
 
-def test_its_figures_are_those_of_the_kept_runs(tables):
-    assert tables.written(README) == README
+def test_its_figures_are_those_of_the_kept_runs(report):
+    """`python benchmarks/bench.py --report` writes them."""
+    assert [match[1:3] for match in report.MARKED.findall(README)] == [
+        ("shrink-*.json", "quality"),
+        ("shrink-*.json", "speed"),
+        ("h200-bfloat16.json", "short"),
+    ]
+    assert report.updated(README) == README
 
 
 @pytest.mark.parametrize("name", ["quality", "parameters", "bytes on disk", "devices"])
-def test_a_figure_that_no_run_gave_is_noticed(tables, tmp_path, name):
-    shutil.copytree(tables.RESULTS, tmp_path / "results")
+def test_a_figure_that_no_run_gave_is_noticed(report, monkeypatch, tmp_path, name):
+    shutil.copytree(report.RESULTS, tmp_path / "results")
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    assert report.updated(README) == README
     changed = next(path for path in sorted((tmp_path / "results").glob("shrink-*.json")) if name in path.read_text())
     run = json.loads(changed.read_text())
     where = run[name]["cpu"]["tokens per second"]["after"] if name == "devices" else run[name]
     where["low" if name == "devices" else "before"] *= 0.9
     changed.write_text(json.dumps(run))
-    assert tables.written(README, tmp_path / "results") != README
-    with pytest.raises(ValueError, match="expected one place for the table speed"):
-        tables.written(README.replace("<!-- end of table speed -->", ""))
+    assert report.updated(README) != README
 
 
-def test_the_kept_runs_are_of_commands_that_there_are(tables):
-    runs = tables.shrink_runs(tables.RESULTS)
+def test_the_kept_runs_are_of_commands_that_there_are(report):
+    runs = [json.loads(path.read_text()) for path in report.RESULTS.glob("shrink-*.json")]
     assert runs and all(re.fullmatch("[0-9a-f]{7,40}", run["commit"]) for run in runs)  # of files as they were committed
     for run in runs:
         program, *arguments = shlex.split(run["command"])
