@@ -146,6 +146,10 @@ def test_the_teacher_stays_what_it_is_whatever_becomes_of_the_student(name):
             adapter.increase_rank(3, optimizer=optimizer)
     step()
     assert same(), "adapters"
+    apt.compact()
+    step()
+    assert same(), "compact"
+    apt.compact(False)
     apt.cut(optimizer)
     step()
     assert same(), "cut"
@@ -396,6 +400,18 @@ def test_a_copy_of_a_masked_model_computes_the_same_under_its_own_masks():
     twin = frozen_copy(apt)
     assert torch.equal(twin(**batch).logits, apt(**batch).logits)
     assert twin.blocks.keys() == apt.blocks.keys() and torch.equal(twin.get_block_mask("hidden"), apt.get_block_mask("hidden"))
+
+
+def test_a_compacted_student_becomes_a_teacher_that_stays_what_it_is():
+    apt, batch, _ = student()
+    keep_first(apt, heads=2, neurons=9)
+    apt.compact()
+    distiller = Distiller(apt, "self")
+    assert passed(apt, distiller, batch).item() == 0
+    before = taught(distiller, batch)
+    keep_first(apt, heads=1, neurons=5)
+    assert passed(apt, distiller, batch).item() > 0
+    assert all(torch.equal(a, b) for a, b in zip(taught(distiller, batch), before, strict=True))
 
 
 def test_growing_within_max_rank_leaves_the_teacher_alone():

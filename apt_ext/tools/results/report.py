@@ -24,11 +24,21 @@ _HEAD = """# Results on real data
 
 Made by `apt-ext results` from the files in `{folder}`; each has its commit, configuration, scores, times and widths. Do not edit.
 
-Every row of a task has the same number of optimizer steps and the same budget: one trial for each of its learning rates (seed {trial},
-at the task's first density), of which the better on validation is used for all of its cells. The test part is read once, by the cut, merged
-model. Teachers are trained besides. A score is the mean over the seeds, with its range; a difference is paired by seed, with its 95 %
-bootstrap interval over the seeds; of few seeds such an interval is narrow by chance. "kept" are the layers' weights, embeddings and heads
-left out. A row that is not pruned has one line. Times come from cells that ran alone, `n` says how many.
+## How to read them
+
+- Every row of a task has the same number of optimizer steps and the same budget: one trial for each of its two learning rates (seed
+  {trial}, at the task's first density), of which the better on validation is used for all of its cells. The test part is read once, by
+  the cut, merged model. A LoRA teacher's own steps come on top; they are not in the training times.
+- "LoRA, ... prune, recovery": half of the steps before the cut and half after it, each half with its own warm-up and decay. "At the
+  start" and Shakespeare's one-shot rows: scored on {scored} sequences and cut before the first step. Self-distilled: the teacher is the
+  student when pruning starts; the loss passes from the task's to the teacher's while it prunes, and is the task's again in the last
+  quarter, as with a LoRA teacher.
+- "kept" are the layers' weights; embeddings, pooler and head are left out. Heads and neurons go, at least one head and 8 neurons of a
+  layer stay. On MiniLM each layer keeps its own number, on SmolLM2 all the same, which a stock config can say.
+- A score is the mean over the seeds, with its range. A difference is paired by seed, with its 95 % bootstrap interval over the seeds;
+  with so few seeds such intervals are too narrow. Times are of cells that ran alone on their machine, n of them.
+- MiniLM's weights are rounded to float16 once, and its word embeddings are those of the tokens that its tasks use. SmolLM2 is the 4-bit
+  file of its package widened to float32; perplexity is over its whole vocabulary, on windows of 256 tokens.
 """
 
 
@@ -61,7 +71,7 @@ def write_report(folder: Path, report: Path) -> list[str]:
     said: list[str] = []
     report.parent.mkdir(parents=True, exist_ok=True)
     every = {name: load_cells(folder, task) for name, task in TASKS.items()}
-    parts = [_HEAD.format(folder=folder, trial=TRIAL_SEED)]
+    parts = [_HEAD.format(folder=folder, trial=TRIAL_SEED, scored=TASKS["shakespeare"].scored)]
     for name, cells in every.items():
         parts.append(_section(cells))
         if cells.found:
