@@ -1,10 +1,11 @@
 """APTConfig: validation, names and patterns, dict and back."""
 
+import dataclasses
 import json
 
 import pytest
 
-from apt_ext.config import APTConfig, ends_with, select
+from apt_ext.config import APTConfig, Schedule, ends_with, select
 
 LINEARS = [f"layer.{i}.{name}" for i in range(2) for name in ("self.query", "self.key", "dense")] + ["classifier"]
 
@@ -24,6 +25,16 @@ def targets(saved=(), output=None, **fields):
         ({"lora_dropout": 1.0}, ValueError, r"lora_dropout: expected a probability in \[0, 1\), got 1.0"),
         ({"density": 1.5}, ValueError, "density: expected a share"),
         ({"round_to": 0}, ValueError, "round_to: expected at least 1"),
+        ({"prune": ["head"]}, ValueError, "prune: expected kinds of heads, neurons, hidden, got 'head'"),
+        ({"prune": "heads"}, TypeError, "prune: expected a list of names, got 'heads'"),
+        ({"uniform": 1}, TypeError, "uniform: expected a bool, got int"),
+        ({"schedule": 0.5}, TypeError, "schedule: expected a Schedule or a dict of its fields, got float"),
+        ({"schedule": {"stop": 3}}, ValueError, "schedule: expected fields of Schedule, got 'stop'"),
+        ({"schedule": {"start": 1.5}}, ValueError, r"schedule.start: expected a number of steps \(int\) or a share of all in \[0, 1\]"),
+        ({"schedule": {"end": "all"}}, TypeError, "schedule.end: expected a number, got str"),
+        ({"schedule": {"window": -1}}, ValueError, "schedule.window: expected a number of steps"),
+        ({"schedule": {"events": 0}}, ValueError, "schedule.events: expected at least 1, got 0"),
+        ({"schedule": {"per_step": 1}}, TypeError, "schedule.per_step: expected a bool, got int"),
         ({"max_rank": 4}, ValueError, "max_rank: expected at least r"),
         ({"max_rank": 16, "rank_pattern": {"query": 32}}, ValueError, "max_rank: expected at least r"),
         ({"target_modules": []}, ValueError, "target_modules: expected at least one name"),
@@ -45,9 +56,10 @@ def test_each_field_is_checked_in_words(fields, kind, words):
 
 
 def test_dict_and_back_through_json():
-    config = APTConfig(r=4, target_modules=("query", "key"), rank_pattern={"query": 2}, modules_to_save=[], max_rank=12)
+    config = APTConfig(r=4, target_modules=("query", "key"), rank_pattern={"query": 2}, modules_to_save=[], max_rank=12, prune=["hidden"])
+    config = dataclasses.replace(config, schedule={"start": 100, "end": 1.0, "window": 20}, uniform=False)
     assert APTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    assert config.target_modules == ["query", "key"]
+    assert config.target_modules == ["query", "key"] and config.schedule == Schedule(100, end=1.0, window=20)
 
 
 def test_an_unknown_key_names_the_closest():

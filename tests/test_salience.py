@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from apt_ext.method import Salience
+from apt_ext.method.salience import _channel_sums
 
 
 class Layer(nn.Module):
@@ -193,3 +194,72 @@ def test_foreign_state_is_refused_in_words(state: dict[str, Tensor]) -> None:
     with pytest.raises(ValueError, match="neurons"):
         salience.load_state_dict({"scores": state, "means": {}})
     assert salience.scores == {}
+
+
+def test_the_signed_identity_holds_without_the_factor_s() -> None:
+    """sum_l H_il dL/dH_il = sum_p W_ip dL/dW_ip + sum_q B_iq dL/dB_iq for H = W x + s B A x (method 1.5)."""
+    torch.manual_seed(0)
+    linear = nn.Linear(5, 4, bias=False, dtype=torch.float64)
+    A, B = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 5), (4, 2)))
+    x, s = torch.randn(7, 5, dtype=torch.float64), 3.0
+    h = linear(x) + s * (x @ A.t()) @ B.t()
+    h.retain_grad()
+    h.tanh().sum().backward()
+    assert h.grad is not None and linear.weight.grad is not None and B.grad is not None
+    from_h, from_w, from_b = (
+        (value * grad).sum(dim) for value, grad, dim in ((h, h.grad, 0), (linear.weight, linear.weight.grad, 1), (B, B.grad, 1))
+    )
+    torch.testing.assert_close(from_h, from_w + from_b, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(from_h, from_w + s * from_b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_sums_of_long_inputs_and_short_dtypes_are_exact(dtype: torch.dtype) -> None:
+    """More rows than one block holds; summed in float32."""
+    values = torch.randn(3, 400, 700).to(dtype)
+    tokens = torch.rand(3, 400) > 0.3
+    kept = values.double()[tokens]
+    torch.testing.assert_close(_channel_sums(values, tokens).double(), kept.abs().sum(0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(_channel_sums(values, tokens, signed=True).double(), kept.sum(0), rtol=1e-5, atol=1e-2)
+    torch.testing.assert_close(_channel_sums(values, None).double(), values.double().abs().sum((0, 1)), rtol=1e-5, atol=0)
+
+
+def test_what_padding_holds_does_not_count_be_it_nan() -> None:
+    values = torch.randn(2, 3, 4)
+    tokens = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    expected = _channel_sums(values, tokens)
+    values[0, 2], values[1, 1] = torch.nan, torch.inf
+    torch.testing.assert_close(_channel_sums(values, tokens), expected)
+    values[0, 0, 1] = torch.nan
+    assert _channel_sums(values, tokens).isnan().tolist() == [False, True, False, False]
+
+
+def test_an_overflow_of_a_skipped_step_is_forgotten_and_a_finite_batch_is_not() -> None:
+    model, x = model_of(), batch_of()
+    salience = Salience(model, model.sites(), decay=0.0)
+    (loss_of(model(x)) * torch.inf).backward()
+    salience.drop_overflow()
+    assert salience._sums == {}
+    loss_of(model(x)).backward()
+    salience.drop_overflow()
+    salience.update()
+    for score, expected in zip(salience.scores.values(), direct(model, x), strict=True):
+        torch.testing.assert_close(score, expected)
+
+
+def test_a_decoder_behind_an_encoder_has_padding_of_its_own() -> None:
+    class Two(Model):
+        def forward(self, x: Tensor, attention_mask: Tensor | None = None, decoder_attention_mask: Tensor | None = None) -> Tensor:
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    model, x = Two().double(), batch_of()
+    encoder = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])
+    decoder = encoder.flip(1)
+    for given, second in (({}, None), ({"decoder_attention_mask": decoder}, decoder)):
+        salience = Salience(model, model.sites(), decay=0.0, decoder=["1.neurons"])
+        loss_of(model(x, attention_mask=encoder, **given)).backward()
+        salience.update()
+        salience.remove()
+        torch.testing.assert_close(salience.scores["0.neurons"], direct(model, x, encoder)[0])
+        torch.testing.assert_close(salience.scores["1.neurons"], direct(model, x, second)[1])

@@ -1,12 +1,14 @@
-"""Selection, schedules and the division of the rank budget: pure functions."""
+"""Selection, masks and the division of the rank budget: pure functions."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from apt_ext import APTAdapter
-from apt_ext.method import AdapterImportance, cubic_density, grown_ranks, linear_budget, step_mask, top_k
+from apt_ext.method import AdapterImportance, grown_ranks, step_mask, top_k
 
 
 def test_top_k_takes_the_largest() -> None:
@@ -52,32 +54,6 @@ def test_masks_recover_at_the_rate_they_fall() -> None:
     assert mask.item() == pytest.approx(0.9)
 
 
-def test_density_falls_as_a_cube_and_ends_exactly() -> None:
-    density = [cubic_density(step, 10, 50, 0.3) for step in range(80)]
-    assert density[:11] == [1.0] * 11 and density[50:] == [0.3] * 30
-    assert density == sorted(density, reverse=True)
-    assert density[30] == pytest.approx(0.3 + 0.7 / 8)
-
-
-def test_density_is_that_of_the_published_events() -> None:
-    """The SST-2 script: 2105 steps an epoch, start 200, one epoch of warm-up, end after 3 epochs, target 0.4 (method.md 1.6)."""
-    start, end, steps = 200 + 2105, 6315, (2646, 3257, 3869, 4480, 5092, 5703, 6315)
-    expected = (0.860, 0.666, 0.536, 0.458, 0.417, 0.402, 0.400)
-    assert [cubic_density(step, start, end, 0.4) for step in steps] == pytest.approx(expected, abs=6e-4)
-
-
-def test_budget_grows_linearly() -> None:
-    assert [linear_budget(step, 0, 4, 100, 3.0) for step in range(6)] == [100, 150, 200, 250, 300, 300]
-
-
-@pytest.mark.parametrize(
-    "call", [lambda: cubic_density(0, 5, 5, 0.5), lambda: cubic_density(0, 0, 5, 1.5), lambda: linear_budget(0, 0, 5, 9, 0.5)]
-)
-def test_impossible_schedules_are_refused(call: object) -> None:
-    with pytest.raises(ValueError, match="expected|must"):
-        call()  # type: ignore[operator]
-
-
 def test_importance_is_the_mean_of_signed_sums_per_rank() -> None:
     torch.manual_seed(0)
     adapter = APTAdapter(5, 4, rank=2)
@@ -116,6 +92,73 @@ def test_the_more_important_half_grows_to_the_budget() -> None:
     assert set(grown) == {"4", "3", "8", "2"}  # floor(9 / 2): importance 4, 3, 3, 2, the earlier of the equal ones (2 before 7)
     after = sum(rank * sizes[name] for name, rank in {**ranks, **grown}.items())
     assert 1.75 * now - sum(sizes[name] for name in grown) < after <= 1.75 * now
+
+
+def test_what_a_limit_holds_back_goes_to_the_others_of_that_half() -> None:
+    names = [f"{i}" for i in range(8)]
+    ranks, sizes = dict.fromkeys(names, 8), {name: 100 + 10 * i for i, name in enumerate(names)}
+    importance = {name: float(i) for i, name in enumerate(names)}
+    limits = {name: 12 if name in "67" else 64 for name in names}
+    now = sum(8 * size for size in sizes.values())
+    grown = grown_ranks(ranks, sizes, importance, 2 * now, limits)
+    assert set(grown) == set("4567") and grown["6"] == grown["7"] == 12
+    after = sum(rank * sizes[name] for name, rank in {**ranks, **grown}.items())
+    assert 2 * now - sum(sizes[name] for name in grown) < after <= 2 * now
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(2, 300), st.integers(0, 3), st.integers(1, 90)), min_size=1, max_size=12),
+    st.floats(1, 6),
+)
+def test_growth_meets_any_budget_within_one_rank_an_adapter(adapters: list[tuple[int, int, int, int]], factor: float) -> None:
+    names = [str(i) for i in range(len(adapters))]
+    columns = [dict(zip(names, column, strict=True)) for column in zip(*adapters, strict=True)]
+    ranks, sizes, importance, limits = columns
+    limits = {name: max(limit, ranks[name]) for name, limit in limits.items()}
+    budget = int(factor * sum(rank * sizes[name] for name, rank in ranks.items()))
+    grown = grown_ranks(ranks, sizes, {name: float(value) for name, value in importance.items()}, budget, limits)
+    after = {**ranks, **grown}
+    assert all(ranks[name] < rank <= limits[name] for name, rank in grown.items())
+    used = sum(rank * sizes[name] for name, rank in after.items())
+    eligible = [name for name in names if ranks[name] < limits[name]]
+    chosen = sorted(eligible, key=lambda name: -importance[name])[: len(eligible) // 2]
+    assert used <= budget and set(grown) <= set(chosen)
+    if any(after[name] < limits[name] for name in chosen):
+        assert used > budget - sum(sizes[name] for name in chosen)
+
+
+def test_the_papers_rule_grows_at_the_budgets_own_rate() -> None:
+    """method 1.7: a budget of 1.75 times takes rank 8 to 14 by the paper's formula, to 20 by the code's."""
+    names = [f"{i}" for i in range(36)]
+    ranks, sizes, importance = dict.fromkeys(names, 8), dict.fromkeys(names, 1536), {name: float(i) for i, name in enumerate(names)}
+    budget = int(1.75 * 36 * 8 * 1536)
+    limits = dict.fromkeys(names, 64)
+    assert set(grown_ranks(ranks, sizes, importance, budget, limits).values()) == {20}
+    assert set(grown_ranks(ranks, sizes, importance, budget, limits, rate=1.75).values()) == {14}
+
+
+def test_importance_by_the_papers_formula() -> None:
+    torch.manual_seed(0)
+    adapter = APTAdapter(5, 4, rank=2, max_rank=3)
+    with torch.no_grad():
+        adapter.lora_B[:, :2].normal_()
+    adapter.lora_B.grad = torch.randn(4, 3)
+    importance = AdapterImportance([("a", adapter)], decay=0.0, signed=False)
+    importance.observe()
+    importance.update()
+    expected = (adapter.Wb * adapter.lora_B.grad[:, :2]).abs().sum(0).mean().item()
+    assert importance.importance() == {"a": pytest.approx(expected)}
+
+
+def test_importance_of_a_step_that_was_not_made_does_not_count() -> None:
+    adapter = APTAdapter(5, 4, rank=2)
+    importance = AdapterImportance([("a", adapter)])
+    for scale in (1e9, 1.0):
+        adapter.lora_A.grad = torch.full((2, 5), scale)
+        importance.observe()
+    importance.update()
+    importance.update()
+    assert importance.importance() == {"a": pytest.approx(0.15 * adapter.lora_A.detach().sum(1).abs().mean().item())}
 
 
 def test_growth_respects_limits_and_budget() -> None:

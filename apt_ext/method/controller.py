@@ -18,6 +18,7 @@ from ..config import APTConfig, Schedule
 from ..growth import resizable_state
 from ..model import APTModel, adapters
 from ..optimizers import OptimizerLike, optimizers_of
+from ..sharding import is_sharded
 from ..structure.architectures import architecture_of
 from ..structure.blocks import place_carriers
 from .allocation import AdapterImportance, grown_ranks
@@ -85,7 +86,7 @@ class Controller:
         growth: how ranks grow, a Growth or its budget.
         decay: of the moving averages of salience and importance.
         kurtosis: the weight of outliers in the salience (see BlockScores); None: 1 for decoders, 0 else.
-        compact: from the first event that prunes, adapters compute on kept rows and columns only, where this version can.
+        compact: from the first event that prunes, adapters compute on kept rows and columns only (not under FSDP2).
         seed: of the generator that draws new rows.
         log: called with one line at each event, such as tqdm.write; None: the logger "apt_ext", level INFO.
 
@@ -318,9 +319,8 @@ class Controller:
         )
 
     def _turn_compact(self) -> None:
-        turn = getattr(type(self.model), "compact", None)
-        if turn is not None:
-            turn(self.model)
+        if not any(is_sharded(adapter.lora_A) for adapter in self.importance.adapters.values()):
+            self.model.compact()
         self._compacted = True
 
     def _counts(self) -> dict[str, int]:
