@@ -2,25 +2,105 @@
 // most lanes have their neighbour beside them (heads, blocks of neurons) whole runs are copied instead.
 #include "kept.h"
 
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#endif
+
 #include <ATen/Parallel.h>
 
 #include <cstring>
+#include <string>
 
 #include "loops.h"
 
 namespace apt {
 namespace {
 
-// Where each lane of a result row comes from, looked at once a call.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define APT_VECTORS 1
+
+// The first `count` lanes as a mask; count may be negative or beyond the vector.
+[[gnu::always_inline]] inline uint64_t first_lanes(int64_t count) {
+  return count >= 64 ? ~uint64_t{0} : count <= 0 ? 0 : (uint64_t{1} << count) - 1;
+}
+
+#define APT_VBMI2 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt")))
+
+// dst = the lanes of src that `bits` names, side by side.
+APT_VBMI2 void compress(const uint16_t* src, uint16_t* dst, const uint64_t* bits, int64_t lanes) {
+  for (int64_t c = 0; c < lanes; c += 32) {
+    const auto take = static_cast<__mmask32>(bits[c / 64] >> (c % 64));
+    const auto inside = static_cast<__mmask32>(first_lanes(lanes - c));
+    const int count = __builtin_popcount(take);
+    const __m512i values = _mm512_maskz_compress_epi16(take, _mm512_maskz_loadu_epi16(inside, src + c));
+    _mm512_mask_storeu_epi16(dst, static_cast<__mmask32>(first_lanes(count)), values);
+    dst += count;
+  }
+}
+
+APT_VBMI2 void compress(const uint32_t* src, uint32_t* dst, const uint64_t* bits, int64_t lanes) {
+  for (int64_t c = 0; c < lanes; c += 16) {
+    const auto take = static_cast<__mmask16>(bits[c / 64] >> (c % 64));
+    const auto inside = static_cast<__mmask16>(first_lanes(lanes - c));
+    const int count = __builtin_popcount(take);
+    const __m512i values = _mm512_maskz_compress_epi32(take, _mm512_maskz_loadu_epi32(inside, src + c));
+    _mm512_mask_storeu_epi32(dst, static_cast<__mmask16>(first_lanes(count)), values);
+    dst += count;
+  }
+}
+
+// The way back: zeros between them.
+APT_VBMI2 void expand(const uint16_t* src, uint16_t* dst, const uint64_t* bits, int64_t lanes) {
+  for (int64_t c = 0; c < lanes; c += 32) {
+    const auto take = static_cast<__mmask32>(bits[c / 64] >> (c % 64));
+    const int count = __builtin_popcount(take);
+    const __m512i values = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(first_lanes(count)), src);
+    _mm512_mask_storeu_epi16(dst + c, static_cast<__mmask32>(first_lanes(lanes - c)),
+                             _mm512_maskz_expand_epi16(take, values));
+    src += count;
+  }
+}
+
+APT_VBMI2 void expand(const uint32_t* src, uint32_t* dst, const uint64_t* bits, int64_t lanes) {
+  for (int64_t c = 0; c < lanes; c += 16) {
+    const auto take = static_cast<__mmask16>(bits[c / 64] >> (c % 64));
+    const int count = __builtin_popcount(take);
+    const __m512i values = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(first_lanes(count)), src);
+    _mm512_mask_storeu_epi32(dst + c, static_cast<__mmask16>(first_lanes(lanes - c)),
+                             _mm512_maskz_expand_epi32(take, values));
+    src += count;
+  }
+}
+
+bool can_compress(int64_t word_bytes) {
+  static const bool has = at::get_cpu_capability() == "AVX512" && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2");
+  return has && (word_bytes == 2 || word_bytes == 4);
+}
+
+#undef APT_VBMI2
+#else
+bool can_compress(int64_t) { return false; }
+#endif
+
+// Where each lane of a result row comes from, looked at once a call. An index of kept lanes ascends and then
+// is negative: its row is the source's, compressed by `bits`. A position counts up from 0 with negative ones
+// between: its row is the source's, expanded by `bits`. Both are one instruction a vector where the CPU has
+// it; else runs of neighbours are copied, or each lane is looked up.
 struct Route {
+  enum class Way { kCompress, kExpand, kRuns, kLanes } way;
   struct Run {
     int64_t from, to, length;  // from -1: zeros
   };
-  std::vector<int32_t> index;  // -1 replaced by 0, whose factor is 0
+  std::vector<int32_t> index;  // negative ones replaced by 0, whose factor is 0
   std::vector<Run> runs;
-  bool by_runs, has_zeros;
+  std::vector<uint64_t> bits;  // kCompress: of the source's lanes; kExpand: of the result's
+  int64_t kept = 0, source;    // lanes that are no zeros; lanes of the source up to the last kept one
+  bool has_zeros = false;
 
-  Route(const int32_t* given, int64_t count) : index(given, given + count), has_zeros(false) {
+  Route(const int32_t* given, int64_t count, int64_t word_bytes) : index(given, given + count) {
+    bool ascends = true, counts_up = true;
+    int32_t last = -1;
     for (int64_t j = 0; j < count; ++j) {
       const int32_t from = given[j];
       const bool goes_on =
@@ -30,9 +110,27 @@ struct Route {
       } else {
         runs.push_back({from < 0 ? -1 : from, j, 1});
       }
-      if (from < 0) index[j] = 0, has_zeros = true;
+      if (from < 0) {
+        index[j] = 0, has_zeros = true;
+      } else {
+        ascends = ascends && !has_zeros && from > last;
+        counts_up = counts_up && from == kept;
+        ++kept;
+        last = std::max(last, from);
+      }
     }
-    by_runs = static_cast<int64_t>(runs.size()) * 16 <= count;
+    source = last + 1;
+    way = can_compress(word_bytes) && ascends               ? Way::kCompress
+          : can_compress(word_bytes) && counts_up           ? Way::kExpand
+          : static_cast<int64_t>(runs.size()) * 16 <= count ? Way::kRuns
+                                                            : Way::kLanes;
+    if (way == Way::kCompress) {
+      bits.assign((source + 63) / 64, 0);
+      for (int64_t j = 0; j < kept; ++j) bits[given[j] / 64] |= uint64_t{1} << (given[j] % 64);
+    } else if (way == Way::kExpand) {
+      bits.assign((count + 63) / 64, 0);
+      for (int64_t j = 0; j < count; ++j) bits[j / 64] |= uint64_t{given[j] >= 0} << (j % 64);
+    }
   }
 };
 
@@ -82,11 +180,29 @@ APT_PICKS(at::Half)
 APT_PICKS(at::BFloat16)
 #undef APT_PICKS
 
-// One row of a result from one row of its source; factor null: as it is.
+// One row of a result from one row of its source; factor null: as it is. scratch: as long as the result.
 template <class T>
-void move_row(const Route& route, const T* src, T* dst, const Wide<T>* factor, const Wide<T>* bias) {
+void move_row(const Route& route, const T* src, T* dst, T* scratch, const Wide<T>* factor,
+              const Wide<T>* bias) {
   const int64_t count = static_cast<int64_t>(route.index.size());
-  if (!route.by_runs) {
+#ifdef APT_VECTORS
+  if constexpr (sizeof(T) <= 4) {
+    using Word = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+    if (route.way == Route::Way::kCompress || route.way == Route::Way::kExpand) {
+      const auto* from = reinterpret_cast<const Word*>(src);
+      auto* to = reinterpret_cast<Word*>(factor == nullptr ? dst : scratch);
+      if (route.way == Route::Way::kCompress) {
+        compress(from, to, route.bits.data(), route.source);
+        std::memset(to + route.kept, 0, (count - route.kept) * sizeof(Word));
+      } else {
+        expand(from, to, route.bits.data(), count);
+      }
+      if (factor != nullptr) scaled(scratch, dst, factor, bias, count);
+      return;
+    }
+  }
+#endif
+  if (route.way == Route::Way::kLanes) {
     factor == nullptr ? pick(src, dst, route.index.data(), count)
                       : pick_scaled(src, dst, route.index.data(), factor, bias, count);
     return;
@@ -108,9 +224,9 @@ void move_row(const Route& route, const T* src, T* dst, const Wide<T>* factor, c
 void gather_kept(const GatherArgs& args, Stream) {
   visit(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const Route route(args.index, args.kept);
+    const Route route(args.index, args.kept, sizeof(T));
     std::vector<Wide<T>> factor, bias;
-    if (args.mask.data != nullptr || (route.has_zeros && !route.by_runs)) {
+    if (args.mask.data != nullptr || (route.has_zeros && route.way == Route::Way::kLanes)) {
       auto mask = widened<T>(args.mask, args.C);
       factor.resize(args.kept), bias.resize(args.kept, Wide<T>(0));
       for (int64_t j = 0; j < args.kept; ++j)
@@ -120,6 +236,7 @@ void gather_kept(const GatherArgs& args, Stream) {
     const T* src = static_cast<const T*>(args.x);
     T* dst = static_cast<T*>(args.gathered);
     at::parallel_for(0, args.M, rows_a_task(args.kept), [&](int64_t begin, int64_t end) {
+      std::vector<T> scratch(scale == nullptr ? 0 : args.kept);
       for (int64_t m = begin; m < end; ++m) {
         T* to = dst + m * args.kept;
         const int64_t row = args.row_index == nullptr ? m : args.row_index[m];
@@ -129,7 +246,7 @@ void gather_kept(const GatherArgs& args, Stream) {
         }
         const T* from = src + row * args.x_stride[0];
         if (args.x_stride[1] == 1) {
-          move_row(route, from, to, scale, bias.data());
+          move_row(route, from, to, scratch.data(), scale, bias.data());
           continue;
         }
         for (int64_t j = 0; j < args.kept; ++j) {
@@ -148,9 +265,10 @@ void gather_kept(const GatherArgs& args, Stream) {
 void scatter_kept(const ScatterArgs& args, Stream) {
   visit(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const Route route(args.position, args.E);
+    const Route route(args.position, args.E, sizeof(T));
     std::vector<Wide<T>> factor, bias;
-    if (args.mask.data != nullptr || args.bias != nullptr || (route.has_zeros && !route.by_runs)) {
+    if (args.mask.data != nullptr || args.bias != nullptr ||
+        (route.has_zeros && route.way == Route::Way::kLanes)) {
       factor = widened<T>(args.mask, args.E);
       bias.resize(args.E, Wide<T>(0));
       const T* added = static_cast<const T*>(args.bias);
@@ -163,8 +281,9 @@ void scatter_kept(const ScatterArgs& args, Stream) {
     const T* src = static_cast<const T*>(args.values);
     T* dst = static_cast<T*>(args.out);
     at::parallel_for(0, args.M, rows_a_task(args.E), [&](int64_t begin, int64_t end) {
+      std::vector<T> scratch(scale == nullptr ? 0 : args.E);
       for (int64_t m = begin; m < end; ++m) {
-        move_row(route, src + m * args.kept, dst + m * args.E, scale, bias.data());
+        move_row(route, src + m * args.kept, dst + m * args.E, scratch.data(), scale, bias.data());
       }
     });
   });
