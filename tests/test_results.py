@@ -95,13 +95,14 @@ def test_every_row_is_a_file_with_all_that_was_asked_for(place, task, density, c
 
 
 def test_a_cell_is_the_same_twice(place, tmp_path):
-    again = Place(place.pack, tmp_path / "again", "cpu", "here", quick=True)
+    again = Place(place.pack, tmp_path / "again", "cpu", "here", alone=False, quick=True)
     one = Cell("movies", "apt-self", 1, 0.4)
     results = []
     for where in (place, again):
         assert runner.run_cells(where, [one]) == []
         results.append(cell.read(where.file(one)))
     assert results[0]["scores"] == results[1]["scores"] and results[0]["kept"] == results[1]["kept"]
+    assert results[0]["alone"] and "inference" in results[0] and not results[1]["alone"] and "inference" not in results[1]
 
 
 @pytest.mark.slow
