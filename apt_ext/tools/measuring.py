@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from .._version import __version__
 from .data import Batch
@@ -52,7 +53,7 @@ def in_turn(
         clock(name)  # the first call allocates and chooses kernels
         inner[name] = max(math.ceil(_ROUND / max(clock(name), 1e-6)), 1)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds):
+    for turn in tqdm(range(rounds), desc="clock", unit="round", leave=False):
         for name in calls if turn % 2 == 0 else reversed(list(calls)):
             seconds[name].append(clock(name))
     return seconds
