@@ -2,6 +2,7 @@
 
     Compaction    the operands of torch.ops.apt_ext.compact_linear, of a size that does not change with the masks
     Compacting    the part of the adapter that makes one and keeps it up to date
+    Chain         adapters that hand over kept lanes alone
     width         how many lanes are computed for so many kept ones
 
 A Compaction is in no registry of the module: DDP would broadcast it and a state_dict hold it. It follows from W and the masks.
@@ -42,6 +43,7 @@ class Compaction:
     position_in, position_out   int32 [K], [N]: a lane's place among the kept ones; of a pruned lane ~(the kept lanes before it)
     kept                        int64 on the CPU, no dimension (only such a tensor may lie beside others on a GPU when traced): how many
                                 lanes each side keeps, and whether their masks have fractions
+    lanes_in, lanes_out         the part of an index that says the width of kept lanes handed over
     """
 
     packed: Tensor | None
@@ -50,6 +52,8 @@ class Compaction:
     position_in: Tensor
     position_out: Tensor
     kept: Tensor
+    lanes_in: Tensor
+    lanes_out: Tensor
 
     def __init__(self, mask_in: Tensor, mask_out: Tensor, matrix: Tensor | None) -> None:
         """The lanes that the masks keep, of W [N, K] (Conv1D: a transposed view)."""
@@ -82,10 +86,18 @@ class Compaction:
                     getattr(self, name).copy_(value)
                 if int(self.kept) != word:
                     self.kept.fill_(word)
+            self._view()
             if new or self.is_stale(matrix):
                 self.pack(matrix)
 
         return make
+
+    def _view(self) -> None:
+        """The widths as shapes: what a compiler takes for dynamic once they have changed."""
+        word, most = int(self.kept), (1 << 30) - 1
+        with torch.inference_mode(False):
+            self.lanes_in = self.index_in[: width(word & most, len(self.position_in))]
+            self.lanes_out = self.index_out[: width(word >> 30 & most, len(self.position_out))]
 
     def pack(self, matrix: Tensor | None) -> None:
         """Copy what is kept of W, in one pass over it."""
@@ -105,10 +117,23 @@ class Compaction:
         for name in ("packed", *_INDICES):
             value = getattr(self, name)
             setattr(self, name, None if value is None else fn(value))
+        self._view()
 
-    def apply(self, x: Tensor, packed: Tensor | None, bias: Tensor | None, A: Tensor, B: Tensor, masks: Masks, scaling: float) -> Tensor:
-        """y [..., N] of x [..., K], in the products of the kept lanes."""
-        given = (*masks, self.index_in, self.index_out, self.position_in, self.position_out, self.kept, scaling, False, False)
+    def apply(
+        self,
+        x: Tensor,
+        packed: Tensor | None,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        masks: Masks,
+        scaling: float,
+        compact_in: bool = False,
+        compact_out: bool = False,
+    ) -> Tensor:
+        """y [..., N] of x [..., K], in the products of the kept lanes; compact: [..., width], the kept lanes and then zeros."""
+        indices = (self.lanes_in if compact_in else self.index_in, self.lanes_out if compact_out else self.index_out)
+        given = (*masks, *indices, self.position_in, self.position_out, self.kept, scaling, compact_in, compact_out)
         # As in ops.apt_linear: the typed door is faster, and only for plain tensors.
         if type(x) is Tensor and not is_compiling() and not _is_torch_function_mode_enabled():
             return _C.compact_linear(x, packed, bias, A, B, *given)
@@ -130,15 +155,43 @@ def _written(tensor: Tensor) -> tuple[int, int | None]:
     return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
 
 
+class Chain:
+    """Writers whose outputs the reader alone reads, through elementwise functions that are finite at 0: they hand over kept lanes.
+
+    Open where all of them compute on the same kept lanes, fewer than all; else everything is full-size.
+    """
+
+    def __init__(self, writers: list[Compacting], reader: Compacting) -> None:
+        self.writers, self.reader, self.same = writers, reader, False
+        for writer in writers:
+            writer._chain_out = self
+        reader._chain_in = self
+        self.compare()
+
+    def compare(self) -> None:
+        """After a change of masks, or of who is compacted."""
+        kept = self.reader._compaction
+        self.same = kept is not None and kept.lanes_in.numel() < kept.position_in.numel()
+        for writer in self.writers:
+            other = writer._compaction
+            self.same = self.same and kept is not None and other is not None and torch.equal(kept.lanes_in, other.lanes_out)
+
+    def is_open(self) -> bool:
+        return self.same and not any(one._merged or one._disabled for one in (*self.writers, self.reader))
+
+
 class Compacting(Merging):
-    """Computes on kept lanes where it is asked to. State: one Compaction or none."""
+    """Computes on kept lanes where it is asked to. State: one Compaction or none, and what it is chained to."""
 
     dropout: float
     _scaling: float
+    _disabled: bool
 
     def __init__(self) -> None:
         super().__init__()
         self._compaction: Compaction | None = None
+        self._chain_in: Chain | None = None
+        self._chain_out: Chain | None = None
 
     @property
     def compacted(self) -> bool:
@@ -163,11 +216,28 @@ class Compacting(Merging):
             raise RuntimeError("compact: the weight is merged; call unmerge_weights() first")
         if not on:
             self._compaction = None
+            self._compare_chains()
             return
         self._refuse_sharded("compact")
         if self.mask_in.is_meta:
             raise RuntimeError("compact: masks on meta have no values; call it where the module has its memory")
         self._compaction = Compaction(self.mask_in, self.mask_out, self._source())
+        self._compare_chains()
+
+    def _compare_chains(self) -> None:
+        for chain in (self._chain_in, self._chain_out):
+            if chain is not None:
+                chain.compare()
+
+    def _unchain(self) -> None:
+        self._chain_in = self._chain_out = None
+
+    def full_width(self, values: Tensor) -> Tensor:
+        """What the input's channels [channels] say, zeros where kept lanes were handed over without the others."""
+        kept = self._compaction
+        if kept is None or len(values) == len(kept.position_in):
+            return values
+        return torch.where(kept.position_in < 0, 0, values[kept.position_in.clamp_min(0)])
 
     def _compact_anew(self) -> None:
         """The weight is another, or the sizes are."""
@@ -177,6 +247,7 @@ class Compacting(Merging):
         elif kept is not None:
             self._compaction = kept = None  # its memory first
             self._compaction = Compaction(self.mask_in, self.mask_out, self._source())
+        self._compare_chains()
 
     def _compaction_change(self, masks: dict[str, Tensor]) -> Callable[[], None]:
         """What follows from a change of masks that was checked: what can fail is done here, unless sizes change (a cut)."""
@@ -186,7 +257,13 @@ class Compacting(Merging):
             return self._compact_anew
         self._refuse_sharded("set_masks")
         sides = {**buffers, **masks}
-        return kept.change(sides["mask_in"], sides["mask_out"], self._source())
+        change = kept.change(sides["mask_in"], sides["mask_out"], self._source())
+
+        def make() -> None:
+            change()
+            self._compare_chains()
+
+        return make
 
     def _refuse_sharded(self, call: str) -> None:
         weight, shape = self._source(), (len(self.mask_out), len(self.mask_in))
@@ -210,10 +287,15 @@ class Compacting(Merging):
             if not compiling and kept.is_stale(own.get("weight")):
                 kept.pack(self._source())
         masks = self._buffers["mask_in"], self._buffers["mask_out"]
+        before, after = self._chain_in, self._chain_out
+        compact = (
+            before is not None and x.shape[-1] != kept.position_in.shape[0] and before.is_open(),
+            after is not None and after.is_open(),
+        )
         if self.dropout > 0.0 and self.training:
-            low_rank = kept.apply(F.dropout(x, self.dropout), None, None, A, B, masks, self._scaling)
-            return low_rank if packed is None else kept.apply(x, packed, bias, A[:0], B[:, :0], masks, 1.0) + low_rank
-        return kept.apply(x, packed, bias, A, B, masks, self._scaling)
+            low_rank = kept.apply(F.dropout(x, self.dropout), None, None, A, B, masks, self._scaling, *compact)
+            return low_rank if packed is None else kept.apply(x, packed, bias, A[:0], B[:, :0], masks, 1.0, *compact) + low_rank
+        return kept.apply(x, packed, bias, A, B, masks, self._scaling, *compact)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Compacting:
         super()._apply(fn, recurse)
@@ -222,7 +304,8 @@ class Compacting(Merging):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_compaction": self.compacted}  # found again from weight and masks
+        # Found again from weight and masks. A chain is the model's: a copy of one adapter alone computes full-size.
+        return {**self.__dict__, "_compaction": self.compacted, "_chain_in": None, "_chain_out": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

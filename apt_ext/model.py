@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import agreement, checkpoint
 from .adapter import APTAdapter
 from .arguments import checked_module
+from .compact import Chain
 from .config import APTConfig, nearest, select
 from .errors import naming
 from .optimizers import OptimizerLike
@@ -77,6 +78,7 @@ class APTModel(nn.Module):
         self.blocks = blocks
         self.saved = saved
         self._hidden_left: Tensor | None = None  # [left] int64: what cuts have left of the hidden dimensions; None: all
+        self._chained = False
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -133,10 +135,14 @@ class APTModel(nn.Module):
                 self._hidden_left = kept if self._hidden_left is None else self._hidden_left[kept]
         return self
 
-    def compact(self, on: bool = True) -> None:
+    def compact(self, on: bool = True, chain: bool = False) -> None:
         """`APTAdapter.compact` for every adapter: forward and backward cost what is kept from now on. Modules that train whole do not.
 
-        Nothing has changed when this raises RuntimeError (an adapter is merged, sharded by FSDP2 or on meta).
+        With `chain` the linears of a block of neurons hand over kept lanes alone, [..., kept] in whole 16 bytes instead of [..., N], so
+        activations between them cost what is kept, too; what computes there must be elementwise and finite at 0, as in every architecture
+        of the table. Their shapes then follow the masks: a compiled model compiles once more at the first change.
+
+        Nothing has changed when this raises RuntimeError (an adapter is merged, sharded by FSDP or on meta).
         """
         found = [(name, adapter) for name, adapter in adapters(self) if not isinstance(adapter, MaskedLinear)]
         before = [adapter._compaction for _, adapter in found]
@@ -147,7 +153,27 @@ class APTModel(nn.Module):
         except BaseException:
             for (_, adapter), compaction in zip(found, before, strict=True):
                 adapter._compaction = compaction
+                adapter._compare_chains()
             raise
+        self._chained = on and chain
+        self._link_chains()
+
+    def _link_chains(self) -> None:
+        for _, adapter in adapters(self):
+            adapter._unchain()
+        for block in self.blocks.values() if self._chained else ():
+            sides = [(side, self.model.get_submodule(side.module)) for side in block.sides if block.kind == "neurons" and side.acts]
+            plain = all(
+                isinstance(module, APTAdapter) and not isinstance(module, MaskedLinear) and side.parts == 1 for side, module in sides
+            )
+            writers = [module for side, module in sides if side.side == "out"]
+            readers = [module for side, module in sides if side.side == "in"]
+            if plain and writers and len(readers) == 1:
+                Chain(writers, readers[0])  # type: ignore[arg-type]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._link_chains()  # copies of adapters are not chained
 
     # -- counting ----------------------------------------------------------------------------------------------------
 

@@ -68,12 +68,13 @@ class Salience:
             if tokens is not None and tokens.shape != h.shape[:-1]:
                 tokens = None
             value = h.detach()
-            sums = [_channel_sums(value, tokens)]  # holds no activation: only these vectors wait for the backward
+            full: Any = getattr(module, "full_width", lambda sums: sums)  # where kept lanes are handed over alone
+            sums = [full(_channel_sums(value, tokens))]  # holds no activation: only these vectors wait for the backward
             if name in self._signed:
-                sums.append(_channel_sums(value, tokens, signed=True))
+                sums.append(full(_channel_sums(value, tokens, signed=True)))
 
             def add(gradient: Tensor) -> None:
-                found = [sums[0], _channel_sums(gradient, tokens), *sums[1:]]
+                found = [sums[0], full(_channel_sums(gradient, tokens)), *sums[1:]]
                 if name in self._sums:
                     for total, one in zip(self._sums[name], found, strict=True):
                         total.add_(one)
