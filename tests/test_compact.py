@@ -35,6 +35,21 @@ def test_matches_the_masked_full_size_reference(device, dtype, shape, N, K, R, m
         assert (got["dA"][:, pruned_in] == 0).all() and (got["dB"][pruned_out] == 0).all() and (got["db"][pruned_out] == 0).all()
 
 
+@pytest.mark.parametrize("density", [0.03, 0.1, 0.5, 0.97])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("R", [5, 16, 17])
+def test_wide_layers_at_every_density(device, dtype, density, R):
+    """Several steps of every kernel, and kept lanes nearer and further apart than what one step has room for."""
+    problem = Problem((33,), 1096, 2056, R, dtype, device, "soft")
+    g = torch.Generator().manual_seed(3)
+    for name, size in (("mask_in", 2056), ("mask_out", 1096)):
+        mask = (torch.rand(size, generator=g) < density).float()
+        mask[size // 2 : size // 2 + 300] = 0.0  # and a gap
+        mask[::5] *= 0.5
+        setattr(problem, name, mask.to(device))
+    problem.check(problem.run(compact_linear))
+
+
 @pytest.mark.parametrize("side", ["in", "out"])
 @pytest.mark.parametrize("masks", ["hard", "soft", "zero", "one"])
 def test_one_side_alone(device, dtype, masks, side):

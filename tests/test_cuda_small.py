@@ -6,6 +6,7 @@ On a CPU it is a test like any other.
 import pytest
 import torch
 from conftest import Problem, make_mask
+from test_compact import compact_linear
 
 from apt_ext import ops, reference
 from apt_ext._C import launch_plan
@@ -37,6 +38,14 @@ def test_linear(device, dtype, masks, shape):
     tokens, N, K, R, _ = SHAPES[shape]
     problem = Problem((tokens,), N, K, R, dtype, device, masks)
     problem.check(problem.run(ops.apt_linear))
+
+
+@pytest.mark.parametrize("shape", ["odd", "spans", "shared rows", "a rank beyond the passes"])
+@pytest.mark.parametrize("masks", ["hard", "soft"])
+def test_kept_lanes(device, dtype, masks, shape):
+    tokens, N, K, R, _ = SHAPES[shape]
+    problem = Problem((tokens,), N, K, R, dtype, device, masks)
+    problem.check(problem.run(compact_linear))
 
 
 @pytest.mark.parametrize("size", [(37, 131), (40, 1032)], ids=str)

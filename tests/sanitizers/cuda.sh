@@ -19,9 +19,11 @@ export PYTORCH_NO_CUDA_MEMORY_CACHING=1 # in a pool, what lies beyond a tensor i
 for tool; do
   printf '== %s (%ss)\n' "$tool" "$SECONDS"
   # Ours alone, but initcheck has to see all writes. It misses those of cuBLAS on Hopper (a plain torch.mm(x, w) * 2 is
-  # reported), so what reads the result of a product is left to the tests that fill fresh memory with NaN.
+  # reported), so what reads the result of a product is left to the tests that fill fresh memory with NaN. racecheck
+  # ends in an internal error of its own at the first launch of apt_low_rank (CUDA 13.0).
   options=(--kernel-name kns=apt_) chosen=()
-  [ "$tool" != initcheck ] || options=() chosen=(-k "not test_linear")
+  [ "$tool" != initcheck ] || options=() chosen=(-k "not test_linear and not test_kept")
+  [ "$tool" != racecheck ] || chosen=(-k "not padded and not spans and not shared")
   "$sanitizer" --tool "$tool" --error-exitcode 99 --launch-timeout 120 "${options[@]}" \
     "$python" -m pytest -q -m cuda -p no:cacheprovider "${chosen[@]}" tests/test_cuda_small.py
 done
