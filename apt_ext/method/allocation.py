@@ -25,6 +25,8 @@ class AdapterImportance:
     """
 
     def __init__(self, adapters: Iterable[tuple[str, APTAdapter]], decay: float = 0.85, signed: bool = True) -> None:
+        if not 0.0 <= decay < 1.0:
+            raise ValueError(f"decay must lie in [0, 1), got {decay}")
         self.adapters = {name: adapter for name, adapter in adapters if adapter.rank > 0}
         self.decay, self.signed = decay, signed
         self.averages: dict[str, Tensor] = {}  # [rank] each

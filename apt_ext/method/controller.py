@@ -140,19 +140,13 @@ class Controller:
         self.now = 0  # optimizer steps that were counted
 
         kinds = self.config.prune if self.config.density < 1.0 else []
-        if self.config.density < 1.0 and not any(block.kind in kinds for block in self.model.blocks.values()):
+        self.blocks = {name: block for name, block in self.model.blocks.items() if block.kind in kinds}
+        if self.config.density < 1.0 and not self.blocks:
             known = sorted({block.kind for block in self.model.blocks.values()})
             raise ValueError(f"prune: expected kinds of blocks that the model has, {known}, got {self.config.prune}")
-        if "hidden" in kinds and "hidden" in self.model.blocks:
-            place_carriers(self.model.model, self.model.blocks["hidden"])  # now: modules do not change while training
-        if kurtosis is None:
-            row = architecture_of(self.model.model)
-            kurtosis = float(row is not None and row.decoder is True)
-        self.scores = BlockScores(self.model, kinds, checked_number("decay", decay), checked_number("kurtosis", kurtosis))
-        self.blocks = self.scores.blocks
         self.groups = groups_of(self.model, self.blocks, self.config.round_to, self.config.uniform, floor)
         self.cost: Cost = _cost(self.model, budget, length, latency, self.blocks)
-        self.importance = AdapterImportance(adapters(self.model), decay, self.growth.importance == "signed")
+        self.importance = AdapterImportance(adapters(self.model), checked_number("decay", decay), self.growth.importance == "signed")
         self.generator = torch.Generator().manual_seed(seed)
 
         self._full = {name: block.count for name, block in self.model.blocks.items()}
@@ -160,10 +154,18 @@ class Controller:
         self._live = {name: mask != 0 for name, mask in self._masks.items()}  # at the last event: what may still be kept
         self._dense = self.cost.total(self._full)
         self._initial = self.density
-        self._parameters, self._ranks = self.adapter_parameters, {name: a.rank for name, a in self.importance.adapters.items()}
+        self._parameters, self._ranks = self.adapter_parameters, self._ranks_now()
         self._compacted = False
         self._check_floors()
+        if kurtosis is None:
+            row = architecture_of(self.model.model)
+            kurtosis = float(row is not None and row.decoder is True)
+        checked_number("kurtosis", kurtosis)
 
+        # From here on something changes.
+        if "hidden" in self.blocks:
+            place_carriers(self.model.model, self.model.blocks["hidden"])  # now: modules do not change while training
+        self.scores = BlockScores(self.model, kinds, decay, kurtosis)
         self._observed, self._stepped, self._since = False, False, 0
         self._handles = [one.register_step_post_hook(self._note_step) for one in optimizers]
 
@@ -388,8 +390,13 @@ class Controller:
         masks = {name: self.model.get_block_mask(name).cpu() for name in self.model.blocks}
         if masks.keys() != state["masks"].keys() or not all(torch.equal(mask, state["masks"][name].cpu()) for name, mask in masks.items()):
             raise ValueError("state: expected the masks of the model, got others; load the model's state first")
-        self.importance.load_state_dict(state["importance"])
+        before = self.scores.state_dict()
         self.scores.load_state_dict(state["scores"])
+        try:
+            self.importance.load_state_dict(state["importance"])
+        except BaseException:
+            self.scores.load_state_dict(before)
+            raise
         self.generator.set_state(state["generator"].cpu())
         self.now = int(state["step"])
         self._masks, self._live = masks, {name: live.cpu().clone() for name, live in state["live"].items()}
