@@ -1,4 +1,5 @@
-"""DDP, FSDP2 and the agreement of ranks: two gloo processes, started once, make the checks of wrapped_checks and agreement_checks."""
+"""DDP, FSDP2 and the agreement of ranks: two gloo processes, started once, make the checks of wrapped_checks, agreement_checks and
+controller_checks."""
 
 import json
 import pathlib
@@ -170,6 +171,21 @@ def test_new_rows_are_rank_zeros(both):
 
 def test_the_store_is_left_tidy(both):
     both("the_store_is_left_tidy")
+
+
+# -- Controller ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_controller_under_ddp_is_one_process_with_the_joint_batch(both):
+    both("a_controller_under_ddp_is_one_process_with_the_joint_batch")
+
+
+def test_a_controller_of_a_decoder_under_ddp(both):
+    both("a_controller_of_a_decoder_under_ddp")
+
+
+def test_a_controller_refuses_growth_that_ddp_would_not_see(both):
+    both("a_controller_refuses_growth_that_ddp_would_not_see")
 
 
 # -- one process --------------------------------------------------------------------------------------------------------------------------

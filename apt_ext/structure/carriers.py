@@ -28,6 +28,8 @@ class MaskedLinear(APTAdapter):
         masked = cls.from_linear(linear, 0, max_rank=0)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
+        for factor in (masked.lora_A, masked.lora_B):  # empty for life, and no part of any graph: DDP would wait for their gradients
+            factor.requires_grad_(False)
         return masked  # type: ignore[return-value]  # from_linear builds a cls
 
     def compact(self, on: bool = True) -> None:

@@ -1,0 +1,82 @@
+"""Two ranks train under a Controller: the same masks and ranks on both, those of one process with the joint batch."""
+
+import torch
+from families import FAMILIES
+from torch.nn.parallel import DistributedDataParallel
+from training import SHORT, batch_for, built
+from two_adapters import check, gathered
+
+from apt_ext import Controller, adapters, agreement
+
+
+def rows(batch, part):
+    """The first two rows or the last two: both ranks have as many tokens, and padding."""
+    return {name: value[part : part + 2] for name, value in batch.items()}
+
+
+def run(name, rank, **options):
+    family = FAMILIES[name]
+    kinds = ["heads", "neurons", "hidden"]
+    apt, optimizer = built(family, max_rank=5, prune=kinds)
+    plain, its = built(family, max_rank=5, prune=kinds)
+    controller = Controller(apt, optimizer, 16, **SHORT, **options)
+    model = DistributedDataParallel(apt)
+    with agreement.alone():
+        alone = Controller(plain, its, 16, **SHORT, **options)
+    for step in range(16):
+        batch = batch_for(family, step)
+        model(**rows(batch, rank)).loss.backward()
+        controller.observe()
+        optimizer.step()
+        optimizer.zero_grad()
+        controller.step()
+        with agreement.alone():
+            (sum(plain(**rows(batch, part)).loss for part in range(2)) / 2).backward()
+            alone.observe()
+            its.step()
+            its.zero_grad()
+            alone.step()
+        for block in apt.blocks:
+            mask = apt.get_block_mask(block)
+            assert torch.equal(*gathered(mask)) and torch.equal(mask, plain.get_block_mask(block)), (step, block)
+        ranks = torch.tensor([adapter.rank for _, adapter in adapters(apt)])
+        assert torch.equal(*gathered(ranks)) and ranks.tolist() == [adapter.rank for _, adapter in adapters(plain)], step
+        for site, score in controller.scores.salience.scores.items():
+            assert torch.equal(*gathered(score))
+            torch.testing.assert_close(score, alone.scores.salience.scores[site], rtol=1e-6, atol=1e-12)
+    assert controller.done and int(ranks.max()) > 2 and not all(bool(apt.get_block_mask(block).all()) for block in apt.blocks)
+    for (key, value), other in zip(apt.named_parameters(), plain.parameters(), strict=True):
+        assert torch.equal(*gathered(value)), key
+        torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-8, msg=lambda text, at=key: f"{at}: {text}")
+
+
+@check
+def a_controller_under_ddp_is_one_process_with_the_joint_batch(rank):
+    run("bert", rank)
+
+
+@check
+def a_controller_of_a_decoder_under_ddp(rank):
+    run("llama", rank, kurtosis=1.0)
+
+
+@check
+def a_controller_refuses_growth_that_ddp_would_not_see(rank):
+    """Without max_rank: an error on every rank, masks and ranks as before."""
+    family = FAMILIES["bert"]
+    apt, optimizer = built(family)
+    model, controller = DistributedDataParallel(apt), Controller(apt, optimizer, 16, schedule={"start": 0, "end": 2, "events": 1})
+    words = []
+    for step in range(2):
+        model(**rows(batch_for(family, step), rank)).loss.backward()
+        controller.observe()
+        optimizer.step()
+        optimizer.zero_grad()
+        before = {name: apt.get_block_mask(name) for name in apt.blocks}
+        try:
+            controller.step()
+        except RuntimeError as error:
+            words.append(str(error))
+    assert len(words) == 1 and "held by DistributedDataParallel" in words[0] and "max_rank" in words[0]
+    assert all(torch.equal(apt.get_block_mask(name), mask) for name, mask in before.items())
+    assert {adapter.rank for _, adapter in adapters(apt)} == {2}
