@@ -1,7 +1,5 @@
 // The kept lanes of a matrix, side by side. Two kernels: one for rows of whole 16 bytes in 16 bits, which
 // reads every line once and can multiply with a skinny factor on the way, and one for whatever else there is.
-#include <algorithm>
-
 #include "kernels.h"
 #include "low_rows.cuh"
 #include "queue.cuh"
@@ -14,7 +12,7 @@ namespace {
 
 // A thread owns 16 bytes of a row of the result, and walks down the rows.
 template <class T>
-__global__ void __launch_bounds__(128) apt_gather(const __grid_constant__ GatherArgs args) {
+__global__ void __launch_bounds__(kColumnThreads) apt_gather(const __grid_constant__ GatherArgs args) {
   constexpr int kWidth = kVector<T>;
   const int64_t column = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kWidth;
   if (column >= args.kept) return;
@@ -259,12 +257,8 @@ void gather(const GatherArgs& args, Stream stream) {
   }
   visit(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    constexpr int kPlainThreads = 128;
-    const int64_t pieces = (args.kept + kVector<T> - 1) / kVector<T>;
-    const int64_t across = (pieces + kPlainThreads - 1) / kPlainThreads;
-    const int64_t along = std::min<int64_t>({args.M, 65535, std::max<int64_t>(1, kManyBlocks / across)});
-    const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(along));
-    apt_gather<T><<<grid, kPlainThreads, 0, queue>>>(args);
+    const dim3 grid = column_grid((args.kept + kVector<T> - 1) / kVector<T>, args.M);
+    apt_gather<T><<<grid, kColumnThreads, 0, queue>>>(args);
     check_launch("apt_gather");
   });
 }

@@ -1,7 +1,5 @@
 // Scales a matrix by a mask along one side. Memory-bound: one read, one write, 16 bytes an access where the
 // layout allows.
-#include <algorithm>
-
 #include "kernels.h"
 #include "vector.cuh"
 
@@ -10,7 +8,7 @@ namespace {
 
 // A thread owns kWidth neighbouring columns, so a column mask is read once, and walks down the rows.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(128) apt_lanes(LanesArgs args) {
+__global__ void __launch_bounds__(kColumnThreads) apt_lanes(LanesArgs args) {
   int64_t column = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kWidth;
   if (column >= args.cols) return;
   const T* src = static_cast<const T*>(args.src) + column * args.src_stride[1];
@@ -114,16 +112,12 @@ void lanes(const LanesArgs& args, Stream stream) {
     if constexpr (sizeof(T) == 2) {
       if (!vector && is_flat<T>(args)) return launch_flat<T>(args, static_cast<cudaStream_t>(stream));
     }
-    constexpr int kThreads = 128;
-    int64_t columns = vector ? args.cols / kVector<T> : args.cols;
-    int64_t across = (columns + kThreads - 1) / kThreads;
-    int64_t down = std::min<int64_t>({args.rows, 65535, std::max<int64_t>(1, kManyBlocks / across)});
-    dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(down));
+    const dim3 grid = column_grid(vector ? args.cols / kVector<T> : args.cols, args.rows);
     auto queue = static_cast<cudaStream_t>(stream);
     if (vector) {
-      apt_lanes<T, kVector<T>><<<grid, kThreads, 0, queue>>>(args);
+      apt_lanes<T, kVector<T>><<<grid, kColumnThreads, 0, queue>>>(args);
     } else {
-      apt_lanes<T, 1><<<grid, kThreads, 0, queue>>>(args);
+      apt_lanes<T, 1><<<grid, kColumnThreads, 0, queue>>>(args);
     }
     check_launch("apt_lanes");
   });

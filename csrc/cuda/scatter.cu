@@ -1,8 +1,6 @@
 // Kept lanes back to their places, zeros in between, with bias and mask; the low-rank product of a compacted
 // layer is added on the way. As in gather.cu, one kernel for rows of whole 16 bytes in 16 bits and one for
 // the rest.
-#include <algorithm>
-
 #include "kernels.h"
 #include "low_rows.cuh"
 #include "queue.cuh"
@@ -15,7 +13,7 @@ namespace {
 
 // A thread owns kWidth neighbouring columns of the result, and walks down the rows.
 template <class T, int kWidth>
-__global__ void __launch_bounds__(128) apt_scatter(const __grid_constant__ ScatterArgs args) {
+__global__ void __launch_bounds__(kColumnThreads) apt_scatter(const __grid_constant__ ScatterArgs args) {
   const int64_t column = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kWidth;
   if (column >= args.E) return;
   int at[kWidth];
@@ -240,16 +238,12 @@ void scatter(const ScatterArgs& args, Stream stream) {
   }
   visit(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    constexpr int kPlainThreads = 128;
     const bool vector = args.E % kVector<T> == 0 && is_aligned(args.out);
-    const int64_t columns = vector ? args.E / kVector<T> : args.E;
-    const int64_t across = (columns + kPlainThreads - 1) / kPlainThreads;
-    const int64_t along = std::min<int64_t>({args.M, 65535, std::max<int64_t>(1, kManyBlocks / across)});
-    const dim3 grid(static_cast<unsigned>(across), static_cast<unsigned>(along));
+    const dim3 grid = column_grid(vector ? args.E / kVector<T> : args.E, args.M);
     if (vector) {
-      apt_scatter<T, kVector<T>><<<grid, kPlainThreads, 0, queue>>>(args);
+      apt_scatter<T, kVector<T>><<<grid, kColumnThreads, 0, queue>>>(args);
     } else {
-      apt_scatter<T, 1><<<grid, kPlainThreads, 0, queue>>>(args);
+      apt_scatter<T, 1><<<grid, kColumnThreads, 0, queue>>>(args);
     }
     check_launch("apt_scatter");
   });

@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -132,5 +133,13 @@ void visit(DType dtype, Body&& body) {
 }
 
 constexpr int64_t kManyBlocks = 132 * 16;  // enough resident blocks for the largest chip this was measured on
+
+// For kernels whose threads own columns (x) and walk down the rows (y).
+constexpr int kColumnThreads = 128;
+inline dim3 column_grid(int64_t columns, int64_t rows) {
+  const int64_t across = (columns + kColumnThreads - 1) / kColumnThreads;
+  const int64_t down = std::min<int64_t>({rows, 65535, std::max<int64_t>(1, kManyBlocks / across)});
+  return dim3(static_cast<unsigned>(across), static_cast<unsigned>(down));
+}
 
 }  // namespace apt
