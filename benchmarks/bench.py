@@ -21,6 +21,7 @@ import sys
 import time
 from pathlib import Path
 
+import kept
 import report
 import torch
 from host import host_time, profile_rows
@@ -325,6 +326,7 @@ def jobs_of(options, dtype):
         "merge": [(merge_rows, (side, side, 16, dtype))] + ([(model_merge_rows, (16, dtype))] if cuda else []),
         "memory": [(memory_rows, (side, side, 16, dtype))],
         "mask_grads": [(mask_rows, (448 if cuda else 64, dtype))],
+        "compact": kept.jobs(options, dtype),
     }
     asked = options.only.split(",") if options.only else list(parts)
     unknown = [name for name in asked if name not in parts]
@@ -414,7 +416,7 @@ def main():
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's own choice")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--quick", action="store_true", help="the first shape and rank 16 only")
-    parser.add_argument("--only", help="some of layers,graph,compiled,passes,host,host-profile,widths,merge,memory,mask_grads")
+    parser.add_argument("--only", help="some of layers,graph,compiled,passes,host,host-profile,widths,merge,memory,mask_grads,compact")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="a PNG of the layers")
     parser.add_argument("--replot", type=Path, help="draw --plot from a kept JSON file and measure nothing")

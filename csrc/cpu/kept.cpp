@@ -19,62 +19,80 @@ namespace {
 #if defined(__x86_64__) && defined(__GNUC__)
 #define APT_VECTORS 1
 
-// The first `count` lanes as a mask; count may be negative or beyond the vector.
-[[gnu::always_inline]] inline uint64_t first_lanes(int64_t count) {
-  return count >= 64 ? ~uint64_t{0} : count <= 0 ? 0 : (uint64_t{1} << count) - 1;
-}
+#define APT_VBMI2 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,bmi2,popcnt")))
 
-#define APT_VBMI2 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi2,popcnt")))
+// A vector of 16-bit or 32-bit lanes: how it is loaded, stored, compressed and expanded under a mask of its
+// lanes.
+struct Lanes16 {
+  using Word = uint16_t;
+  static constexpr int kLanes = 32;
+  APT_VBMI2 [[gnu::always_inline]] static inline __m512i load(uint32_t m, const Word* at) {
+    return _mm512_maskz_loadu_epi16(m, at);
+  }
+  APT_VBMI2 [[gnu::always_inline]] static inline void store(Word* at, uint32_t m, __m512i v) {
+    _mm512_mask_storeu_epi16(at, m, v);
+  }
+  APT_VBMI2 [[gnu::always_inline]] static inline __m512i compress(uint32_t m, __m512i v) {
+    return _mm512_maskz_compress_epi16(m, v);
+  }
+  APT_VBMI2 [[gnu::always_inline]] static inline __m512i expand(uint32_t m, __m512i v) {
+    return _mm512_maskz_expand_epi16(m, v);
+  }
+};
+
+struct Lanes32 {
+  using Word = uint32_t;
+  static constexpr int kLanes = 16;
+  APT_VBMI2 [[gnu::always_inline]] static inline __m512i load(uint32_t m, const Word* at) {
+    return _mm512_maskz_loadu_epi32(static_cast<__mmask16>(m), at);
+  }
+  APT_VBMI2 [[gnu::always_inline]] static inline void store(Word* at, uint32_t m, __m512i v) {
+    _mm512_mask_storeu_epi32(at, static_cast<__mmask16>(m), v);
+  }
+  APT_VBMI2 [[gnu::always_inline]] static inline __m512i compress(uint32_t m, __m512i v) {
+    return _mm512_maskz_compress_epi32(static_cast<__mmask16>(m), v);
+  }
+  APT_VBMI2 [[gnu::always_inline]] static inline __m512i expand(uint32_t m, __m512i v) {
+    return _mm512_maskz_expand_epi32(static_cast<__mmask16>(m), v);
+  }
+};
+
+// The bits of one vector's lanes from c on.
+template <class V>
+[[gnu::always_inline]] inline uint32_t bits_at(const uint64_t* bits, int64_t c) {
+  return static_cast<uint32_t>(bits[c / 64] >> (c % 64)) & (V::kLanes == 32 ? ~0u : 0xffffu);
+}
 
 // dst = the lanes of src that `bits` names, side by side.
-APT_VBMI2 void compress(const uint16_t* src, uint16_t* dst, const uint64_t* bits, int64_t lanes) {
-  for (int64_t c = 0; c < lanes; c += 32) {
-    const auto take = static_cast<__mmask32>(bits[c / 64] >> (c % 64));
-    const auto inside = static_cast<__mmask32>(first_lanes(lanes - c));
+template <class V>
+APT_VBMI2 void compress(const typename V::Word* src, typename V::Word* dst, const uint64_t* bits,
+                        int64_t lanes) {
+  for (int64_t c = 0; c < lanes; c += V::kLanes) {
+    const uint32_t take = bits_at<V>(bits, c);  // none beyond the last lane
     const int count = __builtin_popcount(take);
-    const __m512i values = _mm512_maskz_compress_epi16(take, _mm512_maskz_loadu_epi16(inside, src + c));
-    _mm512_mask_storeu_epi16(dst, static_cast<__mmask32>(first_lanes(count)), values);
-    dst += count;
-  }
-}
-
-APT_VBMI2 void compress(const uint32_t* src, uint32_t* dst, const uint64_t* bits, int64_t lanes) {
-  for (int64_t c = 0; c < lanes; c += 16) {
-    const auto take = static_cast<__mmask16>(bits[c / 64] >> (c % 64));
-    const auto inside = static_cast<__mmask16>(first_lanes(lanes - c));
-    const int count = __builtin_popcount(take);
-    const __m512i values = _mm512_maskz_compress_epi32(take, _mm512_maskz_loadu_epi32(inside, src + c));
-    _mm512_mask_storeu_epi32(dst, static_cast<__mmask16>(first_lanes(count)), values);
+    V::store(dst, _bzhi_u32(~0u, count), V::compress(take, V::load(take, src + c)));
     dst += count;
   }
 }
 
 // The way back: zeros between them.
-APT_VBMI2 void expand(const uint16_t* src, uint16_t* dst, const uint64_t* bits, int64_t lanes) {
-  for (int64_t c = 0; c < lanes; c += 32) {
-    const auto take = static_cast<__mmask32>(bits[c / 64] >> (c % 64));
+template <class V>
+APT_VBMI2 void expand(const typename V::Word* src, typename V::Word* dst, const uint64_t* bits,
+                      int64_t lanes) {
+  for (int64_t c = 0; c < lanes; c += V::kLanes) {
+    const uint32_t take = bits_at<V>(bits, c);
     const int count = __builtin_popcount(take);
-    const __m512i values = _mm512_maskz_loadu_epi16(static_cast<__mmask32>(first_lanes(count)), src);
-    _mm512_mask_storeu_epi16(dst + c, static_cast<__mmask32>(first_lanes(lanes - c)),
-                             _mm512_maskz_expand_epi16(take, values));
-    src += count;
-  }
-}
-
-APT_VBMI2 void expand(const uint32_t* src, uint32_t* dst, const uint64_t* bits, int64_t lanes) {
-  for (int64_t c = 0; c < lanes; c += 16) {
-    const auto take = static_cast<__mmask16>(bits[c / 64] >> (c % 64));
-    const int count = __builtin_popcount(take);
-    const __m512i values = _mm512_maskz_loadu_epi32(static_cast<__mmask16>(first_lanes(count)), src);
-    _mm512_mask_storeu_epi32(dst + c, static_cast<__mmask16>(first_lanes(lanes - c)),
-                             _mm512_maskz_expand_epi32(take, values));
+    const int64_t left = lanes - c;
+    V::store(dst + c, left >= V::kLanes ? ~0u : _bzhi_u32(~0u, static_cast<uint32_t>(left)),
+             V::expand(take, V::load(_bzhi_u32(~0u, count), src)));
     src += count;
   }
 }
 
 bool can_compress(int64_t word_bytes) {
   static const bool has = at::get_cpu_capability() == "AVX512" && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2");
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi2") &&
+                          __builtin_cpu_supports("bmi2");
   return has && (word_bytes == 2 || word_bytes == 4);
 }
 
@@ -187,15 +205,16 @@ void move_row(const Route& route, const T* src, T* dst, T* scratch, const Wide<T
   const int64_t count = static_cast<int64_t>(route.index.size());
 #ifdef APT_VECTORS
   if constexpr (sizeof(T) <= 4) {
-    using Word = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+    using V = std::conditional_t<sizeof(T) == 4, Lanes32, Lanes16>;
+    using Word = typename V::Word;
     if (route.way == Route::Way::kCompress || route.way == Route::Way::kExpand) {
       const auto* from = reinterpret_cast<const Word*>(src);
       auto* to = reinterpret_cast<Word*>(factor == nullptr ? dst : scratch);
       if (route.way == Route::Way::kCompress) {
-        compress(from, to, route.bits.data(), route.source);
+        compress<V>(from, to, route.bits.data(), route.source);
         std::memset(to + route.kept, 0, (count - route.kept) * sizeof(Word));
       } else {
-        expand(from, to, route.bits.data(), count);
+        expand<V>(from, to, route.bits.data(), count);
       }
       if (factor != nullptr) scaled(scratch, dst, factor, bias, count);
       return;
