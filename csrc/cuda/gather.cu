@@ -10,23 +10,21 @@ namespace {
 // -- any dtype, any strides
 // --------------------------------------------------------------------------------------
 
-// A thread owns 16 bytes of a row of the result, and walks down the rows.
-template <class T>
+// A thread owns kWidth neighbours of a row of the result, 16 bytes or one, and walks down the rows.
+template <class T, int kWidth>
 __global__ void __launch_bounds__(kColumnThreads) apt_gather(const __grid_constant__ GatherArgs args) {
-  constexpr int kWidth = kVector<T>;
   const int64_t column = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) * kWidth;
   if (column >= args.kept) return;
   int64_t offset[kWidth];
   Wide<T> factor[kWidth];
 #pragma unroll
   for (int j = 0; j < kWidth; ++j) {
-    const int at = column + j < args.kept ? args.index[column + j] : -1;
+    const int at = args.index[column + j];
     offset[j] = at < 0 ? 0 : at * args.x_stride[1];
     factor[j] = at < 0 ? Wide<T>(0) : mask_at<Wide<T>>(args.mask.data, args.mask.dtype, at);
   }
   const T* x = static_cast<const T*>(args.x);
-  T* gathered = static_cast<T*>(args.gathered);
-  const bool whole = column + kWidth <= args.kept && args.kept % kWidth == 0;
+  T* gathered = static_cast<T*>(args.gathered) + column;
 #pragma unroll 2
   for (int64_t row = blockIdx.y; row < args.M; row += gridDim.y) {
     const int64_t from = args.row_index == nullptr ? row : args.row_index[row];
@@ -37,14 +35,10 @@ __global__ void __launch_bounds__(kColumnThreads) apt_gather(const __grid_consta
       values.at[j] = kept ? scaled(x[from * args.x_stride[0] + offset[j]], factor[j], factor[j] == Wide<T>(1))
                           : narrow<T>(0);
     }
-    T* to = gathered + row * args.kept + column;
-    if (whole) {
-      store128(to, values);
+    if constexpr (kWidth == kVector<T>) {
+      store128(gathered + row * args.kept, values);
     } else {
-#pragma unroll
-      for (int j = 0; j < kWidth; ++j) {
-        if (column + j < args.kept) to[j] = values.at[j];
-      }
+      gathered[row * args.kept] = values.at[0];
     }
   }
 }
@@ -257,8 +251,15 @@ void gather(const GatherArgs& args, Stream stream) {
   }
   visit(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const dim3 grid = column_grid((args.kept + kVector<T> - 1) / kVector<T>, args.M);
-    apt_gather<T><<<grid, kColumnThreads, 0, queue>>>(args);
+    // Of a factor one value a thread: there are few, and what takes time is to wait for them.
+    const bool wide = args.M * args.kept >= kManyBlocks * kColumnThreads && args.kept % kVector<T> == 0 &&
+                      is_aligned(args.gathered);
+    const dim3 grid = column_grid(wide ? args.kept / kVector<T> : args.kept, args.M);
+    if (wide) {
+      apt_gather<T, kVector<T>><<<grid, kColumnThreads, 0, queue>>>(args);
+    } else {
+      apt_gather<T, 1><<<grid, kColumnThreads, 0, queue>>>(args);
+    }
     check_launch("apt_gather");
   });
 }
