@@ -127,8 +127,8 @@ def test_it_goes_on_from_a_density_that_was_reached_before():
     assert densities == sorted(densities, reverse=True)
 
 
-def test_dead_and_copied_blocks_go_first():
-    """A planted problem: heads whose output weights are zero, neurons that nothing reads, go before any other."""
+def test_dead_blocks_go_first():
+    """A planted problem: heads and neurons that nothing reads go before any other."""
     family = FAMILIES["bert"]
     torch.manual_seed(0)
     model = family.model()
@@ -148,6 +148,21 @@ def test_dead_and_copied_blocks_go_first():
         mask = apt.get_block_mask(name)
         assert not bool(mask[dead].any()), name
         assert bool(mask[~dead].any())
+
+
+@pytest.mark.parametrize("compact", [True, False])
+def test_from_the_first_event_on_adapters_are_compacted(compact):
+    """And the run is the same but for rounding."""
+    family = FAMILIES["bert"]
+    plain, _, _ = trained("bert")
+    apt, optimizer = built(family)
+    controller, seen = Controller(apt, optimizer, 16, compact=compact, **SHORT), []
+    for step in range(16):
+        train(apt, optimizer, controller, family, 1, first=step)
+        seen.append(any(adapter.compacted for _, adapter in adapters(apt)))
+    assert seen == [compact and step >= 6 for step in range(1, 17)]
+    for name, value in state_of(plain).items():
+        torch.testing.assert_close(state_of(apt)[name], value, rtol=1e-6, atol=1e-9)
 
 
 # -- steps --------------------------------------------------------------------------------------------------------------------------------

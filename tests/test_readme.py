@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import apt_ext
 from apt_ext import ops
 from apt_ext.tools import cli
 
@@ -47,6 +48,24 @@ def test_the_lines_of_use(tmp_path, monkeypatch):
     assert small.config.intermediate_size == 24
     expected = names["model"].eval()(**batch).logits
     torch.testing.assert_close(small(**batch).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_training_loop(tmp_path, monkeypatch, capsys):
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    code = block("apt_ext.Controller(")
+    assert len(code.splitlines()) <= 15
+    config = transformers.BertConfig(
+        num_hidden_layers=2, hidden_size=32, num_attention_heads=4, intermediate_size=96, vocab_size=50, max_position_embeddings=16
+    )
+    model = transformers.BertForSequenceClassification(config)
+    batches = [{"input_ids": torch.randint(0, 50, (2, 8)), "labels": torch.tensor([0, 1])} for _ in range(20)]
+    names = {"torch": torch, "apt_ext": apt_ext, "APTConfig": apt_ext.APTConfig, "get_apt_model": apt_ext.get_apt_model}
+    names |= {"model": model, "batches": batches}
+    exec(code, names)  # noqa: S102
+    assert capsys.readouterr().out.count("density") == 4 and names["controller"].density <= 0.67
+    small = transformers.BertForSequenceClassification.from_pretrained("smaller-model")
+    assert 40 <= small.config.intermediate_size <= 56 and small.config.intermediate_size % 8 == 0
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apt_ext import APTConfig, get_apt_model, plan, shrink
-from apt_ext.method import Group, Latency, Products, cost_of, search
+from apt_ext.method import Group, Latency, Products, cost_of, measure_latency, search
 from apt_ext.method.groups import groups_of
 
 transformers = pytest.importorskip("transformers")
@@ -109,6 +109,19 @@ def test_latency_is_read_from_tables():
     assert cost.marginal(full)["0.neurons"] == (5 - 1) / 16
     with pytest.raises(ValueError, match="latency: expected two or more {number of heads kept: seconds}"):
         Latency(kinds, {**tables, "heads": {4: 1.0}})
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5"])
+def test_latency_is_measured_for_every_kind(name):
+    apt = get_apt_model(FAMILIES[name].model(torch.float32), APTConfig(r=2))
+    tables = measure_latency(apt, tokens=16, points=3, rounds=2)
+    assert tables.keys() == {"heads", "neurons", "hidden"}
+    for kind, table in tables.items():
+        count = next(block.count for block in apt.blocks.values() if block.kind == kind)
+        assert max(table) == count and all(seconds > 0 for kept, seconds in table.items() if kept) and list(table) == sorted(table)
+    cost = Latency({name: block.kind for name, block in apt.blocks.items()}, tables)
+    full = {name: block.count for name, block in apt.blocks.items()}
+    assert cost.total({**full, "hidden": 6}) <= cost.total(full)
 
 
 # -- search -------------------------------------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from .controller import Controller, Growth
 from .cost import Cost, Latency, Products, cost_of
 from .distillation import Distiller
 from .kurtosis import kurtosis
+from .latency import measure_latency
 from .oneshot import block_scores, one_shot, within_density
 from .salience import Salience
 from .schedule import Steps, cubic_density, distill_weight, linear_budget, step_mask
@@ -32,6 +33,7 @@ __all__ = [
     "grown_ranks",
     "kurtosis",
     "linear_budget",
+    "measure_latency",
     "one_shot",
     "search",
     "step_mask",

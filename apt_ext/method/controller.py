@@ -80,7 +80,7 @@ class Controller:
         config: whose prune, density, schedule, round_to and uniform count; None: the model's own.
         prune, density, schedule, round_to, uniform: take the place of the config's.
         budget: what density is a share of: "parameters" of the layers, "flops" (of a token in a sequence of `length`), "memory", or
-            "latency", by the tables in `latency` (see `Latency`, and `measure_latency`, which makes them).
+            "latency", by the tables in `latency` (`apt_ext.method.measure_latency(model)` makes them; see `Latency`).
         joint: kinds compete by salience for their cost; False: each kind keeps the same share.
         floor: chunks (one head, or `round_to` neurons or dimensions) that always stay in every block.
         growth: how ranks grow, a Growth or its budget.

@@ -145,6 +145,12 @@ def _channels(model: nn.Module, blocks: Mapping[str, Block], name: str, directio
     return form if covered else {None: float(width)}
 
 
+def channels(model: nn.Module, blocks: Mapping[str, Block], name: str, direction: str, counts: Counts) -> float:
+    """How many channels one side of a module has when `counts` of each block are left."""
+    form = _channels(model, blocks, name, direction)
+    return sum(value * (1 if block is None else counts[block]) for block, value in form.items())
+
+
 def _within(pattern: str, name: str) -> bool:
     """Whether a module of this name lies in a layer of this pattern."""
     parts = name.split(".")
