@@ -200,7 +200,7 @@ class APTAdapter(Saving):
         compiling = is_compiling()
         if not compiling:
             self._changes.check()
-        # The registries themselves: attribute access through nn.Module costs as much as a small product.
+        # The registries themselves: attribute access through nn.Module is slow.
         base = self._modules["base_layer"]
         if self._merged or self._disabled:
             if base is None:

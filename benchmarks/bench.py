@@ -5,6 +5,8 @@
 
 Peers are interleaved: every round times each of them once, on random data, and the table shows medians over the rounds, with the
 quartiles in the JSON. "masks" has 1 % zeros and 1 % at 0.5 in every mask; "none" has masks of ones. On CUDA the clock is the device's.
+On the CPU freed memory stays with the process: glibc otherwise gives it back at a moment that depends on the calls before, and the peer that
+comes next pays for fresh pages (seen: a frozen product 1.4 times as long). Each row says its page faults a call.
 The JSON is written after every case; a case that fails is named in it and costs no other. --report measures nothing: it writes the tables
 of docs/performance.md from the kept files.
 """
@@ -12,6 +14,7 @@ of docs/performance.md from the kept files.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
 import re
@@ -33,6 +36,11 @@ from tqdm import tqdm
 import apt_ext
 from apt_ext import APTAdapter
 
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None
+
 SHAPES = {
     "cuda": [(8192, 4096, 4096), (8192, 11008, 4096), (8192, 4096, 11008), (4096, 768, 768)],
     "cpu": [(1024, 768, 768), (1024, 3072, 768), (1024, 768, 3072)],
@@ -50,9 +58,31 @@ def spread(size, device):
     return mask.to(device)
 
 
+def keep_freed_memory():
+    """No trimming and no mapping of single blocks up to 32 MiB, glibc's most. Elsewhere nothing; the page faults of the rows then tell."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+    mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
+
+
+def page_faults():
+    return 0 if resource is None else resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+class Times(dict):
+    """{name: seconds a call, one value a round}, and the page faults a call beside them."""
+
+    def __init__(self, names):
+        super().__init__((name, []) for name in names)
+        self.faults = {name: [] for name in self}
+
+
 def measure(peers, rounds, device, inner):
-    """{name: seconds a call, one value a round}; device events on CUDA, the wall clock on the CPU."""
-    times = {name: [] for name in peers}
+    """The Times of these calls; device events on CUDA, the wall clock on the CPU."""
+    times = Times(peers)
     for call in peers.values():
         for _ in range(3):
             call()
@@ -68,10 +98,11 @@ def measure(peers, rounds, device, inner):
                 end.synchronize()
                 times[name].append(start.elapsed_time(end) / 1e3 / inner)
             else:
-                start = time.perf_counter()
+                faults, start = page_faults(), time.perf_counter()
                 for _ in range(inner):
                     call()
                 times[name].append((time.perf_counter() - start) / inner)
+                times.faults[name].append((page_faults() - faults) / inner)
     return times
 
 
@@ -79,8 +110,10 @@ def rows_of(times, base, **labels):
     """One row a peer: the ratio of medians, and of the quartiles."""
     divisor = statistics.median(times[base])
     for name, values in times.items():
-        low, _, high = statistics.quantiles(values, n=4)
-        yield {**labels, "peer": name, "ratio": statistics.median(values) / divisor, "low": low / divisor, "high": high / divisor}
+        low, median, high = statistics.quantiles(values, n=4)
+        row = {**labels, "peer": name, "ratio": median / divisor, "low": low / divisor, "high": high / divisor, "seconds": median}
+        faults = getattr(times, "faults", {}).get(name)
+        yield {**row, "faults": statistics.median(faults)} if faults else row
 
 
 def labels_of(M, N, K, rank, dtype):
@@ -432,6 +465,8 @@ def main():
         return plot(json.loads(options.replot.read_text())["rows"], options.plot)
     dtype = getattr(torch, options.dtype or ("bfloat16" if options.device == "cuda" else "float32"))
     torch.manual_seed(0)
+    if options.device == "cpu":
+        keep_freed_memory()
     if options.threads:
         torch.set_num_threads(options.threads)
     jobs = jobs_of(options, dtype)

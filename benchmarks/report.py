@@ -63,7 +63,7 @@ def host(rows):
     stages = [row for row in rows if row["work"] == "host profile: stages"]
     total, linear = levels["adapter(x)"], levels["F.linear"]
     lines = [[row["peer"], f"{row['us']:.2f}", f"{row['us'] / linear:.2f}"] for row in stages]
-    lines += [["**adapter(x) with gradients, which is all of it**", f"{total:.2f}", f"{total / linear:.2f}"]]
+    lines += [["**adapter(x) with gradients, measured as a whole**", f"{total:.2f}", f"{total / linear:.2f}"]]
     yardsticks = ("adapter(x), no_grad", "F.linear", "x A^T", "y += s t B^T", "empty y", "a module that does nothing")
     lines += [[f"beside it: {name}", f"{levels[name]:.2f}", f"{levels[name] / linear:.2f}"] for name in yardsticks]
     return table(["one call, device idle", "us", "of F.linear"], lines)

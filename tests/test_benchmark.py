@@ -1,6 +1,7 @@
 """The benchmark's own promises: what it measures is kept whatever fails, and the document's tables are those of the kept results."""
 
 import json
+import mmap
 import sys
 from pathlib import Path
 
@@ -45,6 +46,18 @@ def test_a_case_that_fails_costs_no_other(bench, monkeypatch, tmp_path, capsys):
     assert taken["W.addmm_(B, A)"] == 0 and taken["W += s (B @ A)"] >= 2 * 4 * 1024 * 1024
     assert 0 < taken["merge_ check=False"] <= 2 << 20  # a block of rows and the factors, never W's 4 MiB
     assert "merge_ check=True" in capsys.readouterr().out
+
+
+def test_a_peer_that_takes_fresh_pages_is_seen(bench):
+    """The row says so, whatever the allocator does: 16 MiB from the system, and every page of it touched."""
+
+    def fresh():
+        with mmap.mmap(-1, 1 << 24) as memory:
+            memory[:: mmap.PAGESIZE] = bytes((1 << 24) // mmap.PAGESIZE)
+
+    times = bench.measure({"base": lambda: None, "fresh": fresh}, 3, "cpu", 2)
+    rows = {row["peer"]: row for row in bench.rows_of(times, "base")}
+    assert rows["fresh"]["faults"] >= 8 and rows["base"]["faults"] < 8 and rows["fresh"]["seconds"] > rows["base"]["seconds"]
 
 
 def test_an_unknown_part_is_refused(bench, monkeypatch):
