@@ -210,6 +210,8 @@ class APTAdapter(Saving):
             return self._through_base(x, compiling)
         if self._compaction is not None and mask_in is None and mask_out is None:
             return self._compute_kept(x, self._compaction, compiling)
+        if self._away:
+            self._refuse_away("a forward with masks of its own")
         return self._compute(x, *self._effective_masks(mask_in, mask_out, compiling))
 
     def _compute(self, x: Tensor, mask_in: Tensor | None, mask_out: Tensor | None) -> Tensor:
@@ -231,6 +233,8 @@ class APTAdapter(Saving):
 
     def _set_disabled(self, disabled: bool) -> None:
         if disabled != self._disabled:
+            if disabled:
+                self._refuse_away("disable_adapter")
             self._disabled = disabled
             self._changes.note()
 

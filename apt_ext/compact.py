@@ -3,6 +3,7 @@
     Compaction    the operands of torch.ops.apt_ext.compact_linear, of a size that does not change with the masks
     Compacting    the part of the adapter that makes one and keeps it up to date
     Chain         adapters that hand over kept lanes alone
+    DENSE         where the whole W is meanwhile
     width         how many lanes are computed for so many kept ones
 
 A Compaction is in no registry of the module: DDP would broadcast it and a state_dict hold it. It follows from W and the masks.
@@ -20,6 +21,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from . import _C
+from .arguments import checked_choice
 from .merging import Merging
 from .sharding import is_sharded
 
@@ -27,6 +29,7 @@ _compact_linear = torch.ops.apt_ext.compact_linear.default
 _pack_kept_ = torch.ops.apt_ext.pack_kept_.default
 
 Masks = tuple[Tensor | None, Tensor | None]  # (mask_in, mask_out)
+DENSE = ("keep", "cpu", "release")
 _INDICES = ("index_in", "index_out", "position_in", "position_out")
 
 
@@ -91,6 +94,41 @@ class Compaction:
                 self.pack(matrix)
 
         return make
+
+    def narrow(self, mask_in: Tensor, mask_out: Tensor) -> Callable[[], None]:
+        """The change to masks that keep less, from the copy itself, which then holds what is left and nothing more."""
+        with torch.inference_mode(False), torch.no_grad():
+            index_in, index_out = (mask.nonzero().flatten() for mask in (mask_in, mask_out))
+            rows, columns = self.position_out[index_out], self.position_in[index_in]
+            packed = None
+            if self.packed is not None:
+                n_in, n_out = width(len(index_in), len(mask_in)), width(len(index_out), len(mask_out))
+                packed = self.packed.new_zeros(n_out * n_in)
+                packed.view(n_out, n_in)[: len(rows), : len(columns)] = self._matrix().index_select(0, rows).index_select(1, columns)
+        follow = self.change(mask_in, mask_out, None)
+
+        def make() -> None:
+            follow()
+            self.packed = packed
+
+        return make
+
+    def trim(self) -> None:
+        """Give back the room for what is pruned."""
+        if self.packed is not None:
+            self.packed = self._matrix().clone().flatten()
+
+    def _matrix(self) -> Tensor:
+        """The copy as a matrix, padding included."""
+        assert self.packed is not None
+        return self.packed[: len(self.lanes_out) * len(self.lanes_in)].view(len(self.lanes_out), len(self.lanes_in))
+
+    def full(self) -> Tensor:
+        """W [N, K] as far as it is kept, a new tensor; zeros elsewhere."""
+        lanes_in, lanes_out = (lanes[lanes >= 0].long() for lanes in (self.lanes_in, self.lanes_out))
+        kept = self._matrix()[: len(lanes_out), : len(lanes_in)]
+        whole = kept.new_zeros(len(self.position_out), len(self.position_in))
+        return whole.index_copy_(0, lanes_out, kept.new_zeros(len(lanes_out), whole.shape[1]).index_copy_(1, lanes_in, kept))
 
     def _view(self) -> None:
         """The widths as shapes: what a compiler takes for dynamic once they have changed."""
@@ -192,37 +230,111 @@ class Compacting(Merging):
         self._compaction: Compaction | None = None
         self._chain_in: Chain | None = None
         self._chain_out: Chain | None = None
+        self._dense = "keep"
+        self._away = False  # the base layer's weight is a placeholder: one NaN that is read everywhere
+        self._host: Tensor | None = None  # what it was, as stored, where dense is "cpu"
 
     @property
     def compacted(self) -> bool:
         """Whether the products run on kept rows and columns only."""
         return self._compaction is not None
 
-    def compact(self, on: bool = True) -> None:
+    def compact(self, on: bool = True, dense: str = "keep") -> None:
         """From now on forward and backward compute on kept rows and columns only: the same function, at the cost of what is kept.
 
         x and y stay full-size, and masks change as before, also back up, without recompiling anything: every change of exact zeros copies
-        what is kept of W, in one pass. That copy has room for all of W. A captured CUDA graph keeps the sizes of its capture: capture again
-        after such a change. ``compact(False)`` undoes it. A state_dict holds nothing of it.
+        what is kept of W, in one pass. A captured CUDA graph keeps the sizes of its capture: capture again after such a change.
+        ``compact(False)`` undoes it. A state_dict holds nothing of it.
 
-        A backward after a change of exact zeros raises torch's error about a tensor modified in place; a second derivative is refused; a
-        forward with masks of its own computes full-size.
+        dense says where the whole W [N, K] is meanwhile:
+            "keep"     where it was. The copy has room for all of W: twice W's bytes on the device.
+            "cpu"      in host memory: W's bytes there, and the room for all of W on the device. Every change of zeros copies from the host.
+            "release"  nowhere: the bytes of what is kept, and nothing else. Masks can only fall, and a change of zeros recompiles; a
+                       state_dict, a merge and ``compact(False)`` have zeros where W was pruned.
+        With "cpu" and "release" ``weight`` reads NaN, and what computes full-size (a forward with masks of its own, disable_adapter) is
+        refused; merge_weights, state_dict and load_state_dict bring the weight back as long as they need it.
+
+        A backward after a change of exact zeros raises torch's error about a tensor modified in place; a second derivative is refused.
 
         Raises RuntimeError while merged, under FSDP and on meta; nothing has then changed.
         """
+        self._check_compact(on, dense)
+        self._bring_back()
+        self._compaction = Compaction(self.mask_in, self.mask_out, self._source()) if on else None
+        self._dense = dense if on else "keep"
+        self._put_away()
+        self._compare_chains()
+
+    def _check_compact(self, on: bool, dense: str) -> None:
         if not isinstance(on, bool):
             raise TypeError(f"on must be a bool, got {type(on).__name__}")
+        checked_choice("dense", dense, DENSE)
         if self._merged:
             raise RuntimeError("compact: the weight is merged; call unmerge_weights() first")
-        if not on:
-            self._compaction = None
-            self._compare_chains()
+        if on:
+            self._refuse_sharded("compact")
+            if self.mask_in.is_meta:
+                raise RuntimeError("compact: masks on meta have no values; call it where the module has its memory")
+
+    # -- the whole weight ----------------------------------------------------------------------------------------------------
+
+    def _put_away(self) -> None:
+        """Give the memory of the base layer's weight back, where dense says so."""
+        weight = self.weight
+        if self._compaction is None or self._dense == "keep" or self._merged or weight is None or weight.is_meta:
             return
-        self._refuse_sharded("compact")
-        if self.mask_in.is_meta:
-            raise RuntimeError("compact: masks on meta have no values; call it where the module has its memory")
-        self._compaction = Compaction(self.mask_in, self.mask_out, self._source())
-        self._compare_chains()
+        with torch.inference_mode(False), torch.no_grad():
+            if not self._away:
+                self._host = weight.detach().to("cpu", copy=True) if self._dense == "cpu" else None
+            if self._dense == "release":
+                self._compaction.trim()
+        self._away = True
+        self._expand()
+
+    def _bring_back(self) -> None:
+        """The base layer's weight is what it says again."""
+        weight = self.weight
+        if not self._away or weight is None:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            value = self._whole()
+            value = torch.empty(value.shape, dtype=weight.dtype, device=weight.device) if value.is_meta else value.to(weight.device)
+            weight.set_(value)  # type: ignore[call-overload]
+        self._away, self._host = False, None
+
+    def _whole(self) -> Tensor:
+        """The weight that is away, as it is stored: [N, K], or Conv1D's [K, N]."""
+        if self._host is not None:
+            return self._host
+        assert self._compaction is not None
+        whole = self._compaction.full()
+        return whole.t().contiguous() if self._transposed else whole
+
+    def _refuse_away(self, what: str) -> None:
+        if self._away:
+            raise RuntimeError(
+                f"{what} needs the whole weight, which compact(dense={self._dense!r}) has put away; call compact(False) first"
+            )
+
+    def _refuse_rising(self, what: str, masks: dict[str, Tensor]) -> None:
+        if not (self._away and self._dense == "release"):
+            return
+        for name, mask in masks.items():
+            present = self._buffers[name]
+            if present is not None and bool(((mask.to(present.device) != 0) & (present == 0)).any()):
+                raise RuntimeError(f"{what}: {name} must not rise from 0, since compact(dense='release') keeps no pruned weights")
+
+    def merge_weights(self, keep: str = "device") -> None:
+        self._bring_back()
+        try:
+            super().merge_weights(keep)
+        except BaseException:
+            self._put_away()
+            raise
+
+    def unmerge_weights(self) -> None:
+        super().unmerge_weights()
+        self._put_away()
 
     def _compare_chains(self) -> None:
         for chain in (self._chain_in, self._chain_out):
@@ -242,11 +354,13 @@ class Compacting(Merging):
     def _compact_anew(self) -> None:
         """The weight is another, or the sizes are."""
         kept = self._compaction
-        if kept is not None and (len(kept.position_in), len(kept.position_out)) == (len(self.mask_in), len(self.mask_out)):
+        same = kept is not None and (len(kept.position_in), len(kept.position_out)) == (len(self.mask_in), len(self.mask_out))
+        if kept is not None and same and self._dense != "release":
             kept.change(self.mask_in, self.mask_out, self._source(), anew=True)()
         elif kept is not None:
             self._compaction = kept = None  # its memory first
             self._compaction = Compaction(self.mask_in, self.mask_out, self._source())
+        self._put_away()
         self._compare_chains()
 
     def _compaction_change(self, masks: dict[str, Tensor]) -> Callable[[], None]:
@@ -256,8 +370,14 @@ class Compacting(Merging):
         if kept is None or any(mask.shape != buffers[name].shape for name, mask in masks.items()):
             return self._compact_anew
         self._refuse_sharded("set_masks")
+        self._refuse_rising("set_masks", masks)
         sides = {**buffers, **masks}
-        change = kept.change(sides["mask_in"], sides["mask_out"], self._source())
+        released = self._away and self._dense == "release"
+        fell = released and any(bool(((mask == 0) & (buffers[name] != 0)).any()) for name, mask in masks.items())
+        if fell:
+            change = kept.narrow(sides["mask_in"], sides["mask_out"])
+        else:
+            change = kept.change(sides["mask_in"], sides["mask_out"], None if released else self._source())
 
         def make() -> None:
             change()
@@ -272,7 +392,7 @@ class Compacting(Merging):
 
     def _source(self) -> Tensor | None:
         """W [N, K] as it is without a merge."""
-        weight = self._kept.get("weight", self.weight)
+        weight = self._whole() if self._away else self._kept.get("weight", self.weight)
         return weight.t() if weight is not None and self._transposed else weight
 
     def _compute_kept(self, x: Tensor, kept: Compaction, compiling: bool) -> Tensor:
@@ -298,17 +418,37 @@ class Compacting(Merging):
         return kept.apply(x, packed, bias, A, B, masks, self._scaling, *compact)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Compacting:
+        if self._away and self.weight is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                self.weight.set_(self.weight.new_empty(self.weight.shape[:1])[:0])  # type: ignore[call-overload]  # fn would fill it
         super()._apply(fn, recurse)
         if self._compaction is not None:
             self._compaction.move(fn)
+        if self._away:
+            host = None if self._host is None else fn(self._host)
+            self._host = host if host is None or host.is_meta else host.cpu()
+            self._expand()
         return self
 
+    def _expand(self) -> None:
+        """The placeholder anew, of the sizes that the masks say."""
+        weight, shape = self.weight, (len(self.mask_out), len(self.mask_in))
+        if weight is not None:
+            with torch.inference_mode(False), torch.no_grad():
+                blank = weight.new_full((), float("nan"))
+                weight.set_(blank.expand(shape[::-1] if self._transposed else shape))  # type: ignore[call-overload]
+
     def __getstate__(self) -> dict[str, Any]:
-        # Found again from weight and masks. A chain is the model's: a copy of one adapter alone computes full-size.
-        return {**self.__dict__, "_compaction": self.compacted, "_chain_in": None, "_chain_out": None}
+        # Found again from weight and masks, unless there is no weight. A chain is the model's: a copy of one adapter computes full-size.
+        compaction = self._compaction if self._dense == "release" else self.compacted
+        return {**self.__dict__, "_compaction": compaction, "_chain_in": None, "_chain_out": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        compacted, self._compaction = self.__dict__.get("_compaction"), None
-        if compacted:
-            self._compaction = Compaction(self.mask_in, self.mask_out, self._source())
+        if self._away:
+            self._expand()  # a copy is not expanded
+        compacted = self.__dict__.get("_compaction")
+        if not isinstance(compacted, Compaction):
+            self._compaction = Compaction(self.mask_in, self.mask_out, self._source()) if compacted else None
+        else:
+            compacted._view()

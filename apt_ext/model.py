@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -128,32 +129,42 @@ class APTModel(nn.Module):
         """
         with agreement.change("cut") as agree:
             hidden = self.get_block_mask("hidden") if "hidden" in self.blocks else None
-            left = cut_in_place(self.model, self.blocks, optimizer, agree)
+            away = [adapter for _, adapter in adapters(self) if adapter._away]
+            try:
+                for adapter in away:
+                    adapter._bring_back()
+                left = cut_in_place(self.model, self.blocks, optimizer, agree)
+            finally:
+                for adapter in away:
+                    adapter._put_away()
             self.blocks = left if self.blocks else {}  # there are none after merge_and_unload
             if hidden is not None:
                 kept = hidden.cpu().nonzero().flatten()
                 self._hidden_left = kept if self._hidden_left is None else self._hidden_left[kept]
         return self
 
-    def compact(self, on: bool = True, chain: bool = False) -> None:
+    def compact(self, on: bool = True, dense: str = "keep", chain: bool = False) -> None:
         """`APTAdapter.compact` for every adapter: forward and backward cost what is kept from now on. Modules that train whole do not.
 
         With `chain` the linears of a block of neurons hand over kept lanes alone, [..., kept] in whole 16 bytes instead of [..., N], so
         activations between them cost what is kept, too; what computes there must be elementwise and finite at 0, as in every architecture
-        of the table. Their shapes then follow the masks: a compiled model compiles once more at the first change.
+        of the table. Their shapes then follow the masks: a compiled model compiles once more at the first change. A weight that is tied to
+        another module's is kept whatever `dense` says.
 
-        Nothing has changed when this raises RuntimeError (an adapter is merged, sharded by FSDP or on meta).
+        Nothing has changed when this raises TypeError, ValueError or RuntimeError (an adapter is merged, sharded by FSDP or on meta).
         """
         found = [(name, adapter) for name, adapter in adapters(self) if not isinstance(adapter, MaskedLinear)]
-        before = [adapter._compaction for _, adapter in found]
+        for name, adapter in found:
+            with naming(name):
+                adapter._check_compact(on, dense)
+        owners = Counter(id(parameter) for _, parameter in self.named_parameters(remove_duplicate=False))
+        before = [(adapter.compacted, adapter._dense) for _, adapter in found]
         try:
-            for name, adapter in found:
-                with naming(name):
-                    adapter.compact(on)
-        except BaseException:
-            for (_, adapter), compaction in zip(found, before, strict=True):
-                adapter._compaction = compaction
-                adapter._compare_chains()
+            for _, adapter in found:
+                adapter.compact(on, dense if adapter.weight is None or owners[id(adapter.weight)] == 1 else "keep")
+        except BaseException:  # of memory there was not enough
+            for (_, adapter), (compacted, was) in zip(found, before, strict=True):
+                adapter.compact(compacted, was)
             raise
         self._chained = on and chain
         self._link_chains()

@@ -60,6 +60,8 @@ def _save(adapter: Saving, state: dict[str, Tensor], prefix: str, _metadata: Any
             original = holder._kept.get(held)
             if original is not None and original.shape == tensor.shape:
                 state[f"{prefix}base_layer.{name}"] = original
+    if adapter._away:
+        state[f"{prefix}base_layer.weight"] = adapter._whole()
 
 
 def _load(
@@ -97,6 +99,8 @@ def _load(
         merged = False
 
     merged = merged and adapter.base_layer is not None
+    if "base_layer.weight" not in own:
+        adapter._refuse_rising("load_state_dict", masks)
 
     # What can run out of memory, before anything changes.
     ones = {name: all_ones(mask) for name, mask in masks.items()}
@@ -106,6 +110,7 @@ def _load(
     if A is not None and B is not None:
         storages = _fitting_storages(adapter, stored)
         factors = {"lora_A": _padded(A.detach()[:rank], stored, 0), "lora_B": _padded(B.detach()[:, :rank], stored, 1)}
+    adapter._bring_back()  # the whole weight, which torch copies into
     undo = _undo(adapter) if merged else None  # merging again can still fail
 
     # Nothing above changed anything; from here on the adapter takes the saved form.

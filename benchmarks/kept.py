@@ -135,8 +135,10 @@ class Naive(nn.Module):
 
 
 def step_rows(layers, batch, length, rank, dtype, device, rounds):
-    """A training step (forward, loss, backward, AdamW) of a model of BERT-base's widths and a small vocabulary, half of its heads and neurons
-    pruned at random."""
+    """A training step (forward, loss, backward, AdamW) of a model of BERT-base's widths and a small vocabulary.
+
+    Half of its heads and neurons are pruned, at random.
+    """
     import bench
     from transformers import BertConfig, BertForSequenceClassification
 

@@ -103,6 +103,7 @@ def test_the_compiled_peer_is_the_formula(bench):
 
 def test_kept_lanes_are_measured_and_drawn(bench, monkeypatch, tmp_path):
     """Every peer of a compacted layer and of a training step runs, and the plot takes what comes out."""
+    pytest.importorskip("matplotlib")
     import kept
 
     rows = [*kept.density_rows(8, 16, 24, 2, torch.float32, "both", (0.5, 1.0), "cpu", 2)]

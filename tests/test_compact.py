@@ -6,6 +6,7 @@ from conftest import Problem, assert_accurate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_linear import LAYOUTS, MASKS, SHAPES
+from test_memory import banded, bits, outside
 
 from apt_ext import reference
 from apt_ext.compact import Compaction, width
@@ -292,3 +293,28 @@ def test_bad_arguments_are_worded(change, error, match):
     given = dict(zip(names, arguments(Problem((4,), 12, 10, 3, torch.float32, masks="soft")), strict=True))
     with pytest.raises(error, match=match):
         torch.ops.apt_ext.compact_linear(**{**given, **{name: f(given[name]) for name, f in change.items()}})
+
+
+@pytest.mark.parametrize("masks", ["none", "soft"])
+@pytest.mark.parametrize("layout", ["inner slice", "stretch"])
+def test_stays_within_its_operands(device, dtype, layout, masks):
+    """Bands of NaN around every operand: none is read, none is written."""
+    p = Problem((33,), 72, 130, 17, dtype, device, masks)
+    kept, (m_in, m_out) = operands(p.weight, p.mask_in, p.mask_out, 72, 130, device)
+    held = {name: banded(getattr(p, name), layout) for name in ("x", "grad", "bias", "lora_A", "lora_B")}
+    held |= {"mask_in": banded(m_in, layout), "mask_out": banded(m_out, layout), "packed": banded(kept.packed, "stretch")}
+    before = {name: bits(buffer) for name, (_, buffer) in held.items()}
+    view = {name: value for name, (value, _) in held.items()}
+    leaves = [view[name].detach().requires_grad_() for name in ("x", "lora_A", "lora_B", "bias")]
+    x, A, B, b = leaves
+    y = kept.apply(x, view["packed"], b, A, B, (view["mask_in"], view["mask_out"]), p.scaling)
+    grads = torch.autograd.grad(y, leaves, view["grad"])
+    p.check({"y": y.detach(), **dict(zip(("dx", "dA", "dB", "db"), grads, strict=True))})
+    for name, (_, buffer) in held.items():
+        assert torch.equal(bits(buffer), before[name]), name
+    packed, buffer = banded(torch.zeros_like(kept.packed), "stretch")
+    edge = outside(packed, buffer)
+    torch.ops.apt_ext.pack_kept_(packed, banded(p.weight, layout)[0], kept.index_in, kept.index_out, kept.kept)
+    assert torch.equal(outside(packed, buffer), edge)
+    used = len(kept.lanes_in) * len(kept.lanes_out)
+    assert torch.equal(packed[:used], kept.packed[:used])

@@ -45,6 +45,8 @@ def _products(reader: nn.Module, mean: Tensor | None, rows: bool = True) -> Tens
     """W_eff * mean, [out, in]; rows: without the outputs that are masked."""
     base = stored(reader)
     weight = base.weight.detach()  # type: ignore[operator]
+    if isinstance(reader, APTAdapter) and reader._away:
+        weight = reader._whole().to(weight.device)
     if weight_dim(base, "out") == 1:
         weight = weight.t()
     weight = weight.float() if weight.dtype != torch.float64 else weight

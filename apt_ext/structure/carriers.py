@@ -32,7 +32,7 @@ class MaskedLinear(APTAdapter):
             factor.requires_grad_(False)
         return masked  # type: ignore[return-value]  # from_linear builds a cls
 
-    def compact(self, on: bool = True) -> None:
+    def compact(self, on: bool = True, dense: str = "keep") -> None:
         """Refused: the weight trains, so a copy of what is kept of it would be old at every step."""
         if on:
             raise RuntimeError("compact: this module trains whole; only an adapter, whose weight is frozen, computes on kept lanes")
