@@ -66,8 +66,8 @@ def apt_linear(
     RuntimeError names one that requires a gradient. Second derivatives, forward mode, ``torch.func`` and ``vmap`` run the
     same formula in plain torch operations, wider and slower.
     """
-    # The typed door costs less host time than torch.ops' and reaches the same dispatcher. It misses __torch_function__ and tracers of Python,
-    # and words a wrong argument worse.
+    # The typed door costs less host time than torch.ops' and reaches the same dispatcher. It misses __torch_function__
+    # and tracers of Python, and words a wrong argument worse.
     if type(x) is Tensor and not is_compiling() and not _is_torch_function_mode_enabled():
         try:
             return _C.apt_linear(x, weight, bias, lora_A, lora_B, mask_in, mask_out, scaling)

@@ -5,8 +5,8 @@
 
 Peers are interleaved: every round times each of them once, on random data, and the table shows medians over the rounds, with the
 quartiles in the JSON. "masks" has 1 % zeros and 1 % at 0.5 in every mask; "none" has masks of ones. On CUDA the clock is the device's.
-On the CPU freed memory stays with the process: glibc otherwise gives it back at a moment that depends on the calls before, and the peer that
-comes next pays for fresh pages (seen: a frozen product 1.4 times as long). Each row says its page faults a call.
+On the CPU freed memory stays with the process: glibc otherwise gives it back at a moment that depends on the calls before, and the peer
+that comes next pays for fresh pages. Each row says its page faults a call.
 The JSON is written after every case; a case that fails is named in it and costs no other. --report measures nothing: it writes the tables
 of docs/performance.md from the kept files.
 """

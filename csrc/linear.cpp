@@ -46,8 +46,8 @@ Tensor down(const Tensor& lhs, const Tensor& rhs) {
   return dtype == lhs.scalar_type() ? at::mm(lhs, rhs) : at::mm(lhs, rhs, dtype);
 }
 
-// Where oneDNN multiplies bfloat16, an alpha other than 1 makes a skinny product slower; a power of two scales
-// the small side exactly instead.
+// Where oneDNN multiplies bfloat16, an alpha other than 1 makes a skinny product slower; a power of two
+// scales the small side exactly instead.
 bool scales_exactly(const Tensor& low, double scaling) {
   int exponent = 0;
   return low.is_cpu() && low.scalar_type() == at::kBFloat16 && std::frexp(scaling, &exponent) == 0.5 &&
