@@ -128,7 +128,10 @@ class APTModel(nn.Module):
         group that disagree).
         """
         with agreement.change("cut") as agree:
-            hidden = self.get_block_mask("hidden") if "hidden" in self.blocks else None
+            hidden_left = self._hidden_left
+            if "hidden" in self.blocks:
+                kept = self.get_block_mask("hidden").cpu().nonzero().flatten()
+                hidden_left = kept if hidden_left is None else hidden_left[kept]
             away = [adapter for _, adapter in adapters(self) if adapter._away]
             try:
                 for adapter in away:
@@ -138,9 +141,7 @@ class APTModel(nn.Module):
                 for adapter in away:
                     adapter._put_away()
             self.blocks = left if self.blocks else {}  # there are none after merge_and_unload
-            if hidden is not None:
-                kept = hidden.cpu().nonzero().flatten()
-                self._hidden_left = kept if self._hidden_left is None else self._hidden_left[kept]
+            self._hidden_left = hidden_left
         return self
 
     def compact(self, on: bool = True, dense: str = "keep", chain: bool = False) -> None:

@@ -221,7 +221,7 @@ void check_compact(const Tensor& x, const CompactLayer& layer, bool gathered) {
   TORCH_CHECK_TYPE(layer.kept.dim() == 0 && layer.kept.scalar_type() == at::kLong,
                    "kept must be an int64 tensor without dimensions, got ", name_of(layer.kept.scalar_type()),
                    " of shape ", text(layer.kept.sym_sizes()));
-  TORCH_CHECK_VALUE(layer.kept.is_cpu() || layer.kept.is_meta(), "kept must be on the CPU, got ",
+  TORCH_CHECK_VALUE(layer.kept.is_cpu() || x.is_meta(), "kept must be on the CPU, got ",
                     layer.kept.device().str());
 }
 

@@ -1,5 +1,6 @@
 """What an op must refuse, generated for every tensor of every op: layouts, dtypes, devices, shapes; nothing has then changed."""
 
+import functools
 import re
 
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apt_ext import ops, reference
+from apt_ext.compact import Compaction
 
 N, K, R = 6, 5, 3
 
@@ -19,7 +21,26 @@ def operands(dtype=torch.float32):
     backward = {"grad": p.grad, **{name: t for name, t in forward.items() if name != "bias"}, "t": torch.randn(4, R, dtype=dtype)}
     merge = {name: forward[name] for name in ("weight", "lora_A", "lora_B", "mask_in", "mask_out")}
     masked = {"grads[0]": torch.randn(4, K, dtype=dtype), "masks[0]": p.mask_in}
-    return {"apt_linear": forward, "apt_linear_forward": forward, "apt_linear_backward": backward, "merge_": merge, "mask_grads_": masked}
+    rest = ("bias", "lora_A", "lora_B", "mask_in", "mask_out")
+    compact = {"x": p.x, "packed": kept_lanes(dtype).packed, **{name: forward[name] for name in rest}}
+    compact_backward = {"grad": p.grad, **{name: t for name, t in compact.items() if name != "bias"}, "t": backward["t"]}
+    return {
+        "apt_linear": forward,
+        "apt_linear_forward": forward,
+        "apt_linear_backward": backward,
+        "merge_": merge,
+        "mask_grads_": masked,
+        "compact_linear": compact,
+        "compact_linear_forward": compact,
+        "compact_linear_backward": compact_backward,
+        "pack_kept_": {"packed": compact["packed"], "weight": p.weight},
+    }
+
+
+@functools.cache
+def kept_lanes(dtype):
+    p = Problem((4,), N, K, R, dtype, masks="soft")
+    return Compaction(p.mask_in, p.mask_out, p.weight)
 
 
 def call(op, given):
@@ -32,7 +53,16 @@ def call(op, given):
         return function(t["grad"], t["x"], t["weight"], t["lora_A"], t["lora_B"], t["t"], t["mask_in"], t["mask_out"], 1.0, four)
     if op == "merge_":
         return function(t["weight"], t["lora_A"], t["lora_B"], 1.0, t["mask_in"], t["mask_out"])
-    return function([t["grads"]], [t["masks"]], [1])
+    if op == "mask_grads_":
+        return function([t["grads"]], [t["masks"]], [1])
+    lanes = kept_lanes(torch.float32)
+    if op == "pack_kept_":
+        return function(t["packed"], t["weight"], lanes.index_in, lanes.index_out, lanes.kept)
+    indices = (lanes.index_in, lanes.index_out, lanes.position_in, lanes.position_out, lanes.kept)
+    layer = [t[name] for name in ("packed", "bias", "lora_A", "lora_B", "t", "mask_in", "mask_out") if name in t]
+    if op == "compact_linear_backward":
+        return function(t["grad"], t["x"], *layer, *indices, 1.0, False, False, False, [True] * 4)
+    return function(t["x"], *layer, *indices, 1.0, False, False)
 
 
 def quantised(t):
@@ -66,8 +96,13 @@ BAD = {
     "no dimension": (lambda t: t.flatten()[0], ValueError),
 }
 ROWS = ("a row more", "a row less")
+FORWARDS = ("apt_linear", "apt_linear_forward", "compact_linear", "compact_linear_forward")
+KEPT = ("compact_linear", "compact_linear_forward", "compact_linear_backward", "pack_kept_")
+INNER = {"apt_linear_forward", "apt_linear_backward", *KEPT}  # no public names
 RIGHT = {  # what is right where the operand stands
-    *((op, "x", kind) for op in ("apt_linear", "apt_linear_forward") for kind in (*ROWS, "a dimension more", "a dimension less")),
+    *((op, "x", kind) for op in FORWARDS for kind in (*ROWS, "a dimension more", "a dimension less")),
+    *((op, "packed", kind) for op in KEPT for kind in (*ROWS, "a column more", "a column less")),  # it has room for more than it holds
+    *(("pack_kept_", "weight", kind) for kind in (*ROWS, "a column more", "a column less")),  # the indices are not looked at
     *(("mask_grads_", "grads[0]", kind) for kind in (*ROWS, "float16", "bfloat16")),  # any shape but along dim, any mask is float32
     *(("merge_", "weight", kind) for kind in ("float16", "bfloat16")),  # under float32 factors
 }
@@ -79,8 +114,8 @@ def cases():
             for kind in BAD:
                 if (op, name, kind) in RIGHT or (kind == "compressed" and tensor.dim() < 2):
                     continue
-                if kind == "jagged" and op in ("apt_linear_forward", "apt_linear_backward"):
-                    continue  # torch's own refusal: it is a Python subclass, and these two are no public names
+                if kind == "jagged" and op in INNER:
+                    continue  # torch's own refusal of a Python subclass
                 yield pytest.param(op, name, kind, id=f"{op}-{name}-{kind}")
 
 
@@ -192,3 +227,13 @@ def test_mask_grads_of_every_small_size(grads, seed):
     want = [reference.scale_lanes(t.clone(), mask, dim) for t, mask, dim in zip(tensors, masks, dims, strict=True)]
     ops.mask_grads_(tensors, masks, dims)
     torch.testing.assert_close(tensors, want)
+
+
+@pytest.mark.parametrize("name", ["index_in", "index_out", "position_in", "position_out", "kept"])
+@pytest.mark.parametrize("change", [torch.Tensor.float, torch.Tensor.short, lambda t: t[None], lambda t: t.to("meta")])
+def test_lanes_of_a_compacted_layer_that_are_none(name, change):
+    p, lanes = operands()["compact_linear"], kept_lanes(torch.float32)
+    given = {one: getattr(lanes, one) for one in ("index_in", "index_out", "position_in", "position_out", "kept")}
+    given[name] = change(given[name])
+    with pytest.raises((TypeError, ValueError), match=f"{name} must .*got "):
+        torch.ops.apt_ext.compact_linear(*p.values(), *given.values(), 1.0, False, False)
