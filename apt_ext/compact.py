@@ -75,13 +75,14 @@ class Compaction:
         """The change to what these masks keep: what can fail is done here. W is copied where the exact zeros changed, or `anew`."""
         if mask_in.is_meta or mask_out.is_meta:
             return lambda: None
+        new: dict[str, Tensor] = {}
+        word = 0
         with torch.inference_mode(False), torch.no_grad():
-            (index_in, position_in, kept_in, soft_in), (index_out, position_out, kept_out, soft_out) = (
-                _lanes(mask, len(index)) for mask, index in ((mask_in, self.index_in), (mask_out, self.index_out))
-            )
-        new = dict(zip(_INDICES, (index_in, index_out, position_in, position_out), strict=True))
-        new = {name: value for name, value in new.items() if anew or not torch.equal(value, getattr(self, name))}
-        word = kept_in | kept_out << 30 | soft_in << 60 | soft_out << 61
+            for shift, side, mask in ((0, "in", mask_in), (1, "out", mask_out)):
+                index, kept, soft = _lanes(mask, len(getattr(self, f"index_{side}")))
+                word |= kept << 30 * shift | soft << 60 + shift
+                if anew or not torch.equal(index, getattr(self, f"index_{side}")):
+                    new |= {f"index_{side}": index, f"position_{side}": _positions(mask)}
 
         def make() -> None:
             with torch.no_grad():
@@ -178,15 +179,19 @@ class Compaction:
         return _compact_linear(x, packed, bias, A, B, *given)  # type: ignore[no-any-return]
 
 
-def _lanes(mask: Tensor, capacity: int) -> tuple[Tensor, Tensor, int, bool]:
-    """(index [capacity], position [size], kept lanes, whether their mask has fractions)."""
-    lanes = mask.nonzero().flatten().to(torch.int32)
+def _lanes(mask: Tensor, capacity: int) -> tuple[Tensor, int, bool]:
+    """(index [capacity], kept lanes, whether their mask has fractions)."""
+    lanes = mask.nonzero().flatten()
     index = torch.full((capacity,), -1, dtype=torch.int32, device=mask.device)
     index[: len(lanes)] = lanes
+    return index, len(lanes), bool(((mask != 0) & (mask != 1)).any())
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """int32 [size]: a lane's place among the kept ones; of a pruned lane ~(the kept lanes before it)."""
     kept = mask != 0
     before = kept.cumsum(0)
-    position = torch.where(kept, before - 1, ~before).to(torch.int32)
-    return index, position, len(lanes), bool((mask[kept] != 1).any())
+    return torch.where(kept, before - 1, ~before).to(torch.int32)
 
 
 def _written(tensor: Tensor) -> tuple[int, int | None]:

@@ -464,6 +464,39 @@ def test_a_whole_model_without_its_dense_weights(dense, tmp_path):
     close(outputs(apt, family.inputs()), want)
 
 
+def test_a_tied_weight_is_kept():
+    """Its other owner reads it."""
+    model = FAMILIES["llama"].model()
+    layers = model.model.layers
+    layers[1].mlp.down_proj.weight = layers[0].mlp.down_proj.weight
+    apt = get_apt_model(model, APTConfig(r=1, target_modules=["q_proj"])).eval()
+    mask_all(apt, some(FAMILIES["llama"], apt.blocks, ("neurons",), "hard"))
+    want = outputs(apt, FAMILIES["llama"].inputs())
+    apt.compact(dense="cpu")
+    assert [layer.mlp.down_proj._away for layer in layers] == [False, False] and layers[0].mlp.up_proj._away
+    layers[1].mlp.down_proj.compact(False)
+    close(outputs(apt, FAMILIES["llama"].inputs()), want)
+
+
+@AWAY
+def test_scores_of_outliers_read_the_whole_weight(dense):
+    from apt_ext.method.kurtosis import outliers, row_outliers
+
+    adapter, twin = put_away(dense)
+    torch.testing.assert_close(row_outliers(adapter, None), row_outliers(twin, None))
+    torch.testing.assert_close(outliers(adapter, None, 10), outliers(twin, None, 10))
+
+
+def test_a_linear_that_trains_whole_is_refused_and_passed_over():
+    apt = adapted(FAMILIES["bert"])
+    apt.set_block_mask("hidden", (torch.arange(24) > 3).double())
+    whole = [adapter for _, adapter in adapters(apt) if type(adapter) is not APTAdapter]
+    with pytest.raises(RuntimeError, match="this module trains whole"):
+        whole[0].compact()
+    apt.compact()
+    assert whole and not any(adapter.compacted for adapter in whole)
+
+
 # -- models ------------------------------------------------------------------------------------------------------------
 
 
