@@ -30,6 +30,33 @@ def run(bench, monkeypatch, *arguments):
         torch.set_num_threads(threads)
 
 
+def test_the_tables_of_the_document_are_those_of_the_kept_results(bench):
+    text = bench.report.DOCUMENT.read_text()
+    assert bench.report.MARKED.findall(text), "no marked sections"
+    assert bench.report.updated(text) == text, "run `python benchmarks/bench.py --report`"
+
+
+def test_a_marked_section_follows_its_file(bench, monkeypatch, tmp_path):
+    kept = json.loads((bench.report.RESULTS / "cpu-float32.json").read_text())
+    row = next(row for row in kept["rows"] if row["work"] == "forward" and row["peer"] == "apt none")
+    row["ratio"] = 7.77
+    (tmp_path / "cpu-float32.json").write_text(json.dumps(kept))
+    monkeypatch.setattr(bench.report, "RESULTS", tmp_path)
+    text = "before\n<!-- bench cpu-float32.json layers -->\nold\n<!-- end -->\nafter\n"
+    new = bench.report.updated(text)
+    assert "7.77" in new and "old" not in new and new.startswith("before\n") and new.endswith("\nafter\n")
+
+
+@pytest.mark.parametrize("name", ["cpu-float32.json", "cpu-bfloat16.json"])
+def test_kept_results_say_where_they_come_from(bench, name):
+    kept = json.loads((bench.report.RESULTS / name).read_text())
+    assert kept["failed"] == [] and kept["threads"] == 1 and kept["rounds"] >= 12
+    assert kept["commit"] and "dirty" not in kept["commit"]
+    assert kept["device"] and name in kept["command"]
+    layers = [row for row in kept["rows"] if "forward" in row["work"]]
+    assert layers and all(row["faults"] < 16 for row in layers), "fresh pages were timed, not the peers"
+
+
 def test_a_case_that_fails_costs_no_other(bench, monkeypatch, tmp_path, capsys):
     def broken(*arguments):
         yield {"work": "forward", "peer": "none"}
@@ -99,20 +126,3 @@ def test_the_compiled_peer_is_the_formula(bench):
     layer = bench.Layer(32, 24, 16, 4, torch.float32, "cpu")
     theirs = bench.compiled(*layer.formula)(layer.x)
     assert torch.allclose(theirs, bench.naive(*layer.formula)(layer.x), rtol=1e-4, atol=1e-4)
-
-
-def test_kept_lanes_are_measured_and_drawn(bench, monkeypatch, tmp_path):
-    """Every peer of a compacted layer and of a training step runs, and the plot takes what comes out."""
-    pytest.importorskip("matplotlib")
-    import kept
-
-    rows = [*kept.density_rows(8, 16, 24, 2, torch.float32, "both", (0.5, 1.0), "cpu", 2)]
-    rows += kept.refresh_rows(16, 24, 2, torch.float32, "cpu", 2)
-    rows += kept.step_rows(1, 1, 4, 2, torch.float32, "cpu", 2)
-    assert {row["work"] for row in rows} == {
-        *(f"{share} of both kept: {kind}" for share in ("50%", "100%") for kind in ("fwd", "f+b")),
-        "compact: refresh",
-        "step of 1 layers, half kept",
-    }
-    kept.plot(rows, tmp_path / "kept.png")
-    assert (tmp_path / "kept.png").stat().st_size > 1000
