@@ -86,7 +86,7 @@ class APTAdapter(Saving):
         self.dropout = float(dropout)
         self.init_std = 1.0 / math.sqrt(3 * max(in_features, 1)) if init_std is None else float(init_std)
         self._label = ""  # its name in the model, for messages
-        self._mask_stamps: dict[str, int | None] = {}
+        self._mask_stamps: dict[str, tuple[Tensor, int | None]] = {}  # the buffer, and its version where it is known to be all ones
         self._disabled = False
         self.register_module("base_layer", None)
         stored = rank if max_rank is None else max_rank
@@ -208,8 +208,9 @@ class APTAdapter(Saving):
             if self._merged:
                 self._warn_if_learning()
             return self._through_base(x, compiling)
-        if self._compaction is not None and mask_in is None and mask_out is None:
-            return self._compute_kept(x, self._compaction, compiling)
+        kept = self._compaction
+        if kept is not None and mask_in is None and mask_out is None and (compiling or self._masks_are_own() and self._source_is_own()):
+            return self._compute_kept(x, kept, compiling)
         if self._away:
             self._refuse_away("a forward with masks of its own")
         return self._compute(x, *self._effective_masks(mask_in, mask_out, compiling))
@@ -312,11 +313,15 @@ class APTAdapter(Saving):
     def _stamp_mask(self, name: str, ones: bool) -> None:
         buffer = self._buffer(name)
         self._changes.note()
-        self._mask_stamps[name] = buffer._version if ones and not buffer.is_inference() else None
+        self._mask_stamps[name] = (buffer, buffer._version if ones and not buffer.is_inference() else None)
 
     def _known_ones(self, name: str) -> bool:
-        stamp = self._mask_stamps.get(name)
-        return stamp is not None and stamp == self._buffer(name)._version
+        placed, version = self._mask_stamps.get(name, (None, None))
+        return version is not None and placed is self._buffer(name) and version == placed._version
+
+    def _masks_are_own(self) -> bool:
+        """Whether the masks in place are the adapter's, and not others that ``torch.func.functional_call`` put there for a call."""
+        return all(self._mask_stamps[name][0] is self._buffers[name] for name in ("mask_in", "mask_out"))
 
     def _effective_masks(self, mask_in: Tensor | None, mask_out: Tensor | None, compiling: bool) -> tuple[Tensor | None, Tensor | None]:
         """The overrides, else the masks, or None for one known to be all ones: then it costs nothing, and no device is asked.
@@ -328,9 +333,9 @@ class APTAdapter(Saving):
         assert own_in is not None and own_out is not None
         ones_in = ones_out = False
         if not compiling:
-            stamp_in, stamp_out = self._mask_stamps.get("mask_in"), self._mask_stamps.get("mask_out")
-            ones_in = mask_in is None and stamp_in is not None and stamp_in == own_in._version
-            ones_out = mask_out is None and stamp_out is not None and stamp_out == own_out._version
+            (placed_in, version_in), (placed_out, version_out) = self._mask_stamps["mask_in"], self._mask_stamps["mask_out"]
+            ones_in = mask_in is None and placed_in is own_in and version_in is not None and version_in == own_in._version
+            ones_out = mask_out is None and placed_out is own_out and version_out is not None and version_out == own_out._version
             if (ones_in or ones_out) and own_in.is_cuda and torch.cuda.is_current_stream_capturing():
                 ones_in = ones_out = False
         if mask_in is None and not ones_in:

@@ -17,11 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C import _is_torch_function_mode_enabled
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from . import _C
 from .arguments import checked_choice
+from .guard import is_guarded
 from .merging import Merging
 from .sharding import is_sharded
 
@@ -68,7 +70,6 @@ class Compaction:
             for name, size in zip(_INDICES, sizes, strict=True):
                 setattr(self, name, torch.full((size,), -1, dtype=torch.int32, device=device))
             self.kept = torch.zeros((), dtype=torch.int64)
-        self._copied: tuple[int, int | None] = (0, None)  # which tensor, and how often it had been written
         self.change(mask_in, mask_out, matrix, anew=True)()
 
     def change(self, mask_in: Tensor, mask_out: Tensor, matrix: Tensor | None, anew: bool = False) -> Callable[[], None]:
@@ -91,7 +92,7 @@ class Compaction:
                 if int(self.kept) != word:
                     self.kept.fill_(word)
             self._view()
-            if new or self.is_stale(matrix):
+            if new:
                 self.pack(matrix)
 
         return make
@@ -142,14 +143,6 @@ class Compaction:
         """Copy what is kept of W, in one pass over it."""
         if self.packed is not None and matrix is not None:
             _pack_kept_(self.packed, matrix.detach().to(self.packed.device), self.index_in, self.index_out, self.kept)
-            self._copied = _written(matrix)
-
-    def is_stale(self, matrix: Tensor | None) -> bool:
-        """Whether somebody has written into W since it was copied. Another tensor in its place (FSDP2 gathers one) says nothing."""
-        if matrix is None:
-            return False
-        storage, version = _written(matrix)
-        return self._copied[0] == storage and self._copied[1] != version
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """What `nn.Module._apply` does to a module's tensors."""
@@ -194,8 +187,8 @@ def _positions(mask: Tensor) -> Tensor:
     return torch.where(kept, before - 1, ~before).to(torch.int32)
 
 
-def _written(tensor: Tensor) -> tuple[int, int | None]:
-    return tensor.data_ptr(), None if tensor.is_inference() else tensor._version
+def _version(tensor: Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version
 
 
 class Chain:
@@ -235,6 +228,7 @@ class Compacting(Merging):
         self._compaction: Compaction | None = None
         self._chain_in: Chain | None = None
         self._chain_out: Chain | None = None
+        self._seen: tuple[Tensor, int | None] | None = None  # see _look
         self._dense = "keep"
         self._away = False  # the base layer's weight is a placeholder: one NaN that is read everywhere
         self._host: Tensor | None = None  # what it was, as stored, where dense is "cpu"
@@ -268,6 +262,7 @@ class Compacting(Merging):
         self._compaction = Compaction(self.mask_in, self.mask_out, self._source()) if on else None
         self._dense = dense if on else "keep"
         self._put_away()
+        self._look()
         self._compare_chains()
 
     def _check_compact(self, on: bool, dense: str) -> None:
@@ -366,6 +361,7 @@ class Compacting(Merging):
             self._compaction = kept = None  # its memory first
             self._compaction = Compaction(self.mask_in, self.mask_out, self._source())
         self._put_away()
+        self._look()
         self._compare_chains()
 
     def _compaction_change(self, masks: dict[str, Tensor]) -> Callable[[], None]:
@@ -382,10 +378,12 @@ class Compacting(Merging):
         if fell:
             change = kept.narrow(sides["mask_in"], sides["mask_out"])
         else:
-            change = kept.change(sides["mask_in"], sides["mask_out"], None if released else self._source())
+            stale = self._is_stale() and not self._away
+            change = kept.change(sides["mask_in"], sides["mask_out"], None if released else self._source(), anew=stale)
 
         def make() -> None:
             change()
+            self._look()
             self._compare_chains()
 
         return make
@@ -400,6 +398,29 @@ class Compacting(Merging):
         weight = self._whole() if self._away else self._kept.get("weight", self.weight)
         return weight.t() if weight is not None and self._transposed else weight
 
+    def _look(self, weight: Tensor | None = None) -> None:
+        """Remember what is in the place of the base layer's weight, its memory (so that no other gets the address) and its version."""
+        weight = self.weight if weight is None and self._compaction is not None else weight
+        self._seen = None if weight is None else (weight.detach(), _version(weight))
+
+    def _is_stale(self, weight: Tensor | None = None) -> bool:
+        """Whether somebody has written into the weight since then, or put another into its place."""
+        weight = self.weight if weight is None else weight
+        if weight is None or self._seen is None:
+            return False
+        memory, version = self._seen
+        return weight.data_ptr() != memory.data_ptr() or _version(weight) != version
+
+    def _is_gathered(self) -> bool:
+        """Whether FSDP2 may have put tensors of its own, of the same values, in the place of the adapter's."""
+        return not is_guarded(self.lora_A) and torch.distributed.is_available() and torch.distributed.is_initialized()
+
+    def _source_is_own(self) -> bool:
+        """Whether W has memory to copy from: what ``torch.func`` puts in its place to transform it does not."""
+        base = self._modules["base_layer"]
+        weight = None if base is None else base._parameters.get("weight")
+        return weight is None or not is_functorch_wrapped_tensor(weight)
+
     def _compute_kept(self, x: Tensor, kept: Compaction, compiling: bool) -> Tensor:
         """Eq. 2 under the masks of the module, in products of the kept lanes."""
         base, packed = self._modules["base_layer"], kept.packed
@@ -409,8 +430,16 @@ class Compacting(Merging):
         if base is not None:
             own = base._parameters
             bias = own["bias"] if "bias" in own else base.bias
-            if not compiling and kept.is_stale(own.get("weight")):
-                kept.pack(self._source())
+            weight: Any = own["weight"] if "weight" in own else base.weight
+            if weight.requires_grad and torch.is_grad_enabled():
+                raise RuntimeError(
+                    "weight is a constant of a compacted layer and has no gradient, but it requires one; "
+                    "expected weight.requires_grad to be False, got True"
+                )
+            if not compiling and self._is_stale(weight) and not self._is_gathered():
+                self._refuse_away("another weight in the place of the base layer's")
+                kept.pack(weight.t() if self._transposed else weight)
+                self._look(weight)
         masks = self._buffers["mask_in"], self._buffers["mask_out"]
         before, after = self._chain_in, self._chain_out
         compact = (
@@ -423,6 +452,7 @@ class Compacting(Merging):
         return kept.apply(x, packed, bias, A, B, masks, self._scaling, *compact)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Compacting:
+        stale = self._is_stale()
         if self._away and self.weight is not None:
             with torch.inference_mode(False), torch.no_grad():
                 self.weight.set_(self.weight.new_empty(self.weight.shape[:1])[:0])  # type: ignore[call-overload]  # fn would fill it
@@ -433,6 +463,8 @@ class Compacting(Merging):
             host = None if self._host is None else fn(self._host)
             self._host = host if host is None or host.is_meta else host.cpu()
             self._expand()
+        if not stale:
+            self._look()
         return self
 
     def _expand(self) -> None:
@@ -442,11 +474,12 @@ class Compacting(Merging):
             with torch.inference_mode(False), torch.no_grad():
                 blank = weight.new_full((), float("nan"))
                 weight.set_(blank.expand(shape[::-1] if self._transposed else shape))  # type: ignore[call-overload]
+            self._look()
 
     def __getstate__(self) -> dict[str, Any]:
         # Found again from weight and masks, unless there is no weight. A chain is the model's: a copy of one adapter computes full-size.
         compaction = self._compaction if self._dense == "release" else self.compacted
-        return {**self.__dict__, "_compaction": compaction, "_chain_in": None, "_chain_out": None}
+        return {**self.__dict__, "_compaction": compaction, "_seen": None, "_chain_in": None, "_chain_out": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -457,3 +490,4 @@ class Compacting(Merging):
             self._compaction = Compaction(self.mask_in, self.mask_out, self._source()) if compacted else None
         else:
             compacted._view()
+        self._look()

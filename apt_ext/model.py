@@ -154,6 +154,8 @@ class APTModel(nn.Module):
 
         Nothing has changed when this raises TypeError, ValueError or RuntimeError (an adapter is merged, sharded by FSDP or on meta).
         """
+        if not isinstance(chain, bool):
+            raise TypeError(f"chain must be a bool, got {type(chain).__name__}")
         found = [(name, adapter) for name, adapter in adapters(self) if not isinstance(adapter, MaskedLinear)]
         for name, adapter in found:
             with naming(name):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import apt_ext
-from apt_ext import APTAdapter, APTConfig, adapters, get_apt_model
+from apt_ext import APTAdapter, APTConfig, adapters, get_apt_model, reference
 from apt_ext.compact import Chain, width
 
 SERIES = [
@@ -114,6 +114,84 @@ def test_a_weight_that_somebody_writes_is_copied_again(device):
     with torch.no_grad():
         adapter.weight.mul_(3)
     torch.testing.assert_close(adapter(x), expected(adapter, x))
+
+
+@pytest.mark.parametrize("moved", [None, torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer, W: layer.weight.detach().copy_(W),
+        lambda layer, W: setattr(layer.weight, "data", W),
+        lambda layer, W: setattr(layer, "weight", nn.Parameter(W, requires_grad=False)),
+        lambda layer, W: layer.load_state_dict({"weight": W, "bias": torch.zeros(7, dtype=W.dtype)}),
+        lambda layer, W: layer.load_state_dict({"weight": W, "bias": torch.zeros(7, dtype=W.dtype)}, assign=True),
+    ],
+)
+def test_another_weight_is_copied(change, moved):
+    adapter = compacted().to(moved)
+    dtype = adapter.weight.dtype
+    for _ in range(4):  # memory that was given back is used again, at the same address
+        change(adapter.base_layer, torch.randn(7, 10, dtype=dtype))
+        adapter.weight.requires_grad_(False)
+        x = torch.randn(4, 10, dtype=dtype)
+        torch.testing.assert_close(adapter(x), expected(adapter, x))
+
+
+@pytest.mark.parametrize("moved", [torch.float32, torch.float64])
+def test_a_move_copies_only_what_was_written_before_it(moved):
+    adapter = compacted().to(moved)
+    before = adapter._compaction.packed._version
+    x = torch.randn(4, 10, dtype=moved)
+    torch.testing.assert_close(adapter(x), expected(adapter, x))
+    assert adapter._compaction.packed._version == before
+    with torch.no_grad():
+        adapter.weight.mul_(3)
+    torch.testing.assert_close(adapter.float()(x.float()), expected(adapter, x.float()))
+
+
+def test_a_weight_that_asks_for_a_gradient_is_refused(device):
+    adapter, x = compacted(device), torch.randn(4, 10, dtype=torch.float64, device=device)
+    adapter.weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="weight is a constant of a compacted layer"):
+        adapter(x)
+    with torch.no_grad():
+        torch.testing.assert_close(adapter(x), expected(adapter, x))
+
+
+@pytest.mark.parametrize("is_compacted", [True, False])
+def test_functional_call_with_other_tensors(device, is_compacted):
+    adapter, x = compacted(device), torch.randn(4, 10, dtype=torch.float64, device=device)
+    ones = torch.ones(10, device=device)
+    adapter.set_masks(ones, torch.ones(7, device=device))
+    adapter.compact(is_compacted)
+    for writes in range(6):  # whatever version counter the stand-in has
+        m_in, W = ones.clone(), adapter.weight.detach().flip(0)
+        for _ in range(writes):
+            m_in[3], W[2] = 0, 1
+        others = {"mask_in": m_in, "base_layer.weight": W}
+        for names in (("mask_in",), ("base_layer.weight",), tuple(others)):
+            given = {name: others[name] for name in names}
+            mask, weight = given.get("mask_in", ones), given.get("base_layer.weight", adapter.weight)
+            want = reference.apt_linear(x, weight, adapter.bias, adapter.Wa, adapter.Wb, mask, adapter.mask_out, adapter.scaling)
+            torch.testing.assert_close(torch.func.functional_call(adapter, given, (x,)), want)
+        torch.testing.assert_close(adapter(x), expected(adapter, x))
+
+
+def test_vmap_over_stacked_adapters(device):
+    stacked = [compacted(device) for _ in range(3)]
+    stacked[1].set_masks(torch.ones(10, device=device), torch.zeros(7, device=device))
+    x = torch.randn(4, 10, dtype=torch.float64, device=device)
+    parameters, buffers = torch.func.stack_module_state(stacked)
+
+    def call(parameters, buffers):
+        return torch.func.functional_call(stacked[0], (parameters, buffers), (x,))
+
+    want = torch.stack([expected(adapter, x) for adapter in stacked])
+    torch.testing.assert_close(torch.vmap(call)(parameters, buffers), want)
+    own = dict(stacked[0].named_buffers())
+    weights = torch.stack([adapter.weight.detach() for adapter in stacked])
+    got = torch.vmap(lambda W: torch.func.functional_call(stacked[0], {**own, "base_layer.weight": W}, (x,)))(weights)
+    torch.testing.assert_close(got[0], want[0])
 
 
 def test_overrides_compute_full_size(device):

@@ -36,6 +36,17 @@ def test_cut_is_masked_and_smaller(family, how):
     close(outputs(copy.deepcopy(apt), family.inputs()), expected)
 
 
+@EVERY
+def test_the_config_of_another_model_is_left_alone(family):
+    apt = adapted(family)
+    shared, before, holders = apt.config, copy.deepcopy(apt.config), [m for m in apt.model.modules() if hasattr(m, "config")]
+    groups = [id(module.config) for module in holders]
+    mask_all(apt, some(family, apt.blocks, ALL, "hard")).cut()
+    assert shared.to_dict() == before.to_dict() != apt.config.to_dict()
+    now = [id(module.config) for module in holders]
+    assert len(set(zip(groups, now, strict=True))) == len(set(groups)) == len(set(now))  # what was one config is one
+
+
 @DECODERS
 def test_generation_goes_on(family):
     apt = adapted(family)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -188,7 +189,10 @@ def cut_in_place(model: nn.Module, blocks: dict[str, Block], optimizer: object |
             value = selected(parameter.detach(), dims)
             changes += [Resize(parameter, value, dim, kept) for dim, kept in dims.items()]
         masks = [_mask_change(carrier, sides) for name, sides in gone.lanes.items() if is_carrier(carrier := model.get_submodule(name))]
+    configured = copied_configs(model)
     resize_parameters(changes, optimizer)
+    for module, config in configured:
+        module.config = config
     for change in masks:
         change()
     tell_modules(model, gone.lanes)
@@ -246,6 +250,12 @@ def configs(model: nn.Module) -> list[Any]:
     """Every config in the model, each once: the stacks of an encoder-decoder have copies."""
     found = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
     return list(found.values())
+
+
+def copied_configs(model: nn.Module) -> list[tuple[nn.Module, Any]]:
+    """(module, its config to be): copies, for other models may have been made from the same one. What is one config stays one."""
+    holders = [module for module in model.modules() if getattr(module, "config", None) is not None]
+    return list(zip(holders, copy.deepcopy([module.config for module in holders]), strict=True))
 
 
 def widths(model: nn.Module) -> dict[str, dict[str, int]]:
