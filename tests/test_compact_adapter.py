@@ -1,8 +1,10 @@
 """APTAdapter.compact and APTModel.compact: the same function through every change of masks, rank, weight and place."""
 
 import copy
+import gc
 import io
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -461,6 +463,19 @@ def test_a_weight_that_is_away_changes_nothing(device, dense):
 
 
 @AWAY
+def test_nothing_holds_the_memory_of_a_weight_that_is_away(dense):
+    adapter = make()
+    memory = weakref.ref(adapter.weight.untyped_storage())
+    adapter.compact()
+    adapter(torch.ones(10, dtype=torch.float64))
+    adapter.compact(dense=dense)
+    gc.collect()
+    assert memory() is None
+    with pytest.raises(RuntimeError, match="another weight in the place of the base layer's needs the whole weight"):
+        torch.func.functional_call(adapter, {"base_layer.weight": torch.ones(7, 10, dtype=torch.float64)}, torch.ones(10).double())
+
+
+@AWAY
 @pytest.mark.parametrize("way", ["state_dict", "into it", "deepcopy", "pickle", "merge", "move", "grow", "Conv1D"])
 def test_what_needs_the_whole_weight_gets_it(device, dense, way):
     adapter, twin = put_away(dense, device)
@@ -742,6 +757,9 @@ def test_a_model_is_compacted_whole_or_not_at_all():
         apt.compact()
     assert not any(adapter.compacted for _, adapter in adapters(apt))
     unmerged = adapted(FAMILIES["bert"])
+    with pytest.raises(TypeError, match="chain must be a bool, got str"):
+        unmerged.compact(chain="no")
+    assert not any(adapter.compacted for _, adapter in adapters(unmerged))
     unmerged.compact()
     unmerged.set_block_mask("0.neurons", torch.zeros(20))
     with unmerged.disable_adapter():
