@@ -65,7 +65,7 @@ class Compaction:
         n_in, n_out = (max(8, -(-len(mask) // 8) * 8) for mask in (mask_in, mask_out))
         device = mask_in.device
         with torch.inference_mode(False), torch.no_grad():  # a tensor born in inference mode could not be saved for a backward
-            self.packed = None if matrix is None else torch.empty(n_in * n_out, dtype=matrix.dtype, device=matrix.device)
+            self.packed = None if matrix is None else torch.empty(n_in * n_out, dtype=matrix.dtype, device=device)
             sizes = (n_in, n_out, len(mask_in), len(mask_out))
             for name, size in zip(_INDICES, sizes, strict=True):
                 setattr(self, name, torch.full((size,), -1, dtype=torch.int32, device=device))
