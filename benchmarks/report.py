@@ -10,12 +10,13 @@ import json
 import re
 from pathlib import Path
 
+import aims
 import shrunk
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT, RESULTS = ROOT / "docs" / "performance.md", ROOT / "benchmarks" / "results"
 DOCUMENTS = (DOCUMENT, ROOT / "README.md")
-BASES = {"frozen", "F.linear", "one pass over W", "one copy of the same bytes", "aligned", "PEFT merge"}
+BASES = {"frozen", "dense step", "F.linear", "one pass over W", "one copy of the same bytes", "aligned", "PEFT merge"}
 MARKED = re.compile(r"(<!-- bench (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -89,6 +90,11 @@ def short(rows):
 RUNS = {"quality": shrunk.quality, "speed": shrunk.speed}  # of all files that match
 PARTS = {
     "short": short,
+    "aims": lambda rows: table(*aims.layers(rows)),
+    "other-aims": lambda rows: table(*aims.others(rows)),
+    "kept": lambda rows: table(*aims.kept(rows)),
+    "step": lambda rows: ratios([row for row in rows if row["work"].startswith("step of ")]),
+    "refresh": of("compact: refresh"),
     "layers": of("forward", "forward+backward"),
     "graph": of("graph:"),
     "compiled": of("compiled:", "compiled, graph:"),
