@@ -59,6 +59,12 @@ def test_one_side_alone(device, dtype, masks, side):
     problem.check(problem.run(compact_linear))
 
 
+@pytest.mark.parametrize("masks", ["hard", "soft"])
+def test_more_tokens_than_a_block(device, dtype, masks):
+    problem = Problem((2 * 256 * torch.get_num_threads() + 3,), 24, 40, 3, dtype, device, masks)
+    problem.check(problem.run(compact_linear))
+
+
 @pytest.mark.parametrize("masks", ["hard", "soft", "zero", "one"])
 def test_poisoned_lanes_never_reach_a_kept_one(device, dtype, masks):
     clean = Problem((2, 9), 24, 33, 5, dtype, device, masks)
