@@ -103,6 +103,9 @@ PARTS = {
     "host-profile": host,
     "merge": of("merge_", "merge, 1.1 B model"),
     "memory": memory,
+    "kept": of("kept:"),
+    "kept-refresh": of("kept, refresh:"),
+    "kept-step": of("kept, step:"),
 }
 
 

@@ -126,3 +126,20 @@ def test_the_compiled_peer_is_the_formula(bench):
     layer = bench.Layer(32, 24, 16, 4, torch.float32, "cpu")
     theirs = bench.compiled(*layer.formula)(layer.x)
     assert torch.allclose(theirs, bench.naive(*layer.formula)(layer.x), rtol=1e-4, atol=1e-4)
+
+
+def test_kept_lanes_are_measured_and_drawn(bench, tmp_path):
+    """Every peer of a compacted layer and of a training step runs, and the plot takes what comes out."""
+    pytest.importorskip("matplotlib")
+    import kept
+
+    rows = [*kept.density_rows(8, 16, 24, 2, torch.float32, "both", (0.5, 1.0), "cpu", 2)]
+    rows += kept.refresh_rows(16, 24, 2, torch.float32, "cpu", 2)
+    rows += kept.step_rows(1, 1, 4, 2, torch.float32, "cpu", 2)
+    assert {row["work"] for row in rows} == {
+        *(f"kept: {share} of both, {kind}" for share in ("50%", "100%") for kind in ("forward", "forward + backward")),
+        "kept, refresh:",
+        "kept, step: 1 layers",
+    }
+    kept.plot(rows, tmp_path / "kept.png")
+    assert (tmp_path / "kept.png").stat().st_size > 1000
