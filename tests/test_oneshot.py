@@ -68,7 +68,13 @@ def test_gradients_that_were_there_stay():
 
 
 @pytest.mark.parametrize(
-    ("keep", "words"), [({"heads": 4}, "expected 1 to 3 heads, got 4"), ({"neurons": 0}, "1 to 20 neurons"), ({"lanes": 1}, "1 to 0 lanes")]
+    ("keep", "words"),
+    [
+        ({"heads": 4}, "expected 1 to 3 heads, got 4"),
+        ({"neurons": 0}, "1 to 20 neurons"),
+        ({"lanes": 1}, r"kinds of blocks of this model \(heads, neurons, hidden\), got 'lanes'"),
+        (1.5, r"a density in \[0, 1\], got 1.5"),
+    ],
 )
 def test_it_refuses_in_words(keep, words):
     family = FAMILIES["bert"]
@@ -77,6 +83,14 @@ def test_it_refuses_in_words(keep, words):
         one_shot(apt, with_loss(family, apt), keep)
     with pytest.raises(ValueError, match="batches: expected at least one"):
         one_shot(apt, [], {"heads": 2})
+    with pytest.raises(ValueError, match="batches: expected labels in each"):
+        one_shot(apt, [family.inputs()], {"heads": 2})
+    with pytest.raises(TypeError, match="keep: expected an int for heads, got float"):
+        one_shot(apt, with_loss(family, apt), {"heads": 2.0})
+    with pytest.raises(TypeError, match="keep must be a number, got NoneType"):
+        one_shot(apt, with_loss(family, apt), None)
+    with pytest.raises(TypeError, match=f"model: expected an APTModel, got {type(apt.model).__name__}"):
+        one_shot(apt.model, [], {"heads": 2})
     assert int(apt.get_block_mask("0.neurons").sum()) == 9 and bool(apt.get_block_mask("0.heads").all())
 
 

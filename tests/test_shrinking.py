@@ -173,6 +173,16 @@ def test_random_parameters_need_no_data(source, tmp_path):
     assert report["parameters"]["after"] == small.num_parameters() < report["parameters"]["before"]
 
 
+def test_random_parameters_whose_sizes_no_config_can_say_write_nothing(tmp_path, capsys):
+    config = transformers.BertConfig(
+        num_hidden_layers=1, hidden_size=32, num_attention_heads=4, intermediate_size=8, vocab_size=50, architectures=["BertModel"]
+    )
+    config.save_pretrained(tmp_path / "shapes")
+    assert main(["shrink", str(tmp_path / "shapes"), "--random", "--keep", "heads=3", "--output", str(tmp_path / "out")]) == 1
+    assert "BertConfig makes heads of hidden_size / num_attention_heads channels, got 3 heads" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_without_recovery_the_masked_and_the_reloaded_model_agree(source, tmp_path):
     assert command(source, tmp_path / "out", "--keep", "heads=2", "neurons=7", "hidden=16") == 0
     quality = json.loads((tmp_path / "out" / "report.json").read_text())["quality"]

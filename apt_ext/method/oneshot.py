@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..arguments import checked_number
 from ..model import APTModel
 from .cost import cost_of
 from .groups import groups_of
@@ -29,13 +30,18 @@ def one_shot(
     keep the same heads are scored together. A dimension of the residual stream has the sum of its scores where attention and feed-forward
     layers read it.
 
-    Raises ValueError (a kind or number that the model does not have, a density below the floors, no batches); masks are then as before.
+    Raises ValueError (a kind or number that the model does not have, a density outside [0, 1] or below the floors, no batches, batches
+    without labels) and TypeError; masks are then as before.
     """
+    if not isinstance(model, APTModel):
+        raise TypeError(f"model: expected an APTModel, got {type(model).__name__}")
     if isinstance(keep, Mapping):
         check_keep(model, keep)
         scores = block_scores(model, list(keep), batches, kurtosis)
         masks = {name: top_k(score, keep[model.blocks[name].kind]).float() for name, score in scores.items()}
     else:
+        if not 0.0 <= checked_number("keep", keep) <= 1.0:
+            raise ValueError(f"keep: expected a density in [0, 1], got {keep}")
         masks = within_density(model, block_scores(model, model.apt_config.prune, batches, kurtosis), keep)
     for name, mask in masks.items():
         model.set_block_mask(name, mask)
@@ -61,8 +67,13 @@ def within_density(model: APTModel, scores: Mapping[str, Tensor], density: float
 
 
 def check_keep(model: APTModel, keep: Mapping[str, int]) -> None:
-    """ValueError for a kind or number that the model does not have."""
+    """ValueError for a kind or number that the model does not have, TypeError for no number."""
+    kinds = dict.fromkeys(block.kind for block in model.blocks.values())
     for kind, count in keep.items():
+        if kind not in kinds:
+            raise ValueError(f"keep: expected kinds of blocks of this model ({', '.join(kinds) or 'it has none'}), got {kind!r}")
+        if not isinstance(count, int) or isinstance(count, bool):
+            raise TypeError(f"keep: expected an int for {kind}, got {type(count).__name__}")
         most = min((block.count for block in model.blocks.values() if block.kind == kind), default=0)
         if not 1 <= count <= most:
             raise ValueError(f"keep: expected 1 to {most} {kind}, got {count}")
@@ -71,7 +82,7 @@ def check_keep(model: APTModel, keep: Mapping[str, int]) -> None:
 def block_scores(model: APTModel, kinds: Collection[str], batches: Iterable[Mapping[str, Any]], kurtosis: float = 0.0) -> dict[str, Tensor]:
     """{block: [count] float32 on the host}: the salience of each block of these kinds, added up over the batches; see `BlockScores`.
 
-    Gradients, weights and modes are afterwards as before. ValueError where there are no batches.
+    Gradients, weights and modes are afterwards as before. ValueError where there are no batches or no labels.
     """
     listener, training = BlockScores(model, kinds, decay=0.0, kurtosis=kurtosis), model.training
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
@@ -83,7 +94,10 @@ def block_scores(model: APTModel, kinds: Collection[str], batches: Iterable[Mapp
         model.eval()
         for batch in batches:
             with torch.enable_grad():
-                model(**batch).loss.backward()
+                loss = model(**batch).loss
+                if loss is None:
+                    raise ValueError("batches: expected labels in each, got one for which the model computes no loss")
+                loss.backward()
             listener.salience.update()
             for found, sums in ((listener.salience.scores, totals), (listener.salience.means, means)):
                 sums.update({name: sums[name] + value if name in sums else value.clone() for name, value in found.items()})

@@ -83,7 +83,7 @@ def export(
         raise TypeError(f"model: expected a model of transformers inside, got {kind.__name__}")
     if kind.__module__.partition(".")[0] != "transformers":
         raise ValueError(f"model: expected a class of transformers, which others can load, got {kind.__module__}.{kind.__name__}")
-    written, loader = _expressed(small, per_layer)
+    written, loader = expressed(small, per_layer)
     with disk.made(target.parent), disk.stage(target.parent, target.name) as beside:
         new = beside / "new"
         if loader == "apt_ext":
@@ -97,7 +97,7 @@ def export(
     return "apt_ext.load_export" if loader == "apt_ext" else loader
 
 
-def _expressed(small: Any, per_layer: bool) -> tuple[Any, str]:
+def expressed(small: Any, per_layer: bool) -> tuple[Any, str]:
     """The model under a class and config that can say its sizes, and what loads it; ValueError where there is none."""
     row, sizes, kind = architecture_of(small), Sizes.of(small), type(small)
     failures = stock_failures(row, small.config, sizes)

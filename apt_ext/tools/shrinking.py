@@ -19,6 +19,7 @@ import apt_ext
 
 from ..method import one_shot
 from ..method.oneshot import check_keep
+from ..structure.export import expressed
 from .data import Batch, Missing, encode, load_reviews, sorted_batches, split_reviews, training_batches
 from .measuring import commit_here, compared, disk_bytes
 from .models import load, load_stock, package_file, random_model, transformers_offline
@@ -174,16 +175,17 @@ def shrink_random(source: Path, output: Path, settings: Settings, *, devices: li
     torch.manual_seed(settings.seed)
     apt = apt_ext.get_apt_model(random_model(source), apt_ext.APTConfig(r=1)).eval()
     check_keep(apt, settings.keep)
-    output.mkdir(parents=True, exist_ok=True)
-    apt_ext.shrink(apt).save_pretrained(output / "dense")  # type: ignore[operator]  # transformers' own
+    dense: Any = apt_ext.shrink(apt)
     for name, block in apt.blocks.items():
         if block.kind in settings.keep:
             apt.set_block_mask(name, (torch.arange(block.count) < settings.keep[block.kind]).float())
-    small = apt_ext.shrink(apt)
-    small.save_pretrained(output / "model")  # type: ignore[operator]
+    small, loader = expressed(apt_ext.shrink(apt), per_layer=False)  # before anything is written
+    output.mkdir(parents=True, exist_ok=True)
+    dense.save_pretrained(output / "dense")
+    small.save_pretrained(output / "model")
     tokens = torch.randint(1, apt.config.vocab_size, (settings.batch, settings.length))
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    return _report(output, settings, [batch], devices, type(small).__name__, {"random": True})
+    return _report(output, settings, [batch], devices, loader, {"random": True})
 
 
 def _present(devices: list[str] | None) -> list[str]:
@@ -223,7 +225,7 @@ def table(report: dict[str, Any]) -> str:
     for name in ("parameters", "bytes on disk"):
         lines.append(_row(name, report[name], lambda value: f"{value:,}"))
     for device, found in report["devices"].items():
-        lines.append(f"{found['device']}, {found['dtype']}" + (f", {found['threads']} threads" if device == "cpu" else ""))
+        lines.append(f"{found['device']}, {found['dtype']}" + (f", {found['threads']} thread{'s' * (found['threads'] != 1)}" if device == "cpu" else ""))
         for name, unit in (("tokens per second", 1.0), ("generated tokens per second", 1.0), ("peak memory", 1e6)):
             if name in found:
                 sides = {side: {part: found[name][side][part] / unit for part in ("low", "median", "high")} for side in ("before", "after")}
