@@ -225,7 +225,8 @@ def table(report: dict[str, Any]) -> str:
     for name in ("parameters", "bytes on disk"):
         lines.append(_row(name, report[name], lambda value: f"{value:,}"))
     for device, found in report["devices"].items():
-        lines.append(f"{found['device']}, {found['dtype']}" + (f", {found['threads']} thread{'s' * (found['threads'] != 1)}" if device == "cpu" else ""))
+        threads = f", {found['threads']} thread{'s' * (found['threads'] != 1)}" if device == "cpu" else ""
+        lines.append(f"{found['device']}, {found['dtype']}{threads}")
         for name, unit in (("tokens per second", 1.0), ("generated tokens per second", 1.0), ("peak memory", 1e6)):
             if name in found:
                 sides = {side: {part: found[name][side][part] / unit for part in ("low", "median", "high")} for side in ("before", "after")}
