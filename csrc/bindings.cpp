@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/sums.h"
 #include "ops.h"
 #include "plan.h"
 
@@ -150,6 +151,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "(thread, sequence number) that the next autograd node made here will have.");
   m.def("node_moment", &node_moment,
         "(thread, sequence number) of the autograd node that runs here, or None.");
+  m.def("channel_sums", &channel_sums, py::arg("values"), py::arg("tokens"), py::arg("is_signed"),
+        py::call_guard<py::gil_scoped_release>(),
+        "Sums of |values| (or values) [tokens, channels] over the tokens that count (bool, or None): CPU, no "
+        "gradient.");
   m.def("build_info", &build_info,
         "What this build is: version, cuda, cuda_archs, cuda_version, torch_version, cpu_capability.");
 }

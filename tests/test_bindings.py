@@ -18,7 +18,7 @@ OPS = sorted(LINEAR + COMPACT)
 def test_both_doors_and_the_stub_list_the_same_names():
     registered = sorted(n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("apt_ext::"))
     assert registered == OPS
-    others = ["build_info", "launch_plan", "next_moment", "node_moment"]
+    others = ["build_info", "channel_sums", "launch_plan", "next_moment", "node_moment"]
     assert sorted(n for n in dir(_C) if not n.startswith("__")) == sorted([*OPS, *others, "LinearPlan"])
     stub = ast.parse(Path(apt_ext.__file__).with_name("_C.pyi").read_text())
     assert sorted(f.name for f in stub.body if isinstance(f, ast.FunctionDef)) == sorted([*OPS, *others])
@@ -110,3 +110,35 @@ def test_another_torch_is_refused_before_the_library_is_loaded(tmp_path):
     (tmp_path / "apt_ext" / "_built_for.py").write_text('TORCH = "1.0"\n')
     done = subprocess.run([sys.executable, "-c", "import apt_ext"], cwd=tmp_path, capture_output=True, text=True)
     assert "ImportError: apt_ext was built for torch 1.0 and found torch" in done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (5, 7), (1030, 33), (3000, 100), (4, 0)])
+def test_channel_sums(dtype, shape):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    values = torch.randn(shape[0], 2 * shape[1]).to(dtype)[:, ::2]  # strided
+    tokens = torch.rand(shape[0]) > 0.4
+    for counted in (None, tokens, tokens.repeat_interleave(2)[::2]):
+        kept = values.double() if counted is None else values.double()[counted]
+        for signed in (False, True):
+            got = _C.channel_sums(values, counted, signed)
+            assert got.dtype == wide and got.shape == (shape[1],)
+            bound = 1e-6 * kept.abs().sum(0) + 1e-12
+            assert bool(((got.double() - (kept if signed else kept.abs()).sum(0)).abs() <= bound).all())
+            assert torch.equal(got, _C.channel_sums(values, counted, signed))
+    if shape[0]:
+        values[~tokens] = torch.nan
+        assert bool(_C.channel_sums(values, tokens, False).isfinite().all())
+
+
+def test_channel_sums_refuses_in_words():
+    values = torch.randn(3, 2)
+    for arguments, kind, words in (
+        ((values[0], None), ValueError, r"values must be a dense CPU tensor \[tokens, channels\]"),
+        ((values.to("meta"), None), ValueError, "values must be a dense CPU tensor"),
+        ((values.int(), None), TypeError, "values must be float64, float32, float16 or bfloat16, got Int"),
+        ((values, torch.ones(2, dtype=torch.bool)), ValueError, r"tokens must be a bool CPU tensor \[3\]"),
+        ((values, torch.ones(3)), ValueError, r"tokens must be a bool CPU tensor \[3\]"),
+    ):
+        with pytest.raises(kind, match=words):
+            _C.channel_sums(*arguments, False)

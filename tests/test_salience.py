@@ -226,7 +226,7 @@ def test_sums_of_long_inputs_and_short_dtypes_are_exact(dtype: torch.dtype) -> N
 
 def test_what_padding_holds_does_not_count_be_it_nan() -> None:
     values = torch.randn(2, 3, 4)
-    tokens = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    tokens = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
     expected = _channel_sums(values, tokens)
     values[0, 2], values[1, 1] = torch.nan, torch.inf
     torch.testing.assert_close(_channel_sums(values, tokens), expected)

@@ -55,8 +55,10 @@ class AdapterImportance:
     @torch.no_grad()
     def update(self) -> None:
         """The step was made: what was observed enters the averages."""
-        for name, seen in self._seen.items():
-            self.averages[name].mul_(self.decay).add_(seen, alpha=1 - self.decay)
+        if self._seen:
+            averages = [self.averages[name] for name in self._seen]
+            torch._foreach_mul_(averages, self.decay)
+            torch._foreach_add_(averages, list(self._seen.values()), alpha=1 - self.decay)
         self._seen = {}
 
     def importance(self) -> dict[str, float]:

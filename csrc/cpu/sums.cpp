@@ -1,0 +1,134 @@
+// Sums over tokens, one a channel, in one pass that reads the values once and keeps nothing of their size.
+#include "sums.h"
+
+#include <ATen/Parallel.h>
+
+#include "loops.h"
+
+namespace apt {
+namespace {
+
+constexpr int64_t kRows = 4;  // rows of one pass over the sums: fewer loads and stores of those
+constexpr int64_t kBlock =
+    64;  // passes that are added up by themselves first: rounding grows with a block's length
+
+template <class T, bool kSigned>
+[[gnu::always_inline]] inline void add_rows_body(const Stored<T>* const* rows, int64_t count,
+                                                 Wide<T>* __restrict__ sums, int64_t channels) {
+  const auto value = [](Stored<T> stored) {
+    const Wide<T> wide = widen<T>(stored);
+    return kSigned ? wide : std::abs(wide);
+  };
+  if (count == kRows) {
+    const Stored<T>*a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
+    for (int64_t j = 0; j < channels; ++j)
+      sums[j] += (value(a[j]) + value(b[j])) + (value(c[j]) + value(d[j]));
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const Stored<T>* row = rows[i];
+    for (int64_t j = 0; j < channels; ++j) sums[j] += value(row[j]);
+  }
+}
+
+// Clones of functions that are no templates: one for each type and sign.
+#define APT_ADD_ROWS(T)                                                                                     \
+  APT_CLONES void add_rows(T, const Stored<T>* const* rows, int64_t count, Wide<T>* sums, int64_t channels, \
+                           bool is_signed) {                                                                \
+    if (is_signed) {                                                                                        \
+      add_rows_body<T, true>(rows, count, sums, channels);                                                  \
+    } else {                                                                                                \
+      add_rows_body<T, false>(rows, count, sums, channels);                                                 \
+    }                                                                                                       \
+  }
+APT_ADD_ROWS(double)
+APT_ADD_ROWS(float)
+APT_ADD_ROWS(at::Half)
+APT_ADD_ROWS(at::BFloat16)
+#undef APT_ADD_ROWS
+
+// The rows from `first` to `last` whose token counts, into `sums`.
+template <class T>
+void sum_range(const Stored<T>* values, int64_t stride, const bool* tokens, int64_t first, int64_t last,
+               std::vector<Wide<T>>& sums, bool is_signed) {
+  const int64_t channels = static_cast<int64_t>(sums.size());
+  std::vector<Wide<T>> block(channels, Wide<T>(0));
+  const Stored<T>* rows[kRows];
+  int64_t held = 0, passes = 0;
+  const auto flush = [&] {
+    for (int64_t j = 0; j < channels; ++j) sums[j] += block[j];
+    std::fill(block.begin(), block.end(), Wide<T>(0));
+    passes = 0;
+  };
+  for (int64_t row = first; row < last; ++row) {
+    if (tokens != nullptr && !tokens[row]) continue;
+    rows[held++] = values + row * stride;
+    if (held == kRows) {
+      add_rows(T{}, rows, held, block.data(), channels, is_signed);
+      held = 0;
+      if (++passes == kBlock) flush();
+    }
+  }
+  add_rows(T{}, rows, held, block.data(), channels, is_signed);
+  flush();
+}
+
+template <class T>
+void sum_all(const Tensor& values, const bool* tokens, Tensor& out, bool is_signed) {
+  const int64_t rows = values.size(0), channels = values.size(1);
+  const auto* data = static_cast<const Stored<T>*>(values.const_data_ptr());
+  // As many parts as threads, added up in their order: the same bits for the same number of threads.
+  const int64_t parts = std::clamp<int64_t>(rows * channels / kGrain, 1, at::get_num_threads());
+  std::vector<std::vector<Wide<T>>> sums(parts);
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      sums[part].assign(channels, Wide<T>(0));
+      sum_range<T>(data, values.stride(0), tokens, rows * part / parts, rows * (part + 1) / parts, sums[part],
+                   is_signed);
+    }
+  });
+  auto* result = out.mutable_data_ptr<Wide<T>>();
+  std::fill(result, result + channels, Wide<T>(0));
+  for (const auto& part : sums) {
+    for (int64_t j = 0; j < channels; ++j) result[j] += part[j];
+  }
+}
+
+}  // namespace
+
+Tensor channel_sums(const Tensor& values, const std::optional<Tensor>& tokens, bool is_signed) {
+  TORCH_CHECK_VALUE(values.device().is_cpu() && values.dim() == 2 && values.layout() == at::kStrided,
+                    "values must be a dense CPU tensor [tokens, channels], got ", values.toString(),
+                    " of shape ", values.sizes());
+  std::optional<Tensor> counted;
+  if (tokens.has_value()) {
+    TORCH_CHECK_VALUE(tokens->device().is_cpu() && tokens->scalar_type() == at::kBool &&
+                          tokens->sizes() == values.sizes().slice(0, 1),
+                      "tokens must be a bool CPU tensor [", values.size(0), "], got ", tokens->toString(),
+                      " of shape ", tokens->sizes());
+    counted = tokens->contiguous();
+  }
+  const auto type = values.scalar_type();
+  TORCH_CHECK_TYPE(type == at::kDouble || type == at::kFloat || type == at::kHalf || type == at::kBFloat16,
+                   "values must be float64, float32, float16 or bfloat16, got ", type);
+  const Tensor rows = values.size(1) == 1 || values.stride(1) == 1 ? values : values.contiguous();
+  Tensor out =
+      at::empty({values.size(1)}, rows.options().dtype(type == at::kDouble ? at::kDouble : at::kFloat));
+  const bool* mask = counted.has_value() ? counted->const_data_ptr<bool>() : nullptr;
+  switch (type) {
+    case at::kDouble:
+      sum_all<double>(rows, mask, out, is_signed);
+      break;
+    case at::kFloat:
+      sum_all<float>(rows, mask, out, is_signed);
+      break;
+    case at::kHalf:
+      sum_all<at::Half>(rows, mask, out, is_signed);
+      break;
+    default:
+      sum_all<at::BFloat16>(rows, mask, out, is_signed);
+  }
+  return out;
+}
+
+}  // namespace apt
