@@ -89,9 +89,9 @@ def density_rows(M, N, K, rank, dtype, sides, shares, device, rounds):
         inner = 4 if device == "cuda" else 2
         with torch.no_grad():
             times = bench.measure(layer.forwards(), rounds, device, inner)
-        yield from bench.rows_of(times, "frozen", work=f"kept: {share:.0%} of {sides}, forward", **labels)
+        yield from bench.rows_of(times, "frozen", work=f"{share:.0%} of {sides} kept: fwd", **labels)
         times = bench.measure(layer.steps(), rounds, device, inner)
-        yield from bench.rows_of(times, "frozen", work=f"kept: {share:.0%} of {sides}, forward + backward", **labels)
+        yield from bench.rows_of(times, "frozen", work=f"{share:.0%} of {sides} kept: f+b", **labels)
 
 
 def refresh_rows(N, K, rank, dtype, device, rounds):
@@ -114,7 +114,7 @@ def refresh_rows(N, K, rank, dtype, device, rounds):
         "set_masks": change,
     }
     yield from bench.rows_of(
-        bench.measure(peers, rounds, device, 3), "one pass over W", work="kept, refresh:", **bench.labels_of(0, N, K, rank, dtype)
+        bench.measure(peers, rounds, device, 3), "one pass over W", work="compact: refresh", **bench.labels_of(0, N, K, rank, dtype)
     )
 
 
@@ -178,7 +178,7 @@ def step_rows(layers, batch, length, rank, dtype, device, rounds):
     }
     labels_ = bench.labels_of(batch * length, config.hidden_size, config.hidden_size, rank, dtype)
     times = bench.measure(peers, max(3, rounds // 2), device, 1)
-    yield from bench.rows_of(times, "dense step", work=f"kept, step: {layers} layers", **labels_)
+    yield from bench.rows_of(times, "dense step", work=f"step of {layers} layers, half kept", **labels_)
 
 
 def jobs(options, dtype):
@@ -204,14 +204,14 @@ def plot(rows, path):
     shape = next((row["M"], row["N"], row["K"]) for row in shown)
     shown = [row for row in shown if (row["M"], row["N"], row["K"]) == shape]
     figure = Figure(figsize=(11, 4.2), layout="constrained")
-    for kind, axes in zip(("forward", "forward + backward"), figure.subplots(1, 2), strict=True):
-        of_kind = [row for row in shown if row["work"].endswith(f", {kind}")]
+    for kind, axes in zip(("fwd", "f+b"), figure.subplots(1, 2), strict=True):
+        of_kind = [row for row in shown if row["work"].endswith(kind)]
         for peer in dict.fromkeys(row["peer"] for row in of_kind):
             line = sorted((row["density"], row["ratio"]) for row in of_kind if row["peer"] == peer)
             axes.plot(*zip(*line, strict=True), marker=".", label=peer)
         axes.plot(ideal := [j / 100 for j in range(101)], [d * d for d in ideal], color="0.4", linestyle=":", label="ideal, d^2")
         axes.set(
-            title=f"{kind}, M {shape[0]}, N {shape[1]}, K {shape[2]}",
+            title=f"{'forward' if kind == 'fwd' else 'forward + backward'}, M {shape[0]}, N {shape[1]}, K {shape[2]}",
             xlabel="share d of each side that is kept",
             ylabel="time / frozen GEMM",
         )

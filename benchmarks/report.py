@@ -103,9 +103,7 @@ PARTS = {
     "host-profile": host,
     "merge": of("merge_", "merge, 1.1 B model"),
     "memory": memory,
-    "kept": of("kept:"),
-    "kept-refresh": of("kept, refresh:"),
-    "kept-step": of("kept, step:"),
+    "densities": lambda rows: ratios([row for row in rows if " kept: " in row["work"]]),
 }
 
 

@@ -137,9 +137,9 @@ def test_kept_lanes_are_measured_and_drawn(bench, tmp_path):
     rows += kept.refresh_rows(16, 24, 2, torch.float32, "cpu", 2)
     rows += kept.step_rows(1, 1, 4, 2, torch.float32, "cpu", 2)
     assert {row["work"] for row in rows} == {
-        *(f"kept: {share} of both, {kind}" for share in ("50%", "100%") for kind in ("forward", "forward + backward")),
-        "kept, refresh:",
-        "kept, step: 1 layers",
+        *(f"{share} of both kept: {kind}" for share in ("50%", "100%") for kind in ("fwd", "f+b")),
+        "compact: refresh",
+        "step of 1 layers, half kept",
     }
     kept.plot(rows, tmp_path / "kept.png")
     assert (tmp_path / "kept.png").stat().st_size > 1000
