@@ -290,7 +290,7 @@ class Controller:
         for name, keep in found.keep.items():
             old = self._masks[name]
             last = hard and (not self.steps.per_step or self.now == self.steps.end)
-            new = keep.to(old.dtype) if last else torch.where(self._live[name], step_mask(old, keep, self.steps.window), old)
+            new = keep.to(old.dtype) if last else step_mask(old, keep, self.steps.window)
             if not torch.equal(new, old):
                 masks[name] = new
         return masks, found.threshold
