@@ -324,3 +324,16 @@ def test_stays_within_its_operands(device, dtype, layout, masks):
     assert torch.equal(outside(packed, buffer), edge)
     used = len(kept.lanes_in) * len(kept.lanes_out)
     assert torch.equal(packed[:used], kept.packed[:used])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("N", [40, 1096])
+def test_places_of_other_masks_lie_beyond_nothing(device, dtype, N):
+    """What a captured graph replays after masks rose, or a forward meets in another thread: wrong values, but only its own memory."""
+    p = Problem((70,), N, 24, 4, dtype, device, "none")
+    many, few = (torch.arange(N, device=device) % step == 0 for step in (1, 4))
+    later, before = (Compaction(torch.ones(24, device=device), mask.float(), p.weight) for mask in (many, few))
+    given = (before.packed, None, p.lora_A, p.lora_B, None, None, before.index_in, before.index_out)
+    y = torch.ops.apt_ext.compact_linear(p.x, *given, before.position_in, later.position_out, before.kept, 1.0, False, False)
+    width_out = len(before.lanes_out)
+    assert (y[:, width_out:] == 0).all() and torch.isfinite(y).all() and (y[:, : N // 4] != 0).any()

@@ -110,19 +110,24 @@ struct Route {
   struct Run {
     int64_t from, to, length;  // from -1: zeros
   };
-  std::vector<int32_t> index;  // negative ones replaced by 0, whose factor is 0
+  // As they were read once, for another thread may change them; what lies beyond the source is a zero.
+  std::vector<int32_t> lanes;
+  std::vector<int32_t> index;  // the same with negative ones replaced by 0, whose factor is 0
   std::vector<Run> runs;
   std::vector<uint64_t> bits;  // kCompress: of the source's lanes; kExpand: of the result's
   int64_t kept = 0, source;    // lanes that are no zeros; lanes of the source up to the last kept one
   bool has_zeros = false;
 
-  Route(const int32_t* given, int64_t count, int64_t word_bytes) : index(given, given + count) {
+  Route(const int32_t* given, int64_t count, int64_t limit, int64_t word_bytes)
+      : lanes(given, given + count) {
+    for (int32_t& lane : lanes) lane = lane < limit ? std::max(lane, -1) : -1;
+    index = lanes;
     bool ascends = true, counts_up = true;
     int32_t last = -1;
     for (int64_t j = 0; j < count; ++j) {
-      const int32_t from = given[j];
+      const int32_t from = lanes[j];
       const bool goes_on =
-          j > 0 && (from < 0 ? given[j - 1] < 0 : given[j - 1] >= 0 && given[j - 1] + 1 == from);
+          j > 0 && (from < 0 ? lanes[j - 1] < 0 : lanes[j - 1] >= 0 && lanes[j - 1] + 1 == from);
       if (goes_on) {
         ++runs.back().length;
       } else {
@@ -144,10 +149,10 @@ struct Route {
                                                             : Way::kLanes;
     if (way == Way::kCompress) {
       bits.assign((source + 63) / 64, 0);
-      for (int64_t j = 0; j < kept; ++j) bits[given[j] / 64] |= uint64_t{1} << (given[j] % 64);
+      for (int64_t j = 0; j < kept; ++j) bits[lanes[j] / 64] |= uint64_t{1} << (lanes[j] % 64);
     } else if (way == Way::kExpand) {
       bits.assign((count + 63) / 64, 0);
-      for (int64_t j = 0; j < count; ++j) bits[j / 64] |= uint64_t{given[j] >= 0} << (j % 64);
+      for (int64_t j = 0; j < count; ++j) bits[j / 64] |= uint64_t{lanes[j] >= 0} << (j % 64);
     }
   }
 };
@@ -243,13 +248,13 @@ void move_row(const Route& route, const T* src, T* dst, T* scratch, const Wide<T
 void gather_kept(const GatherArgs& args, Stream) {
   visit(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const Route route(args.index, args.kept, sizeof(T));
+    const Route route(args.index, args.kept, args.C, sizeof(T));
     std::vector<Wide<T>> factor, bias;
     if (args.mask.data != nullptr || (route.has_zeros && route.way == Route::Way::kLanes)) {
       auto mask = widened<T>(args.mask, args.C);
       factor.resize(args.kept), bias.resize(args.kept, Wide<T>(0));
       for (int64_t j = 0; j < args.kept; ++j)
-        factor[j] = args.index[j] < 0 ? Wide<T>(0) : mask[args.index[j]];
+        factor[j] = route.lanes[j] < 0 ? Wide<T>(0) : mask[route.lanes[j]];
     }
     const Wide<T>* scale = factor.empty() ? nullptr : factor.data();
     const T* src = static_cast<const T*>(args.x);
@@ -269,10 +274,10 @@ void gather_kept(const GatherArgs& args, Stream) {
           continue;
         }
         for (int64_t j = 0; j < args.kept; ++j) {
-          if (args.index[j] < 0 || (scale != nullptr && scale[j] == 0)) {
+          if (route.lanes[j] < 0 || (scale != nullptr && scale[j] == 0)) {
             to[j] = T(0);
           } else {
-            const T value = from[args.index[j] * args.x_stride[1]];
+            const T value = from[route.lanes[j] * args.x_stride[1]];
             to[j] = scale == nullptr || scale[j] == 1 ? value : T(Wide<T>(value) * scale[j]);
           }
         }
@@ -284,7 +289,7 @@ void gather_kept(const GatherArgs& args, Stream) {
 void scatter_kept(const ScatterArgs& args, Stream) {
   visit(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const Route route(args.position, args.E, sizeof(T));
+    const Route route(args.position, args.E, args.kept, sizeof(T));
     std::vector<Wide<T>> factor, bias;
     if (args.mask.data != nullptr || args.bias != nullptr ||
         (route.has_zeros && route.way == Route::Way::kLanes)) {
@@ -292,7 +297,7 @@ void scatter_kept(const ScatterArgs& args, Stream) {
       bias.resize(args.E, Wide<T>(0));
       const T* added = static_cast<const T*>(args.bias);
       for (int64_t c = 0; c < args.E; ++c) {
-        if (args.position[c] < 0) factor[c] = 0;
+        if (route.lanes[c] < 0) factor[c] = 0;
         if (added != nullptr && factor[c] != 0) bias[c] = Wide<T>(added[c]);
       }
     }

@@ -23,6 +23,8 @@ __global__ void __launch_bounds__(kColumnThreads) apt_scatter(const __grid_const
   for (int j = 0; j < kWidth; ++j) {
     factor[j] = mask_at<Wide<T>>(args.mask.data, args.mask.dtype, column + j);
     at[j] = factor[j] == Wide<T>(0) ? -1 : args.position[column + j];
+    if (at[j] >= args.kept)
+      at[j] = -1;  // positions of other masks than `values` has: a graph replayed after a change
     shift[j] = bias == nullptr || at[j] < 0 ? Wide<T>(0) : widen(bias[column + j]);
   }
   const T* values = static_cast<const T*>(args.values);
@@ -104,7 +106,8 @@ __global__ void __launch_bounds__(kThreads, 2) apt_scatter_rows(const __grid_con
   };
   // How many kept lanes come before a step.
   auto before = [&](int position, int step) {
-    return step >= count ? static_cast<int>(args.kept) : position < 0 ? ~position : position;
+    return step >= count ? static_cast<int>(args.kept)
+                         : min(position < 0 ? ~position : position, static_cast<int>(args.kept));
   };
   auto fill = [&](int step, ScatterStage<T>& stage, int begin, int end, const Column& mine) {
     const int first = begin & ~7, pieces = min((end - first + 7) / 8, kPitch / 8);
@@ -133,7 +136,8 @@ __global__ void __launch_bounds__(kThreads, 2) apt_scatter_rows(const __grid_con
         }
       }
     }
-    const bool kept = mine.position >= 0 && mine.scale != 0.f;
+    // Positions of other masks than `values` has (a graph replayed after a change) may lie beyond it.
+    const bool kept = mine.position >= first && mine.position < first + pieces * 8 && mine.scale != 0.f;
     stage.offset[thread] = kept ? (mine.position - first) * 2 : -1;
     if constexpr (!kPlain) stage.scale[thread] = mine.scale, stage.shift[thread] = mine.shift * mine.scale;
   };
