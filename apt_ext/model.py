@@ -129,8 +129,9 @@ class APTModel(nn.Module):
         """
         with agreement.change("cut") as agree:
             hidden_left = self._hidden_left
-            if "hidden" in self.blocks:
-                kept = self.get_block_mask("hidden").cpu().nonzero().flatten()
+            hidden = self.get_block_mask("hidden") if "hidden" in self.blocks else None
+            if hidden is not None and not hidden.is_meta:  # which is refused below
+                kept = hidden.cpu().nonzero().flatten()
                 hidden_left = kept if hidden_left is None else hidden_left[kept]
             away = [adapter for _, adapter in adapters(self) if adapter._away]
             try:
