@@ -1,4 +1,4 @@
-"""The tables of docs/performance.md and the README, from the kept results: what stands between `<!-- bench FILE PART -->` and
+"""The tables of docs/performance*.md and the README, from the kept results: what stands between `<!-- bench FILE PART -->` and
 `<!-- end -->`. FILE may be a pattern, for a table of several.
 
 python benchmarks/bench.py --report
@@ -14,8 +14,8 @@ import aims
 import shrunk
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENT, RESULTS = ROOT / "docs" / "performance.md", ROOT / "benchmarks" / "results"
-DOCUMENTS = (DOCUMENT, ROOT / "README.md")
+RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = (ROOT / "docs" / "performance.md", ROOT / "docs" / "performance-cpu.md", ROOT / "README.md")
 BASES = {"frozen", "dense step", "F.linear", "one pass over W", "one copy of the same bytes", "aligned", "PEFT merge"}
 MARKED = re.compile(r"(<!-- bench (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 

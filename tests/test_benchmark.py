@@ -30,8 +30,9 @@ def run(bench, monkeypatch, *arguments):
         torch.set_num_threads(threads)
 
 
-def test_the_tables_of_the_document_are_those_of_the_kept_results(bench):
-    text = bench.report.DOCUMENT.read_text()
+@pytest.mark.parametrize("number", range(3))
+def test_the_tables_of_the_documents_are_those_of_the_kept_results(bench, number):
+    text = bench.report.DOCUMENTS[number].read_text()
     assert bench.report.MARKED.findall(text), "no marked sections"
     assert bench.report.updated(text) == text, "run `python benchmarks/bench.py --report`"
 
