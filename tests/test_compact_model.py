@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+import torch._dynamo.testing
 from conftest import assert_accurate
 from families import EVERY, FAMILIES, adapted, close, mask_all, outputs, some
 from small_adapter import expected
