@@ -175,10 +175,7 @@ class APTConfig:
         """The configuration that `to_dict` wrote. An unknown key is a ValueError that names the closest known one."""
         if not isinstance(values, Mapping):
             raise TypeError(f"values: expected a dict, got {type(values).__name__}")
-        known = [entry.name for entry in dataclasses.fields(cls)]
-        for key in values:
-            if key not in known:
-                raise ValueError(f"values: expected fields of APTConfig, got {key!r}{nearest(str(key), known)}")
+        _check_fields("values", cls, values)
         return cls(**values)
 
 
@@ -252,11 +249,16 @@ def _checked_schedule(value: Any) -> Schedule:
         return value
     if not isinstance(value, Mapping):
         raise TypeError(f"schedule: expected a Schedule or a dict of its fields, got {type(value).__name__}")
-    known = [entry.name for entry in dataclasses.fields(Schedule)]
-    for key in value:
-        if key not in known:
-            raise ValueError(f"schedule: expected fields of Schedule, got {key!r}{nearest(str(key), known)}")
+    _check_fields("schedule", Schedule, value)
     return Schedule(**value)
+
+
+def _check_fields(argument: str, cls: type, values: Mapping[str, Any]) -> None:
+    """ValueError for a key that is no field of the dataclass `cls`, with the closest one."""
+    known = [entry.name for entry in dataclasses.fields(cls)]
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{argument}: expected fields of {cls.__name__}, got {key!r}{nearest(str(key), known)}")
 
 
 def _checked_regex(name: str, value: str) -> str:

@@ -150,13 +150,6 @@ Passes passes_for(const Tensor& x, int64_t tokens, const CompactLayer& layer, co
   return {plan, kept, layer.packed.has_value() && passes_fit(x, plan, kept)};
 }
 
-void check_kernels(const Tensor& x) {
-  const Kernels& kernels = kernels_for(x);
-  TORCH_CHECK(kernels.gather != nullptr && kernels.scatter != nullptr,
-              "compact: this build has no kernels for kept lanes on ", x.device().str(),
-              "; call compact(False)");
-}
-
 void check_width(const Tensor& x, const char* name, bool compact, const Side& side) {
   TORCH_CHECK_VALUE(!compact || x.size(-1) == side.width, name, " must have ", text(side.width),
                     " channels, the kept lanes in whole 16 bytes, got ", text(x.size(-1)));
@@ -227,7 +220,6 @@ void check_compact(const Tensor& x, const CompactLayer& layer, bool gathered) {
 
 CompactForward compact_forward(const Tensor& x, const CompactLayer& layer) {
   check_compact(x, layer, /*gathered=*/false);
-  check_kernels(x);
   Sides sides = sides_of(layer);
   check_width(x, "x", layer.compact_in, sides.in);
   const int64_t R = layer.lora_A.size(0);
@@ -239,11 +231,11 @@ CompactForward compact_forward(const Tensor& x, const CompactLayer& layer) {
   Tensor used = reachable(flat(x)), y, t;
   Passes passes = passes_for(x, used.size(0), layer, sides);
   Layer inner = inner_layer(layer, sides, true, !passes.fit || !sides.out.moves());
-  inner.bias = sides.out.moves() ? layer.bias : kept_vector(layer.bias, sides.out);
+  if (!sides.out.moves()) inner.bias = kept_vector(layer.bias, sides.out);
   if (passes.fit) {
+    if (sides.out.moves()) inner.bias = layer.bias;  // added while y is scattered
     std::tie(y, t, used) = passes_forward(used, inner, passes.plan, passes.kept);
   } else {
-    if (sides.out.moves()) inner.bias.reset();
     if (sides.in.moves()) used = gathered(used, sides.in);
     std::tie(y, t) = linear_forward(used, inner);
     if (sides.out.moves()) y = scattered(y, sides.out, layer.bias);
@@ -311,7 +303,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compact_linear_backward(
     if (need_B) out[2] = at::empty_symint(lora_B.sym_sizes(), lora_B.options());
     if (need_bias) out[3] = at::empty_symint({N}, x.options());
   } else {
-    check_kernels(x);
     Sides sides = sides_of(layer);
     check_width(x, "x", compact_in || is_gathered, sides.in);
     const Side &in_side = sides.in, &out_side = sides.out;
@@ -368,7 +359,6 @@ void pack_kept_(const Tensor& packed, const Tensor& weight, const Tensor& index_
   TORCH_CHECK_VALUE(packed.dim() == 1 && packed.is_contiguous(),
                     "packed must be a contiguous vector, got shape ", text(packed.sym_sizes()));
   if (packed.is_meta()) return;
-  check_kernels(packed);
   CompactLayer layer{};
   layer.packed = packed, layer.kept = kept, layer.index_in = index_in, layer.index_out = index_out;
   layer.lora_A = weight.narrow(0, 0, 0), layer.lora_B = weight.narrow(1, 0, 0);

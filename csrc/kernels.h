@@ -176,8 +176,8 @@ struct Kernels {
   void (*lanes)(const LanesArgs&, Stream);
   void (*merge)(const MergeArgs&, Stream);
   void (*mask_grads)(const MaskedGrad*, size_t count, Stream);
-  void (*gather)(const GatherArgs&, Stream) = nullptr;
-  void (*scatter)(const ScatterArgs&, Stream) = nullptr;
+  void (*gather)(const GatherArgs&, Stream);
+  void (*scatter)(const ScatterArgs&, Stream);
   // Null where the device leaves the low-rank products to the library.
   void (*low_rank)(const LowRankArgs&, Stream) = nullptr;
   void (*token_sums)(const TokenSumArgs&, Stream) = nullptr;

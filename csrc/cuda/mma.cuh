@@ -46,8 +46,7 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row
                : "r"(shared_address(row)));
 }
 
-// The same, each transposed on the way; lane i names the row i % 8 of matrix i
-// / 8.
+// The same, each matrix transposed on the way.
 __device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];\n"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
