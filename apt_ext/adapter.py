@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from . import agreement, growth, ops
-from .arguments import FLOATING, all_ones, checked_choice, checked_device, checked_int, checked_mask, checked_number, linear_shape
+from .arguments import FLOATING, all_ones, checked_choice, checked_device, checked_int, checked_mask, checked_number, linear_shape, on_host
 from .guard import guard, reserve
 from .optimizers import OptimizerLike, optimizers_of
 from .sharding import is_sharded, replicated
@@ -287,20 +287,24 @@ class APTAdapter(Saving):
         """The change to ``masks``, {"mask_in" or "mask_out": checked values}: what can fail is done here, calling the result makes it.
 
         Values of the present size are copied into the buffer, which compiled and captured graphs hold; others replace it: after a cut.
+        Values on the host make no device wait.
         """
+        masks = {name: on_host(mask) for name, mask in masks.items()}
         with torch.inference_mode(False), torch.no_grad():
-            new = {name: (mask if mask.shape == self._buffer(name).shape else mask.clone(), all_ones(mask)) for name, mask in masks.items()}
+            present = {name: self._buffer(name) for name in masks}
+            others = {name: mask.to(present[name].device, copy=True) for name, mask in masks.items() if mask.shape != present[name].shape}
         follow = self._compaction_change(masks)
 
         def make() -> None:
             with torch.no_grad():
-                for name, (mask, ones) in new.items():
+                for name, mask in masks.items():
                     buffer = self._buffer(name)
-                    if mask.shape == buffer.shape:
-                        buffer.copy_(mask)
+                    if name in others:
+                        self._buffers[name] = others[name]
                     else:
-                        self._buffers[name] = mask
-                    self._stamp_mask(name, ones)
+                        buffer.copy_(mask, non_blocking=True)  # pageable memory is read before this returns
+                    self._stamp_mask(name, all_ones(mask))
+                    self._keep_values(name, mask.clone())
             follow()
 
         return make
@@ -488,7 +492,8 @@ class APTAdapter(Saving):
 
     def __getstate__(self) -> dict[str, Any]:
         # Version counters start anew in a copy: what travels is whether a mask is known to be all ones.
-        return {**super().__getstate__(), "_mask_stamps": {name: self._known_ones(name) for name in self._mask_stamps}}
+        ones = {name: self._known_ones(name) for name in self._mask_stamps}
+        return {**super().__getstate__(), "_mask_stamps": ones}
 
     def __setstate__(self, state_: dict[str, Any]) -> None:
         super().__setstate__(state_)

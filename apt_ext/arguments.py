@@ -15,7 +15,10 @@ FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def checked_mask(name: str, mask: Any, like: Tensor) -> Tensor:
-    """``mask`` as a detached float32 tensor of ``like``'s shape and device, values in [0, 1]; else a worded error."""
+    """``mask`` as a float32 tensor on the host of ``like``'s shape, values in [0, 1]; else a worded error.
+
+    The one time that a device is asked for the values of a mask: what depends on them is found out on the host. Meta stays meta.
+    """
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(mask).__name__}")
     if mask.dtype not in FLOATING:
@@ -26,11 +29,16 @@ def checked_mask(name: str, mask: Any, like: Tensor) -> Tensor:
         raise ValueError(f"{name} must have shape {list(like.shape)}, got {list(mask.shape)}")
     if mask.device != like.device:
         raise ValueError(f"{name} must be on the module's device {like.device}, got {mask.device}")
-    value = mask.detach().to(torch.float32)
+    value = on_host(mask).to(torch.float32)
     if not value.is_meta and not bool(((value >= 0) & (value <= 1)).all()):  # false for NaN as well
         low, high = value.min().item(), value.max().item()
         raise ValueError(f"{name} must hold values in [0, 1], got values from {low} to {high}")
     return value
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """The values without a graph where they can be looked at without waiting; the tensor's own memory if it is there."""
+    return tensor.detach() if tensor.is_meta else tensor.detach().cpu()
 
 
 def all_ones(mask: Tensor) -> bool:

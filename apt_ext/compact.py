@@ -22,7 +22,7 @@ from torch.compiler import is_compiling
 from torch.nn import functional as F
 
 from . import _C
-from .arguments import checked_choice
+from .arguments import checked_choice, on_host
 from .guard import is_guarded
 from .merging import Merging
 from .sharding import is_sharded
@@ -70,37 +70,49 @@ class Compaction:
             for name, size in zip(_INDICES, sizes, strict=True):
                 setattr(self, name, torch.full((size,), -1, dtype=torch.int32, device=device))
             self.kept = torch.zeros((), dtype=torch.int64)
-        self.change(mask_in, mask_out, matrix, anew=True)()
+        self._indices: dict[str, Tensor] = {}  # index_in and index_out on the host
+        self.change(on_host(mask_in), on_host(mask_out), matrix, anew=True)()
 
     def change(self, mask_in: Tensor, mask_out: Tensor, matrix: Tensor | None, anew: bool = False) -> Callable[[], None]:
-        """The change to what these masks keep: what can fail is done here. W is copied where the exact zeros changed, or `anew`."""
+        """The change to what these masks, values on the host, keep: what can fail is done here, and no device has to wait.
+
+        W is copied where the exact zeros changed, or `anew`.
+        """
         if mask_in.is_meta or mask_out.is_meta:
             return lambda: None
         new: dict[str, Tensor] = {}
+        indices: dict[str, Tensor] = {}
         word = 0
         with torch.inference_mode(False), torch.no_grad():
             for shift, side, mask in ((0, "in", mask_in), (1, "out", mask_out)):
                 index, kept, soft = _lanes(mask, len(getattr(self, f"index_{side}")))
                 word |= kept << 30 * shift | soft << 60 + shift
-                if anew or not torch.equal(index, getattr(self, f"index_{side}")):
+                if anew or not torch.equal(index, self._indices[side]):
+                    indices[side] = index
                     new |= {f"index_{side}": index, f"position_{side}": _positions(mask)}
 
         def make() -> None:
             with torch.no_grad():
                 for name, value in new.items():
-                    getattr(self, name).copy_(value)
+                    getattr(self, name).copy_(value, non_blocking=True)  # pageable memory is read before this returns
                 if int(self.kept) != word:
                     self.kept.fill_(word)
+            self._indices |= indices
             self._view()
             if new:
                 self.pack(matrix)
 
         return make
 
+    def hands_over(self, other: Compaction) -> bool:
+        """Whether what this one writes are the lanes that the other reads, fewer than all."""
+        fewer = other.lanes_in.numel() < other.position_in.numel()
+        return fewer and torch.equal(self._indices["out"], other._indices["in"])
+
     def narrow(self, mask_in: Tensor, mask_out: Tensor) -> Callable[[], None]:
-        """The change to masks that keep less, from the copy itself, which then holds what is left and nothing more."""
+        """The change to masks that keep less, values on the host, from the copy itself, which then holds what is left and nothing more."""
         with torch.inference_mode(False), torch.no_grad():
-            index_in, index_out = (mask.nonzero().flatten() for mask in (mask_in, mask_out))
+            index_in, index_out = (mask.nonzero().flatten().to(self.index_in.device) for mask in (mask_in, mask_out))
             rows, columns = self.position_out[index_out], self.position_in[index_in]
             packed = None
             if self.packed is not None:
@@ -175,7 +187,7 @@ class Compaction:
 def _lanes(mask: Tensor, capacity: int) -> tuple[Tensor, int, bool]:
     """(index [capacity], kept lanes, whether their mask has fractions)."""
     lanes = mask.nonzero().flatten()
-    index = torch.full((capacity,), -1, dtype=torch.int32, device=mask.device)
+    index = torch.full((capacity,), -1, dtype=torch.int32)
     index[: len(lanes)] = lanes
     return index, len(lanes), bool(((mask != 0) & (mask != 1)).any())
 
@@ -206,11 +218,8 @@ class Chain:
 
     def compare(self) -> None:
         """After a change of masks, or of who is compacted."""
-        kept = self.reader._compaction
-        self.same = kept is not None and kept.lanes_in.numel() < kept.position_in.numel()
-        for writer in self.writers:
-            other = writer._compaction
-            self.same = self.same and kept is not None and other is not None and torch.equal(kept.lanes_in, other.lanes_out)
+        kept, writers = self.reader._compaction, [writer._compaction for writer in self.writers]
+        self.same = kept is not None and all(writer is not None and writer.hands_over(kept) for writer in writers)
 
     def is_open(self) -> bool:
         return self.same and not any(one._merged or one._disabled for one in (*self.writers, self.reader))
@@ -231,6 +240,7 @@ class Compacting(Merging):
         self._seen: tuple[Tensor, int | None] | None = None  # see _look
         self._dense = "keep"
         self._away = False  # the base layer's weight is a placeholder: one NaN that is read everywhere
+        self._mask_values: dict[str, tuple[Tensor, int, Tensor]] = {}  # a mask on a device, its version, and its values on the host
         self._host: Tensor | None = None  # what it was, as stored, where dense is "cpu"
 
     @property
@@ -320,8 +330,7 @@ class Compacting(Merging):
         if not (self._away and self._dense == "release"):
             return
         for name, mask in masks.items():
-            present = self._buffers[name]
-            if present is not None and bool(((mask.to(present.device) != 0) & (present == 0)).any()):
+            if bool(((on_host(mask) != 0) & (self.host_mask(name) == 0)).any()):
                 raise RuntimeError(f"{what}: {name} must not rise from 0, since compact(dense='release') keeps no pruned weights")
 
     def merge_weights(self, keep: str = "device") -> None:
@@ -335,6 +344,20 @@ class Compacting(Merging):
     def unmerge_weights(self) -> None:
         super().unmerge_weights()
         self._put_away()
+
+    def host_mask(self, name: str) -> Tensor:
+        """The values of "mask_in" or "mask_out", to be read only; waits for the device where somebody else has written them."""
+        buffer: Tensor = getattr(self, name)
+        placed, version, values = self._mask_values.get(name, (None, None, buffer))
+        if placed is not buffer or version != buffer._version:
+            values = on_host(buffer)
+            self._keep_values(name, values)
+        return values
+
+    def _keep_values(self, name: str, values: Tensor) -> None:
+        buffer: Tensor = getattr(self, name)
+        if buffer.device.type not in ("cpu", "meta") and not buffer.is_inference():
+            self._mask_values[name] = (buffer, buffer._version, values)
 
     def _compare_chains(self) -> None:
         for chain in (self._chain_in, self._chain_out):
@@ -356,7 +379,7 @@ class Compacting(Merging):
         kept = self._compaction
         same = kept is not None and (len(kept.position_in), len(kept.position_out)) == (len(self.mask_in), len(self.mask_out))
         if kept is not None and same and self._dense != "release":
-            kept.change(self.mask_in, self.mask_out, self._source(), anew=True)()
+            kept.change(self.host_mask("mask_in"), self.host_mask("mask_out"), self._source(), anew=True)()
         elif kept is not None:
             self._compaction = kept = None  # its memory first
             self._compaction = Compaction(self.mask_in, self.mask_out, self._source())
@@ -365,21 +388,19 @@ class Compacting(Merging):
         self._compare_chains()
 
     def _compaction_change(self, masks: dict[str, Tensor]) -> Callable[[], None]:
-        """What follows from a change of masks that was checked: what can fail is done here, unless sizes change (a cut)."""
+        """What follows from a change to masks on the host that were checked: what can fail is done here, unless sizes change (a cut)."""
         kept = self._compaction
-        buffers = {"mask_in": self.mask_in, "mask_out": self.mask_out}
-        if kept is None or any(mask.shape != buffers[name].shape for name, mask in masks.items()):
+        if kept is None or any(mask.shape != self.host_mask(name).shape for name, mask in masks.items()):
             return self._compact_anew
         self._refuse_sharded("set_masks")
         self._refuse_rising("set_masks", masks)
-        sides = {**buffers, **masks}
         released = self._away and self._dense == "release"
-        fell = released and any(bool(((mask == 0) & (buffers[name] != 0)).any()) for name, mask in masks.items())
-        if fell:
-            change = kept.narrow(sides["mask_in"], sides["mask_out"])
+        present = {name: self.host_mask(name) for name in ("mask_in", "mask_out")}
+        if released and any(bool(((mask == 0) & (present[name] != 0)).any()) for name, mask in masks.items()):
+            change = kept.narrow(**(present | masks))
         else:
             stale = self._is_stale() and not self._away
-            change = kept.change(sides["mask_in"], sides["mask_out"], None if released else self._source(), anew=stale)
+            change = kept.change(**(present | masks), matrix=None if released else self._source(), anew=stale)
 
         def make() -> None:
             change()
@@ -479,7 +500,8 @@ class Compacting(Merging):
     def __getstate__(self) -> dict[str, Any]:
         # Found again from weight and masks, unless there is no weight. A chain is the model's: a copy of one adapter computes full-size.
         compaction = self._compaction if self._dense == "release" else self.compacted
-        return {**self.__dict__, "_compaction": compaction, "_seen": None, "_chain_in": None, "_chain_out": None}
+        gone = dict.fromkeys(("_seen", "_chain_in", "_chain_out"))
+        return {**self.__dict__, **gone, "_compaction": compaction, "_mask_values": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -88,11 +88,12 @@ def _load(
             own[new] = own.pop(old)
     A, B = own.get("lora_A"), own.get("lora_B")
     rank = _saved_rank(adapter, prefix, A, B, own.get("rank"))
-    masks = {
+    found = {
         name: checked_mask(prefix + name, own[name].detach().to(torch.float32), torch.empty(size, device=own[name].device))
         for name, size in (("mask_in", adapter.in_features), ("mask_out", adapter.out_features))
         if name in own
     }
+    masks = {name: mask.to(own[name].device) for name, mask in found.items()}
     merged = bool(own["merged"]) if "merged" in own else adapter._merged
     if seed and merged and "merged" in own:
         warnings.warn(f"{prefix or 'state_dict'} says merged, but the seed never merged a weight: loaded unmerged", stacklevel=2)
@@ -100,10 +101,10 @@ def _load(
 
     merged = merged and adapter.base_layer is not None
     if "base_layer.weight" not in own:
-        adapter._refuse_rising("load_state_dict", masks)
+        adapter._refuse_rising("load_state_dict", found)
 
     # What can run out of memory, before anything changes.
-    ones = {name: all_ones(mask) for name, mask in masks.items()}
+    ones = {name: all_ones(mask) for name, mask in found.items()}
     stored = rank if adapter._max_rank is None else adapter._max_rank
     factors: dict[str, Tensor] = {}
     storages: list[tuple[nn.Parameter, Tensor]] = []

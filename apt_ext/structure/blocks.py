@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter import APTAdapter
-from ..arguments import checked_mask
+from ..arguments import all_ones, checked_mask
 from .architectures import Block, Side, architecture_of, is_linear, side_width, stored, unknown_modules
 from .carriers import StreamCarrier, carrier_for, is_carrier
 
@@ -21,29 +22,29 @@ def set_mask(model: nn.Module, name: str, block: Block, mask: Tensor, agree: Cal
     mask [count], floating, values in [0, 1], any device. TypeError, ValueError and, while an adapter of the block is merged, RuntimeError;
     no mask has then changed. What the block touches and carries no mask yet is wrapped, once there is something to carry.
     """
-    merged = next((side.module for side in block.sides if getattr(model.get_submodule(side.module), "merged", False)), None)
+    modules = {side.module: model.get_submodule(side.module) for side in block.sides}
+    merged = next((name for name, module in modules.items() if getattr(module, "merged", False)), None)
     if merged is not None:
         raise RuntimeError(f"set_block_mask: {merged} of block {name!r} is merged under its present masks; unmerge it first")
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask of block {name!r} must be a Tensor, got {type(mask).__name__}")
     values = checked_mask(f"mask of block {name!r}", mask, torch.empty(block.count, device=mask.device))
-    present = get_mask(model, block)
+    present = _host_mask(model, block)
     sides = [side for side in block.sides if side.acts]
-    if bool((values == 1).all()) and any(not is_carrier(model.get_submodule(side.module)) for side in sides):
+    if all_ones(values) and any(not is_carrier(modules[side.module]) for side in sides):
         return agree(values, present)  # nothing to carry, and nothing was carried
     placed = missing_carriers(model, block)
+    modules |= placed
     kept = (values != 0).to(values.dtype)
     new: dict[str, dict[str, Tensor]] = {}
     for side in sides:
-        carrier = placed.get(side.module) or model.get_submodule(side.module)
-        name = f"mask_{side.side}"
-        lanes = new.setdefault(side.module, {}).setdefault(name, carrier.get_buffer(name).detach().clone())
-        stretch(lanes, side).copy_(expand(values if side.scales else kept, side, len(lanes)))
-    changes = []
-    for module, masks in new.items():
-        carrier = placed.get(module) or model.get_submodule(module)
+        carrier, name = modules[side.module], f"mask_{side.side}"
         assert isinstance(carrier, APTAdapter | StreamCarrier)
-        changes.append(carrier.mask_change(masks))
+        masks = new.setdefault(side.module, {})
+        if name not in masks:
+            masks[name] = carrier.host_mask(name).clone()
+        stretch(masks[name], side).copy_(expand(values if side.scales else kept, side, len(masks[name])))
+    changes = [modules[name].mask_change(masks) for name, masks in new.items()]  # type: ignore[operator]  # carriers have it
     agree(values, present)
     # Nothing above changed anything, and nothing below can fail.
     for module, wrapped in placed.items():
@@ -70,11 +71,16 @@ def place_carriers(model: nn.Module, block: Block) -> None:
 
 def get_mask(model: nn.Module, block: Block) -> Tensor:
     """A copy of the block's mask [count], float32: what its scaling side carries."""
+    carrier = model.get_submodule(block.scaling_side.module)
+    return _host_mask(model, block).to(next(chain(carrier.buffers(), carrier.parameters())).device)
+
+
+def _host_mask(model: nn.Module, block: Block) -> Tensor:
     side = block.scaling_side
     carrier = model.get_submodule(side.module)
-    if not is_carrier(carrier):
-        return torch.ones(block.count, device=next(carrier.parameters()).device)
-    lanes = stretch(carrier.get_buffer(f"mask_{side.side}").detach(), side)
+    if not isinstance(carrier, APTAdapter | StreamCarrier):
+        return torch.ones(block.count)
+    lanes = stretch(carrier.host_mask(f"mask_{side.side}"), side)
     return lanes[:: max(len(lanes) // max(block.count, 1), 1)].clone()
 
 

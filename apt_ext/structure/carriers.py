@@ -11,6 +11,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from ..adapter import APTAdapter
+from ..arguments import on_host
 from ..changes import Changes
 from ..reference import scale_lanes
 
@@ -74,7 +75,7 @@ class StreamCarrier(nn.Module):
         """As APTAdapter's: what can fail is done here, calling the result makes the change; another width replaces the buffer."""
         with torch.inference_mode(False), torch.no_grad():
             (mask,) = masks.values()
-            new = mask if mask.shape == self.mask_out.shape else mask.clone()
+            new = mask.to(self.mask_out.device, copy=True)
             derived = self._derived(mask)
 
         def make() -> None:
@@ -91,6 +92,10 @@ class StreamCarrier(nn.Module):
     def _derived(self, mask_out: Tensor) -> dict[str, Tensor | None]:
         """Further buffers that follow from the mask."""
         return {}
+
+    def host_mask(self, name: str) -> Tensor:
+        """The values of "mask_out", to be read only; waits for the device."""
+        return on_host(self.get_buffer(name))
 
     def _set_disabled(self, disabled: bool) -> None:
         if disabled != self._disabled:
@@ -138,7 +143,7 @@ class MaskedNorm(StreamCarrier):
 
     def _derived(self, mask_out: Tensor) -> dict[str, Tensor | None]:
         kept = mask_out.nonzero().flatten()
-        return {"kept": None if len(kept) == len(mask_out) else kept}
+        return {"kept": None if len(kept) == len(mask_out) else kept.to(self.mask_out.device)}
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> the same shape, 0 in pruned dimensions."""
