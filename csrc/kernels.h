@@ -128,6 +128,20 @@ struct FactorGradPair {
   FactorGrad job[2];  // the second may be missing (null grad)
 };
 
+// out[c] = the sum of |values[m, c]| (or of values[m, c]) over the tokens m that count; what the others hold
+// is not read.
+struct ChannelSumArgs {
+  int64_t M, C;
+  const void* values;  // [M, C], rows `stride` apart
+  int64_t stride;
+  const bool* tokens;  // [M], or null: all count
+  void* out;           // [C] float32, or float64 for float64
+  void* partial;       // [spans, C] like out; not needed for one span
+  int64_t spans;       // of tokens, added up by themselves first; the CPU cuts by its threads
+  DType dtype;
+  bool is_signed;
+};
+
 // The kept lanes of a matrix side by side (cuda/gather.cu), the first end of a compacted layer:
 // gathered[m, j] = mask[index[j]] * x[row_index[m], index[j]], zeros selected; an index of -1 is a zero that
 // pads.
@@ -178,6 +192,7 @@ struct Kernels {
   void (*mask_grads)(const MaskedGrad*, size_t count, Stream);
   void (*gather)(const GatherArgs&, Stream);
   void (*scatter)(const ScatterArgs&, Stream);
+  void (*channel_sums)(const ChannelSumArgs&, Stream);
   // Null where the device leaves the low-rank products to the library.
   void (*low_rank)(const LowRankArgs&, Stream) = nullptr;
   void (*token_sums)(const TokenSumArgs&, Stream) = nullptr;

@@ -57,6 +57,12 @@ MergePlan merge_plan(const LinearProblem& p, const DeviceLimits& device) {
   return fits ? MergePlan{rows_of(p.N, device), splits_of_up(p.N, p.K, device)} : MergePlan{};
 }
 
+int64_t channel_sum_spans(int64_t M, int64_t C, const DeviceLimits& device) {
+  const int64_t blocks = divided(C, 256);  // of one span of 16-bit values
+  return std::clamp<int64_t>(4 * device.multiprocessors / std::max<int64_t>(1, blocks), 1,
+                             std::max<int64_t>(1, divided(M, 64)));
+}
+
 std::string LinearPlan::str() const {
   auto text = [](int64_t number) { return std::to_string(number); };
   std::string out = route == Route::kPasses ? "passes" : "library";

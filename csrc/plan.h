@@ -40,4 +40,7 @@ LinearPlan launch_plan(const LinearProblem& problem, const DeviceLimits& device)
 // The merge of a weight [N, K]: an up pass over its rows, where the factors have its 16-bit dtype.
 MergePlan merge_plan(const LinearProblem& problem, const DeviceLimits& device);
 
+// Into how many spans of tokens sums over them [M, C] -> [C] are cut, so that every multiprocessor has work.
+int64_t channel_sum_spans(int64_t M, int64_t C, const DeviceLimits& device);
+
 }  // namespace apt

@@ -113,32 +113,34 @@ def test_another_torch_is_refused_before_the_library_is_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (5, 7), (1030, 33), (3000, 100), (4, 0)])
-def test_channel_sums(dtype, shape):
+@pytest.mark.parametrize("shape", [(0, 3), (1, 1), (5, 7), (1030, 33), (3000, 100), (40_000, 264), (70, 1536), (4, 0)])
+def test_channel_sums(device, dtype, shape):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    values = torch.randn(shape[0], 2 * shape[1]).to(dtype)[:, ::2]  # strided
-    tokens = torch.rand(shape[0]) > 0.4
-    for counted in (None, tokens, tokens.repeat_interleave(2)[::2]):
-        kept = values.double() if counted is None else values.double()[counted]
-        for signed in (False, True):
-            got = _C.channel_sums(values, counted, signed)
-            assert got.dtype == wide and got.shape == (shape[1],)
-            bound = 1e-6 * kept.abs().sum(0) + 1e-12
-            assert bool(((got.double() - (kept if signed else kept.abs()).sum(0)).abs() <= bound).all())
-            assert torch.equal(got, _C.channel_sums(values, counted, signed))
-    if shape[0]:
-        values[~tokens] = torch.nan
-        assert bool(_C.channel_sums(values, tokens, False).isfinite().all())
+    strided = torch.randn(shape[0], 2 * shape[1], device=device).to(dtype)[:, ::2]
+    padded = torch.randn(shape[0], shape[1] + 8, device=device).to(dtype)[:, : shape[1]]  # rows apart
+    tokens = torch.rand(shape[0], device=device) > 0.4
+    for values in (strided, padded, padded.contiguous()):
+        for counted in (None, tokens, tokens.repeat_interleave(2)[::2]):
+            kept = values.double() if counted is None else values.double()[counted]
+            for signed in (False, True):
+                got = _C.channel_sums(values, counted, signed)
+                assert got.dtype == wide and got.shape == (shape[1],)
+                bound = 2e-6 * kept.abs().sum(0) + 1e-12
+                assert bool(((got.double() - (kept if signed else kept.abs()).sum(0)).abs() <= bound).all())
+                assert torch.equal(got, _C.channel_sums(values, counted, signed))
+        if shape[0]:
+            values[~tokens] = torch.nan
+            assert bool(_C.channel_sums(values, tokens, False).isfinite().all())
 
 
 def test_channel_sums_refuses_in_words():
     values = torch.randn(3, 2)
     for arguments, kind, words in (
-        ((values[0], None), ValueError, r"values must be a dense CPU tensor \[tokens, channels\]"),
-        ((values.to("meta"), None), ValueError, "values must be a dense CPU tensor"),
+        ((values[0], None), ValueError, r"values must be a dense tensor \[tokens, channels\] on the CPU or a GPU"),
+        ((values.to("meta"), None), ValueError, "values must be a dense tensor .* on meta"),
         ((values.int(), None), TypeError, "values must be float64, float32, float16 or bfloat16, got Int"),
-        ((values, torch.ones(2, dtype=torch.bool)), ValueError, r"tokens must be a bool CPU tensor \[3\]"),
-        ((values, torch.ones(3)), ValueError, r"tokens must be a bool CPU tensor \[3\]"),
+        ((values, torch.ones(2, dtype=torch.bool)), ValueError, r"tokens must be bool \[3\] on cpu"),
+        ((values, torch.ones(3)), ValueError, r"tokens must be bool \[3\] on cpu"),
     ):
         with pytest.raises(kind, match=words):
             _C.channel_sums(*arguments, False)

@@ -207,3 +207,28 @@ def test_16_bit_accuracy_within_a_model(device):
 
 def test_get_apt_model_of_a_config_is_not_compacted():
     assert not any(a.compacted for _, a in adapters(get_apt_model(FAMILIES["bert"].model(), APTConfig(r=1))))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_masks_from_the_host_make_no_device_wait():
+    """A step of soft masks, and one that changes what is kept; also the second look at masks that somebody else has written."""
+    family = FAMILIES["llama"]
+    apt = adapted(family).cuda()
+    apt.compact(chain=True)
+    kinds = ("heads", "neurons")
+    mask_all(apt, some(family, apt.blocks, kinds, "soft"))  # from here on everything has been queued once
+    soft, hard = some(family, apt.blocks, kinds, "soft"), some(family, apt.blocks, kinds, "hard", seed=5)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        mask_all(apt, {name: mask.cpu() * 0.5 for name, mask in soft.items()})
+        mask_all(apt, {name: mask.cpu() for name, mask in hard.items()})
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name, mask in hard.items():
+        assert torch.equal(apt.get_block_mask(name).cpu(), mask.float().cpu())
+    _, adapter = next(iter(adapters(apt)))
+    before = adapter.host_mask("mask_in").clone()
+    adapter.mask_in.fill_(0.25)
+    assert bool((adapter.host_mask("mask_in") == 0.25).all()) and not torch.equal(before, adapter.host_mask("mask_in"))

@@ -41,16 +41,19 @@ class AdapterImportance:
     @torch.no_grad()
     def observe(self) -> None:
         """Read the gradients (accumulated over micro-batches); an adapter without a gradient counts 0."""
-        self._seen = {name: self._product(adapter) for name, adapter in self.adapters.items()}
-
-    def _product(self, adapter: APTAdapter) -> Tensor:
-        factor, dim = (adapter.lora_A, 1) if self.signed else (adapter.lora_B, 0)
-        if factor.grad is None:
-            return torch.zeros(adapter.rank, dtype=torch.float32, device=factor.device)
-        product = factor.detach().float() * factor.grad.float()
-        product = product.sum(dim).abs() if self.signed else product.abs().sum(dim)
-        whole: Tensor = product.full_tensor() if is_sharded(product) else product  # type: ignore[attr-defined]  # a DTensor has it
-        return whole[: adapter.rank]
+        factors = {name: adapter.lora_A if self.signed else adapter.lora_B for name, adapter in self.adapters.items()}
+        given = {name: (factor.detach().float(), factor.grad.float()) for name, factor in factors.items() if factor.grad is not None}
+        self._seen = {name: torch.zeros_like(average) for name, average in self.averages.items() if name not in given}
+        if not given:
+            return
+        products = torch._foreach_mul(*(list(values) for values in zip(*given.values(), strict=True)))  # a few launches for all of them
+        if self.signed:
+            found = list(torch._foreach_abs([product.sum(1) for product in products]))
+        else:
+            found = [product.sum(0) for product in torch._foreach_abs(products)]
+        for name, one in zip(given, found, strict=True):
+            whole: Tensor = one.full_tensor() if is_sharded(one) else one  # type: ignore[attr-defined]  # a DTensor has it
+            self._seen[name] = whole[: self.adapters[name].rank]
 
     @torch.no_grad()
     def update(self) -> None:

@@ -74,11 +74,8 @@ class Salience:
 
             def add(gradient: Tensor) -> None:
                 found = [sums[0], full(_channel_sums(gradient, tokens)), *sums[1:]]
-                if name in self._sums:
-                    for total, one in zip(self._sums[name], found, strict=True):
-                        total.add_(one)
-                else:
-                    self._sums[name] = [one.clone() for one in found]
+                before = self._sums.get(name)
+                self._sums[name] = found if before is None else list(torch._foreach_add(before, found))
 
             h.register_hook(add)
 
@@ -92,11 +89,11 @@ class Salience:
         """
         self._add_up_ranks()
         names = [name for name in self._counts if name in self._sums]
-        now = []
-        for name in names:
-            activation, gradient, *_ = self._sums[name]
-            product, count = activation * gradient, self._counts[name]
-            now.append(product if len(product) == count else product.view(count, -1).sum(1))
+        if not names:
+            return
+        products = torch._foreach_mul([self._sums[name][0] for name in names], [self._sums[name][1] for name in names])
+        counts = [self._counts[name] for name in names]
+        now = [one if len(one) == count else one.view(count, -1).sum(1) for one, count in zip(products, counts, strict=True)]
         self._average(self.scores, names, now)
         signed = [name for name in names if name in self._signed]
         self._average(self.means, signed, [self._sums[name][2] for name in signed])
@@ -160,7 +157,7 @@ def _channel_sums(values: Tensor, tokens: Tensor | None, signed: bool = False) -
     In float32 (float64 for float64). What padding holds, NaN included, does not count.
     """
     flat = values.flatten(0, -2)
-    if flat.device.type == "cpu" and flat.dtype in FLOATING and not torch.compiler.is_compiling():
+    if flat.device.type in ("cpu", "cuda") and flat.dtype in FLOATING and not torch.compiler.is_compiling():
         return _C.channel_sums(flat, None if tokens is None else tokens.flatten(), signed)
     if tokens is not None:  # selected, not multiplied
         flat = torch.where(tokens.view(-1, 1), flat, 0)

@@ -1,6 +1,6 @@
 // Gather and scatter of kept lanes on the CPU. Both read an index a lane of the result, -1 for a zero; where
 // most lanes have their neighbour beside them (heads, blocks of neurons) whole runs are copied instead.
-#include "kept.h"
+#include "kernels.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>

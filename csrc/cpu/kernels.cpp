@@ -13,7 +13,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "kept.h"
+#include "kernels.h"
 #include "loops.h"
 
 namespace apt {
@@ -197,6 +197,7 @@ const Kernels kCpuKernels{.lanes = &lanes,
                           .merge = &merge,
                           .mask_grads = &mask_grads,
                           .gather = &gather_kept,
-                          .scatter = &scatter_kept};
+                          .scatter = &scatter_kept,
+                          .channel_sums = &channel_sums};
 
 }  // namespace apt

@@ -1,8 +1,7 @@
 // Sums over tokens, one a channel, in one pass that reads the values once and keeps nothing of their size.
-#include "sums.h"
-
 #include <ATen/Parallel.h>
 
+#include "kernels.h"
 #include "loops.h"
 
 namespace apt {
@@ -74,61 +73,29 @@ void sum_range(const Stored<T>* values, int64_t stride, const bool* tokens, int6
 }
 
 template <class T>
-void sum_all(const Tensor& values, const bool* tokens, Tensor& out, bool is_signed) {
-  const int64_t rows = values.size(0), channels = values.size(1);
-  const auto* data = static_cast<const Stored<T>*>(values.const_data_ptr());
+void sum_all(const ChannelSumArgs& args) {
+  const auto* data = static_cast<const Stored<T>*>(args.values);
   // As many parts as threads, added up in their order: the same bits for the same number of threads.
-  const int64_t parts = std::clamp<int64_t>(rows * channels / kGrain, 1, at::get_num_threads());
+  const int64_t parts = std::clamp<int64_t>(args.M * args.C / kGrain, 1, at::get_num_threads());
   std::vector<std::vector<Wide<T>>> sums(parts);
   at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) {
-      sums[part].assign(channels, Wide<T>(0));
-      sum_range<T>(data, values.stride(0), tokens, rows * part / parts, rows * (part + 1) / parts, sums[part],
-                   is_signed);
+      sums[part].assign(args.C, Wide<T>(0));
+      sum_range<T>(data, args.stride, args.tokens, args.M * part / parts, args.M * (part + 1) / parts,
+                   sums[part], args.is_signed);
     }
   });
-  auto* result = out.mutable_data_ptr<Wide<T>>();
-  std::fill(result, result + channels, Wide<T>(0));
+  auto* result = static_cast<Wide<T>*>(args.out);
+  std::fill(result, result + args.C, Wide<T>(0));
   for (const auto& part : sums) {
-    for (int64_t j = 0; j < channels; ++j) result[j] += part[j];
+    for (int64_t j = 0; j < args.C; ++j) result[j] += part[j];
   }
 }
 
 }  // namespace
 
-Tensor channel_sums(const Tensor& values, const std::optional<Tensor>& tokens, bool is_signed) {
-  TORCH_CHECK_VALUE(values.device().is_cpu() && values.dim() == 2 && values.layout() == at::kStrided,
-                    "values must be a dense CPU tensor [tokens, channels], got ", values.toString(),
-                    " of shape ", values.sizes());
-  std::optional<Tensor> counted;
-  if (tokens.has_value()) {
-    TORCH_CHECK_VALUE(tokens->device().is_cpu() && tokens->scalar_type() == at::kBool &&
-                          tokens->sizes() == values.sizes().slice(0, 1),
-                      "tokens must be a bool CPU tensor [", values.size(0), "], got ", tokens->toString(),
-                      " of shape ", tokens->sizes());
-    counted = tokens->contiguous();
-  }
-  const auto type = values.scalar_type();
-  TORCH_CHECK_TYPE(type == at::kDouble || type == at::kFloat || type == at::kHalf || type == at::kBFloat16,
-                   "values must be float64, float32, float16 or bfloat16, got ", type);
-  const Tensor rows = values.size(1) == 1 || values.stride(1) == 1 ? values : values.contiguous();
-  Tensor out =
-      at::empty({values.size(1)}, rows.options().dtype(type == at::kDouble ? at::kDouble : at::kFloat));
-  const bool* mask = counted.has_value() ? counted->const_data_ptr<bool>() : nullptr;
-  switch (type) {
-    case at::kDouble:
-      sum_all<double>(rows, mask, out, is_signed);
-      break;
-    case at::kFloat:
-      sum_all<float>(rows, mask, out, is_signed);
-      break;
-    case at::kHalf:
-      sum_all<at::Half>(rows, mask, out, is_signed);
-      break;
-    default:
-      sum_all<at::BFloat16>(rows, mask, out, is_signed);
-  }
-  return out;
+void channel_sums(const ChannelSumArgs& args, Stream) {
+  visit(args.dtype, [&](auto zero) { sum_all<decltype(zero)>(args); });
 }
 
 }  // namespace apt

@@ -29,6 +29,7 @@ const Kernels kCudaKernels{.lanes = &cuda::lanes,
                            .mask_grads = &cuda::mask_grads,
                            .gather = &cuda::gather,
                            .scatter = &cuda::scatter,
+                           .channel_sums = &cuda::channel_sums,
                            .low_rank = &cuda::low_rank,
                            .token_sums = &cuda::token_sums,
                            .add_spans = &cuda::add_spans};
