@@ -70,7 +70,7 @@ class Compaction:
             for name, size in zip(_INDICES, sizes, strict=True):
                 setattr(self, name, torch.full((size,), -1, dtype=torch.int32, device=device))
             self.kept = torch.zeros((), dtype=torch.int64)
-        self._indices: dict[str, Tensor] = {}  # index_in and index_out on the host
+        self._live: dict[str, Tensor] = {}  # {"in" or "out": bool [size] on the host, the lanes that are kept}
         self.change(on_host(mask_in), on_host(mask_out), matrix, anew=True)()
 
     def change(self, mask_in: Tensor, mask_out: Tensor, matrix: Tensor | None, anew: bool = False) -> Callable[[], None]:
@@ -81,15 +81,17 @@ class Compaction:
         if mask_in.is_meta or mask_out.is_meta:
             return lambda: None
         new: dict[str, Tensor] = {}
-        indices: dict[str, Tensor] = {}
+        changed: dict[str, Tensor] = {}
         word = 0
         with torch.inference_mode(False), torch.no_grad():
             for shift, side, mask in ((0, "in", mask_in), (1, "out", mask_out)):
-                index, kept, soft = _lanes(mask, len(getattr(self, f"index_{side}")))
-                word |= kept << 30 * shift | soft << 60 + shift
-                if anew or not torch.equal(index, self._indices[side]):
-                    indices[side] = index
-                    new |= {f"index_{side}": index, f"position_{side}": _positions(mask)}
+                live = mask != 0
+                kept = int(live.sum())
+                word |= kept << 30 * shift | (int((mask == 1).sum()) < kept) << 60 + shift
+                if anew or not torch.equal(live, self._live[side]):
+                    changed[side] = live
+                    capacity = len(getattr(self, f"index_{side}"))
+                    new |= {f"index_{side}": _index(live, capacity), f"position_{side}": _positions(live)}
 
         def make() -> None:
             with torch.no_grad():
@@ -97,7 +99,7 @@ class Compaction:
                     getattr(self, name).copy_(value, non_blocking=True)  # pageable memory is read before this returns
                 if int(self.kept) != word:
                     self.kept.fill_(word)
-            self._indices |= indices
+            self._live |= changed
             self._view()
             if new:
                 self.pack(matrix)
@@ -107,7 +109,7 @@ class Compaction:
     def hands_over(self, other: Compaction) -> bool:
         """Whether what this one writes are the lanes that the other reads, fewer than all."""
         fewer = other.lanes_in.numel() < other.position_in.numel()
-        return fewer and torch.equal(self._indices["out"], other._indices["in"])
+        return fewer and torch.equal(self._live["out"], other._live["in"])
 
     def narrow(self, mask_in: Tensor, mask_out: Tensor) -> Callable[[], None]:
         """The change to masks that keep less, values on the host, from the copy itself, which then holds what is left and nothing more."""
@@ -184,19 +186,18 @@ class Compaction:
         return _compact_linear(x, packed, bias, A, B, *given)  # type: ignore[no-any-return]
 
 
-def _lanes(mask: Tensor, capacity: int) -> tuple[Tensor, int, bool]:
-    """(index [capacity], kept lanes, whether their mask has fractions)."""
-    lanes = mask.nonzero().flatten()
+def _index(live: Tensor, capacity: int) -> Tensor:
+    """int32 [capacity]: the kept lanes ascending, then -1."""
+    lanes = live.nonzero().flatten()
     index = torch.full((capacity,), -1, dtype=torch.int32)
     index[: len(lanes)] = lanes
-    return index, len(lanes), bool(((mask != 0) & (mask != 1)).any())
+    return index
 
 
-def _positions(mask: Tensor) -> Tensor:
+def _positions(live: Tensor) -> Tensor:
     """int32 [size]: a lane's place among the kept ones; of a pruned lane ~(the kept lanes before it)."""
-    kept = mask != 0
-    before = kept.cumsum(0)
-    return torch.where(kept, before - 1, ~before).to(torch.int32)
+    before = live.cumsum(0)
+    return torch.where(live, before - 1, ~before).to(torch.int32)
 
 
 def _version(tensor: Tensor) -> int | None:

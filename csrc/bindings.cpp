@@ -153,7 +153,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "(thread, sequence number) of the autograd node that runs here, or None.");
   m.def("channel_sums", &channel_sums, py::arg("values"), py::arg("tokens"), py::arg("is_signed"),
         py::call_guard<py::gil_scoped_release>(),
-        "Sums of |values| (or values) [tokens, channels] over the tokens that count (bool, or None): no "
+        "Sums of |values| (or values) [..., channels] over the tokens [...] that count (bool, or None): no "
         "gradient.");
   m.def("build_info", &build_info,
         "What this build is: version, cuda, cuda_archs, cuda_version, torch_version, cpu_capability.");

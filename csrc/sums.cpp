@@ -3,6 +3,8 @@
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 
+#include <algorithm>
+
 #include "check.h"
 #include "device.h"
 #include "plan.h"
@@ -12,22 +14,25 @@ namespace apt {
 Tensor channel_sums(const Tensor& values, const std::optional<Tensor>& tokens, bool is_signed) {
   const auto device = values.device();
   TORCH_CHECK_VALUE(
-      (device.is_cpu() || device.is_cuda()) && values.dim() == 2 && values.layout() == at::kStrided,
-      "values must be a dense tensor [tokens, channels] on the CPU or a GPU, got ", values.toString(), " on ",
+      (device.is_cpu() || device.is_cuda()) && values.dim() >= 2 && values.layout() == at::kStrided,
+      "values must be a dense tensor [..., channels] on the CPU or a GPU, got ", values.toString(), " on ",
       device.str(), " of shape ", values.sizes());
   std::optional<Tensor> counted;
   if (tokens.has_value()) {
     TORCH_CHECK_VALUE(tokens->device() == device && tokens->scalar_type() == at::kBool &&
-                          tokens->sizes() == values.sizes().slice(0, 1),
-                      "tokens must be bool [", values.size(0), "] on ", device.str(), ", got ",
-                      tokens->toString(), " on ", tokens->device().str(), " of shape ", tokens->sizes());
+                          tokens->sizes() == values.sizes().slice(0, values.dim() - 1),
+                      "tokens must be bool ", values.sizes().slice(0, values.dim() - 1), " on ", device.str(),
+                      ", got ", tokens->toString(), " on ", tokens->device().str(), " of shape ",
+                      tokens->sizes());
     counted = tokens->contiguous();
   }
   const auto type = values.scalar_type();
   TORCH_CHECK_TYPE(is_compute_dtype(type), "values must be float64, float32, float16 or bfloat16, got ",
                    name_of(type));
   const c10::DeviceGuard guard(device);
-  const Tensor rows = values.size(1) == 1 || values.stride(1) == 1 ? values : values.contiguous();
+  Tensor rows =
+      values.detach().reshape({values.numel() / std::max<int64_t>(values.size(-1), 1), values.size(-1)});
+  if (rows.size(1) != 1 && rows.stride(1) != 1) rows = rows.contiguous();
   ChannelSumArgs args{.M = rows.size(0), .C = rows.size(1), .stride = rows.stride(0)};
   const auto wide = rows.options().dtype(type == at::kDouble ? at::kDouble : at::kFloat);
   Tensor out = at::empty({args.C}, wide), partial;

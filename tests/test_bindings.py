@@ -128,15 +128,16 @@ def test_channel_sums(device, dtype, shape):
                 bound = 2e-6 * kept.abs().sum(0) + 1e-12
                 assert bool(((got.double() - (kept if signed else kept.abs()).sum(0)).abs() <= bound).all())
                 assert torch.equal(got, _C.channel_sums(values, counted, signed))
-        if shape[0]:
-            values[~tokens] = torch.nan
-            assert bool(_C.channel_sums(values, tokens, False).isfinite().all())
+        poisoned = values.masked_fill(~tokens[:, None], torch.nan)
+        assert torch.equal(_C.channel_sums(poisoned, tokens, False), _C.channel_sums(values, tokens, False))
+    nested = strided.unflatten(0, (1, 1, -1)) if shape[0] else strided
+    assert torch.equal(_C.channel_sums(nested, tokens.view(nested.shape[:-1]), False), _C.channel_sums(strided, tokens, False))
 
 
 def test_channel_sums_refuses_in_words():
     values = torch.randn(3, 2)
     for arguments, kind, words in (
-        ((values[0], None), ValueError, r"values must be a dense tensor \[tokens, channels\] on the CPU or a GPU"),
+        ((values[0], None), ValueError, r"values must be a dense tensor \[\.\.\., channels\] on the CPU or a GPU"),
         ((values.to("meta"), None), ValueError, "values must be a dense tensor .* on meta"),
         ((values.int(), None), TypeError, "values must be float64, float32, float16 or bfloat16, got Int"),
         ((values, torch.ones(2, dtype=torch.bool)), ValueError, r"tokens must be bool \[3\] on cpu"),

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -220,7 +221,9 @@ def test_masks_from_the_host_make_no_device_wait():
     mask_all(apt, some(family, apt.blocks, kinds, "soft"))  # from here on everything has been queued once
     soft, hard = some(family, apt.blocks, kinds, "soft"), some(family, apt.blocks, kinds, "hard", seed=5)
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+        torch.cuda.set_sync_debug_mode("error")
     try:
         mask_all(apt, {name: mask.cpu() * 0.5 for name, mask in soft.items()})
         mask_all(apt, {name: mask.cpu() for name, mask in hard.items()})

@@ -42,18 +42,23 @@ class AdapterImportance:
     def observe(self) -> None:
         """Read the gradients (accumulated over micro-batches); an adapter without a gradient counts 0."""
         factors = {name: adapter.lora_A if self.signed else adapter.lora_B for name, adapter in self.adapters.items()}
-        given = {name: (factor.detach().float(), factor.grad.float()) for name, factor in factors.items() if factor.grad is not None}
+        grads = {name: factor.grad for name, factor in factors.items()}
+        given = {name: (factors[name].float(), grad.float()) for name, grad in grads.items() if grad is not None}
         self._seen = {name: torch.zeros_like(average) for name, average in self.averages.items() if name not in given}
         if not given:
             return
-        products = torch._foreach_mul(*(list(values) for values in zip(*given.values(), strict=True)))  # a few launches for all of them
-        if self.signed:
-            found = list(torch._foreach_abs([product.sum(1) for product in products]))
-        else:
-            found = [product.sum(0) for product in torch._foreach_abs(products)]
-        for name, one in zip(given, found, strict=True):
-            whole: Tensor = one.full_tensor() if is_sharded(one) else one  # type: ignore[attr-defined]  # a DTensor has it
-            self._seen[name] = whole[: self.adapters[name].rank]
+        # A few launches for all of them: the products of factors of one width lie in one matrix, a row for each rank.
+        products = torch._foreach_mul(*map(list, zip(*given.values(), strict=True)))
+        by_width: dict[int, dict[str, Tensor]] = {}
+        for name, product in zip(given, products, strict=True):
+            rows = product if self.signed else product.t()
+            if is_sharded(rows):  # the sums travel, not the products
+                rows = (rows if self.signed else rows.abs()).sum(1, keepdim=True).full_tensor()  # type: ignore[attr-defined]
+            by_width.setdefault(rows.shape[1], {})[name] = rows[: self.adapters[name].rank]
+        for of_width in by_width.values():
+            matrix = torch.cat(list(of_width.values()))
+            sums = matrix.sum(1).abs() if self.signed else matrix.abs().sum(1)
+            self._seen |= zip(of_width, torch.split(sums, [len(rows) for rows in of_width.values()]), strict=True)
 
     @torch.no_grad()
     def update(self) -> None:

@@ -66,11 +66,10 @@ class Salience:
             tokens = self._tokens.get("decoder_attention_mask" if name in self._decoder else "attention_mask")
             if tokens is not None and tokens.shape != h.shape[:-1]:
                 tokens = None
-            value = h.detach()
             full: Any = getattr(module, "full_width", lambda sums: sums)  # where kept lanes are handed over alone
-            sums = [full(_channel_sums(value, tokens))]  # holds no activation: only these vectors wait for the backward
+            sums = [full(_channel_sums(h, tokens))]  # holds no activation: only these vectors wait for the backward
             if name in self._signed:
-                sums.append(full(_channel_sums(value, tokens, signed=True)))
+                sums.append(full(_channel_sums(h, tokens, signed=True)))
 
             def add(gradient: Tensor) -> None:
                 found = [sums[0], full(_channel_sums(gradient, tokens)), *sums[1:]]
@@ -156,9 +155,9 @@ def _channel_sums(values: Tensor, tokens: Tensor | None, signed: bool = False) -
 
     In float32 (float64 for float64). What padding holds, NaN included, does not count.
     """
+    if values.device.type in ("cpu", "cuda") and values.dtype in FLOATING and not torch.compiler.is_compiling():
+        return _C.channel_sums(values, tokens, signed)
     flat = values.flatten(0, -2)
-    if flat.device.type in ("cpu", "cuda") and flat.dtype in FLOATING and not torch.compiler.is_compiling():
-        return _C.channel_sums(flat, None if tokens is None else tokens.flatten(), signed)
     if tokens is not None:  # selected, not multiplied
         flat = torch.where(tokens.view(-1, 1), flat, 0)
     dtype = torch.promote_types(values.dtype, torch.float32)
