@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import chain
 
 import torch
@@ -22,7 +22,7 @@ def set_mask(model: nn.Module, name: str, block: Block, mask: Tensor, agree: Cal
     mask [count], floating, values in [0, 1], any device. TypeError, ValueError and, while an adapter of the block is merged, RuntimeError;
     no mask has then changed. What the block touches and carries no mask yet is wrapped, once there is something to carry.
     """
-    modules = {side.module: model.get_submodule(side.module) for side in block.sides}
+    modules = _modules(model, block)
     merged = next((name for name, module in modules.items() if getattr(module, "merged", False)), None)
     if merged is not None:
         raise RuntimeError(f"set_block_mask: {merged} of block {name!r} is merged under its present masks; unmerge it first")
@@ -33,7 +33,7 @@ def set_mask(model: nn.Module, name: str, block: Block, mask: Tensor, agree: Cal
     sides = [side for side in block.sides if side.acts]
     if all_ones(values) and any(not is_carrier(modules[side.module]) for side in sides):
         return agree(values, present)  # nothing to carry, and nothing was carried
-    placed = missing_carriers(model, block)
+    placed = missing_carriers(modules, block)
     modules |= placed
     kept = (values != 0).to(values.dtype)
     new: dict[str, dict[str, Tensor]] = {}
@@ -53,10 +53,14 @@ def set_mask(model: nn.Module, name: str, block: Block, mask: Tensor, agree: Cal
         change()
 
 
-def missing_carriers(model: nn.Module, block: Block) -> dict[str, nn.Module]:
+def _modules(model: nn.Module, block: Block) -> dict[str, nn.Module]:
+    return {side.module: model.get_submodule(side.module) for side in block.sides}
+
+
+def missing_carriers(modules: Mapping[str, nn.Module], block: Block) -> dict[str, nn.Module]:
     """{name: what carries a mask there} for what the block touches and cannot carry one yet: embeddings, norms, heads of the stream."""
-    bare = {side.module: side.of for side in block.sides if side.acts and not is_carrier(model.get_submodule(side.module))}
-    made = {name: carrier_for(model.get_submodule(name), of) for name, of in bare.items()}
+    bare = {side.module: side.of for side in block.sides if side.acts and not is_carrier(modules[side.module])}
+    made = {name: carrier_for(modules[name], of) for name, of in bare.items()}
     for name, carrier in made.items():
         if isinstance(carrier, APTAdapter):
             carrier._label = name
@@ -65,7 +69,7 @@ def missing_carriers(model: nn.Module, block: Block) -> dict[str, nn.Module]:
 
 def place_carriers(model: nn.Module, block: Block) -> None:
     """Put the missing ones in place, under masks of ones. All or nothing."""
-    for name, carrier in missing_carriers(model, block).items():
+    for name, carrier in missing_carriers(_modules(model, block), block).items():
         model.set_submodule(name, carrier)
 
 
