@@ -337,7 +337,7 @@ void launch(const LowRankArgs& args, cudaStream_t stream) {
 
 void low_rank(const LowRankArgs& args, Stream stream) {
   auto queue = static_cast<cudaStream_t>(stream);
-  args.dtype == DType::kFloat16 ? launch<__half>(args, queue) : launch<__nv_bfloat16>(args, queue);
+  visit_sixteen(args.dtype, [&](auto zero) { launch<decltype(zero)>(args, queue); });
 }
 
 }  // namespace apt::cuda

@@ -236,9 +236,7 @@ void scatter(const ScatterArgs& args, Stream stream) {
   if (args.M == 0 || args.E == 0) return;
   auto queue = static_cast<cudaStream_t>(stream);
   if (args.staged) {
-    args.dtype == DType::kFloat16 ? launch_rows<__half>(args, queue)
-                                  : launch_rows<__nv_bfloat16>(args, queue);
-    return;
+    return visit_sixteen(args.dtype, [&](auto zero) { launch_rows<decltype(zero)>(args, queue); });
   }
   visit(args.dtype, [&](auto zero) {
     using T = decltype(zero);

@@ -158,7 +158,7 @@ void launch(const TokenSumArgs& args, cudaStream_t stream) {
 
 void token_sums(const TokenSumArgs& args, Stream stream) {
   auto queue = static_cast<cudaStream_t>(stream);
-  args.dtype == DType::kFloat16 ? launch<__half>(args, queue) : launch<__nv_bfloat16>(args, queue);
+  visit_sixteen(args.dtype, [&](auto zero) { launch<decltype(zero)>(args, queue); });
 }
 
 void add_spans(const FactorGradPair& pair, Stream stream) {

@@ -132,6 +132,12 @@ void visit(DType dtype, Body&& body) {
   }
 }
 
+// The same for kernels of 16-bit types alone.
+template <class Body>
+void visit_sixteen(DType dtype, Body&& body) {
+  dtype == DType::kFloat16 ? body(__half{}) : body(__nv_bfloat16{});
+}
+
 constexpr int64_t kManyBlocks = 132 * 16;  // enough resident blocks for the largest chip this was measured on
 
 // For kernels whose threads own columns (x) and walk down the rows (y).
