@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
-from torch.nn import functional as F
 
 from . import agreement, growth, ops
 from .arguments import FLOATING, all_ones, checked_choice, checked_device, checked_int, checked_mask, checked_number, linear_shape, on_host
@@ -228,7 +227,7 @@ class APTAdapter(Saving):
             weight = weight.t() if self._transposed else weight
         if self.dropout > 0.0 and self.training:
             # Dropping commutes with masking, so the low-rank path is the same op on its own dropped input.
-            low_rank = ops.apt_linear(F.dropout(x, self.dropout), None, None, A, B, mask_in, mask_out, self._scaling)
+            low_rank = ops.apt_linear(ops.dropped(x, self.dropout), None, None, A, B, mask_in, mask_out, self._scaling)
             return low_rank if weight is None else ops.apt_linear(x, weight, bias, A[:0], B[:, :0], mask_in, mask_out, 1.0) + low_rank
         return ops.apt_linear(x, weight, bias, A, B, mask_in, mask_out, self._scaling)
 

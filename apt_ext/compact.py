@@ -19,12 +19,12 @@ from torch import Tensor
 from torch._C import _is_torch_function_mode_enabled
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.compiler import is_compiling
-from torch.nn import functional as F
 
 from . import _C
 from .arguments import checked_choice, on_host
 from .guard import is_guarded
 from .merging import Merging
+from .ops import call, dropped
 from .sharding import is_sharded
 
 _compact_linear = torch.ops.apt_ext.compact_linear.default
@@ -183,7 +183,7 @@ class Compaction:
         # As in ops.apt_linear: the typed door is faster, and only for plain tensors.
         if type(x) is Tensor and not is_compiling() and not _is_torch_function_mode_enabled():
             return _C.compact_linear(x, packed, bias, A, B, *given)
-        return _compact_linear(x, packed, bias, A, B, *given)  # type: ignore[no-any-return]
+        return call(_compact_linear, x, packed, bias, A, B, *given)  # type: ignore[no-any-return]
 
 
 def _index(live: Tensor, capacity: int) -> Tensor:
@@ -465,11 +465,11 @@ class Compacting(Merging):
         masks = self._buffers["mask_in"], self._buffers["mask_out"]
         before, after = self._chain_in, self._chain_out
         compact = (
-            before is not None and x.shape[-1] != kept.position_in.shape[0] and before.is_open(),
+            before is not None and isinstance(x, Tensor) and x.shape[-1] != kept.position_in.shape[0] and before.is_open(),
             after is not None and after.is_open(),
         )
         if self.dropout > 0.0 and self.training:
-            low_rank = kept.apply(F.dropout(x, self.dropout), None, None, A, B, masks, self._scaling, *compact)
+            low_rank = kept.apply(dropped(x, self.dropout), None, None, A, B, masks, self._scaling, *compact)
             return low_rank if packed is None else kept.apply(x, packed, bias, A[:0], B[:, :0], masks, 1.0, *compact) + low_rank
         return kept.apply(x, packed, bias, A, B, masks, self._scaling, *compact)
 

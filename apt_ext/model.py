@@ -157,6 +157,8 @@ class APTModel(nn.Module):
         """
         if not isinstance(chain, bool):
             raise TypeError(f"chain must be a bool, got {type(chain).__name__}")
+        if chain and on is False:
+            raise ValueError("chain must be False where on is False, since full-size layers hand over all lanes, got True")
         found = [(name, adapter) for name, adapter in adapters(self) if not isinstance(adapter, MaskedLinear)]
         for name, adapter in found:
             with naming(name):

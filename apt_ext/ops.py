@@ -9,6 +9,7 @@ layout) and RuntimeError (state); each names the argument, what was expected and
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._C import _is_torch_function_mode_enabled
 from torch.compiler import is_compiling
+from torch.nn import functional as F
 
 from . import _C
 
@@ -27,14 +29,27 @@ _merge_ = torch.ops.apt_ext.merge_.default
 _mask_grads_ = torch.ops.apt_ext.mask_grads_.default
 
 
-def _call(op: Any, *args: Any) -> Any:
+_MISTYPED = re.compile(r"Expected a value of type '([^']+)' for argument '([^']+)' but instead found type '([^']+)'")
+
+
+def call(op: Any, *args: Any) -> Any:
     """``op(*args)``; what torch cannot convert at all (a list, None, a string) is a TypeError and no RuntimeError."""
     try:
         return op(*args)
     except RuntimeError as error:
-        if "Expected a value of type" not in (text := str(error)):
+        found = _MISTYPED.search(str(error))
+        if found is None:
             raise
-        raise TypeError(text.split("\n")[0]) from None
+        expected, name, came = found.groups()
+        kind = "a Tensor" if expected == "Tensor" else f"of type {expected}"
+        raise TypeError(f"{name} must be {kind}, got {came}") from None
+
+
+def dropped(x: Tensor, share: float) -> Tensor:
+    """Dropout in training mode."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
+    return F.dropout(x, share)
 
 
 def apt_linear(
@@ -73,7 +88,7 @@ def apt_linear(
             return _C.apt_linear(x, weight, bias, lora_A, lora_B, mask_in, mask_out, scaling)
         except TypeError:
             pass
-    return _call(_apt_linear, x, weight, bias, lora_A, lora_B, mask_in, mask_out, scaling)  # type: ignore[no-any-return]
+    return call(_apt_linear, x, weight, bias, lora_A, lora_B, mask_in, mask_out, scaling)  # type: ignore[no-any-return]
 
 
 def merge_(
@@ -96,7 +111,7 @@ def merge_(
         check: True reads before it writes and raises RuntimeError, weight bitwise as it was, when a result would not be
             finite. False is one asynchronous pass, the one that can be captured in a CUDA graph.
     """
-    _call(_merge_, weight, lora_A, lora_B, scaling, mask_in, mask_out, check)
+    call(_merge_, weight, lora_A, lora_B, scaling, mask_in, mask_out, check)
     return weight
 
 
@@ -107,7 +122,7 @@ def mask_grads_(grads: Sequence[Tensor], masks: Sequence[Tensor], dims: Sequence
     gradients may not share memory. ``masks[i]`` has shape [grads[i].shape[dims[i]]] and lies on the gradient's device.
     """
     if len(grads) or len(masks) or len(dims):  # without a tensor there is no device to dispatch on, and nothing to do
-        _call(_mask_grads_, list(grads), list(masks), list(dims))
+        call(_mask_grads_, list(grads), list(masks), list(dims))
 
 
 def build_info() -> dict[str, Any]:

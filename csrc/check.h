@@ -88,6 +88,22 @@ void check_dtype_or_float32(const Tensor& tensor, const Name& name, at::ScalarTy
                    ", got ", name_of(tensor.scalar_type()));
 }
 
+// Where the layer agrees with itself it is x that does not fit, and not what it is held against first.
+inline void check_dtype_of_x(const Tensor& x, const OptTensor& weight, const char* weight_name,
+                             const Tensor& A, const Tensor& B) {
+  auto sixteen = [](at::ScalarType t) { return t == at::kHalf || t == at::kBFloat16; };
+  at::ScalarType own = weight.has_value() ? weight->scalar_type() : A.scalar_type();
+  if (x.scalar_type() == own || (!weight.has_value() && sixteen(x.scalar_type()) && own == at::kFloat))
+    return;
+  auto fits = [&](at::ScalarType t) {
+    return t == own || (weight.has_value() && sixteen(own) && t == at::kFloat);
+  };
+  TORCH_CHECK_TYPE(
+      !is_compute_dtype(own) || !fits(A.scalar_type()) || !fits(B.scalar_type()), "x must have dtype ",
+      name_of(own), " to fit ", weight.has_value() ? weight_name : "lora_A",
+      weight.has_value() ? ", lora_A and lora_B, got " : " and lora_B, got ", name_of(x.scalar_type()));
+}
+
 template <class Name, class LikeName>
 void check_same_device(const Tensor& tensor, const Name& name, const Tensor& like,
                        const LikeName& like_name) {

@@ -10,6 +10,7 @@
 #include "composite.h"
 #include "device.h"
 #include "door.h"
+#include "kept.h"
 #include "linear.h"
 #include "ops.h"
 
@@ -58,59 +59,6 @@ Sides sides_of(const CompactLayer& layer) {
                     "packed must hold at least ", text(needed), " values, got ",
                     text(layer.packed.has_value() ? layer.packed->numel() : 0));
   return sides;
-}
-
-OptTensor contiguous_mask(const OptTensor& mask, bool wide) {
-  if (!mask.has_value()) return std::nullopt;
-  return wide ? mask->to(at::kFloat).contiguous() : mask->contiguous();
-}
-
-// mask * matrix[:, index] for the first `width` entries of index, zeros selected, zeros where the index is
-// -1.
-Tensor gathered(const Tensor& matrix, const Tensor& index, int64_t width,
-                const OptTensor& mask = std::nullopt, bool staged = false) {
-  Tensor out = at::empty({matrix.size(0), width}, matrix.options());
-  if (out.numel() == 0) return out;
-  if (matrix.size(1) == 0) return out.zero_();
-  Tensor from = staged ? aligned_rows(matrix) : matrix;
-  OptTensor held = contiguous_mask(mask, staged);
-  GatherArgs args{};
-  args.M = from.size(0), args.C = from.size(1), args.kept = width;
-  args.x = from.const_data_ptr();
-  args.x_stride[0] = from.stride(0), args.x_stride[1] = from.stride(1);
-  args.index = index.const_data_ptr<int32_t>();
-  if (held.has_value()) args.mask = {held->const_data_ptr(), dtype_of(*held)};
-  args.gathered = out.mutable_data_ptr();
-  args.dtype = dtype_of(from);
-  args.staged = staged;
-  kernels_for(from).gather(args, current_stream(from));
-  return out;
-}
-
-// A side's kept lanes [M, width] of x [M, size], under its mask.
-Tensor gathered(const Tensor& x, const Side& side) {
-  return gathered(x, side.index, side.width, side.mask, can_stage(x, side.size));
-}
-
-// Their way back [M, size], under the side's mask, with zeros in pruned lanes.
-Tensor scattered(const Tensor& values, const Side& side, const OptTensor& bias = std::nullopt) {
-  Tensor out = at::empty({values.size(0), side.size}, values.options());
-  if (out.numel() == 0) return out;
-  const bool staged = can_stage(out, side.size);
-  Tensor from = staged ? aligned_rows(values.contiguous()) : values.contiguous();
-  OptTensor mask = contiguous_mask(side.mask, staged);
-  OptTensor added = bias.has_value() ? OptTensor(bias->contiguous()) : std::nullopt;
-  ScatterArgs args{};
-  args.M = out.size(0), args.E = side.size, args.kept = side.width;
-  args.values = from.const_data_ptr();
-  args.position = side.position.const_data_ptr<int32_t>();
-  if (mask.has_value()) args.mask = {mask->const_data_ptr(), dtype_of(*mask)};
-  if (added.has_value()) args.bias = added->const_data_ptr();
-  args.out = out.mutable_data_ptr();
-  args.dtype = dtype_of(out);
-  args.staged = staged;
-  kernels_for(out).scatter(args, current_stream(out));
-  return out;
 }
 
 // The kept lanes of a mask or bias.
@@ -170,6 +118,15 @@ CompactLayer layer_of(const OptTensor& packed, const OptTensor& bias, const Tens
 
 }  // namespace
 
+OptTensor used_part(const CompactLayer& layer) {
+  bool sized = layer.packed.has_value() && layer.packed->dim() == 1 && layer.lora_A.dim() == 2 &&
+               layer.lora_B.dim() == 2 && layer.index_in.dim() == 1 && layer.index_out.dim() == 1 &&
+               layer.kept.is_cpu() && layer.kept.scalar_type() == at::kLong && layer.kept.dim() == 0;
+  if (!sized) return layer.packed;  // the op says what is wrong
+  Sides sides = sides_of(layer);
+  return layer.packed->narrow(0, 0, sides.in.width * sides.out.width);
+}
+
 void check_compact(const Tensor& x, const CompactLayer& layer, bool gathered) {
   for (auto [tensor, name] :
        {std::pair(&x, "x"), std::pair(&layer.lora_A, "lora_A"), std::pair(&layer.lora_B, "lora_B")}) {
@@ -181,6 +138,7 @@ void check_compact(const Tensor& x, const CompactLayer& layer, bool gathered) {
   const Tensor &A = layer.lora_A, &B = layer.lora_B;
   TORCH_CHECK_VALUE(A.dim() == 2, "lora_A must have shape [R, K], got ", text(A.sym_sizes()));
   TORCH_CHECK_VALUE(B.dim() == 2, "lora_B must have shape [N, R], got ", text(B.sym_sizes()));
+  check_dtype_of_x(x, layer.packed, "weight", A, B);
   check_dtype_or_float32(A, "lora_A", x.scalar_type(), /*over_any=*/false);
   check_dtype_or_float32(B, "lora_B", x.scalar_type(), /*over_any=*/false);
   c10::SymInt N = B.sym_size(0), K = A.sym_size(1);

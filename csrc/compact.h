@@ -38,6 +38,9 @@ inline int64_t kept_width(int64_t kept, int64_t size) {
   return kept == size ? size : kept <= 8 ? 8 : (kept + 7) / 8 * 8;
 }
 
+// Of `packed` what the kept lanes take; `kept` is read. None without a weight.
+OptTensor used_part(const CompactLayer& layer);
+
 void check_compact(const Tensor& x, const CompactLayer& layer, bool gathered);
 
 struct CompactForward {

@@ -174,8 +174,13 @@ Tensor compact_autocast(const Tensor& x, const OptTensor& packed, const OptTenso
   auto cast = [to](const auto& tensor) { return at::autocast::cached_cast(to, tensor, device); };
   Tensor input = cast(x);
   auto cast_mask = [&](const OptTensor& mask) { return input.scalar_type() == to ? cast(mask) : mask; };
+  // What is in use, unless the call is traced: then sizes must not depend on values.
+  OptTensor used = is_traced(x, lora_A)
+                       ? packed
+                       : used_part({packed, bias, lora_A, lora_B, mask_in, mask_out, index_in, index_out,
+                                    position_in, position_out, kept, scaling, compact_in, compact_out});
   return handle<&compact_linear>("compact_linear")
-      .call(input, cast(packed), cast(bias), cast(lora_A), cast(lora_B), cast_mask(mask_in),
+      .call(input, cast(used), cast(bias), cast(lora_A), cast(lora_B), cast_mask(mask_in),
             cast_mask(mask_out), index_in, index_out, position_in, position_out, kept, scaling, compact_in,
             compact_out);
 }

@@ -60,6 +60,8 @@ bool passes_fit(const Tensor& x, const LinearPlan& plan, const KeptSides& kept);
 // and such rows: of whole 16 bytes at aligned addresses, copied only if need be.
 bool can_stage(const Tensor& x, int64_t columns);
 Tensor aligned_rows(const Tensor& matrix);
+// A vector of this dtype at an aligned address, copied only if need be.
+OptTensor aligned_vector(const OptTensor& vector, at::ScalarType dtype);
 
 // The route of widths that are no multiple of 8 (padded.cpp): copies with rows of whole 16 bytes go through
 // linear_forward and linear_backward, and what comes back is copied to its own width.

@@ -36,6 +36,7 @@ Sizes check_linear(const Tensor& x, const OptTensor& weight, const OptTensor& bi
   Sizes size{lora_B.sym_size(0), x.sym_size(-1), lora_A.sym_size(0)};
   if (weight.has_value()) {
     check_strided(*weight, "weight");
+    check_dtype_of_x(x, weight, "weight", lora_A, lora_B);
     check_same_dtype(*weight, "weight", x, "x");
     check_same_device(*weight, "weight", x, "x");
   }
@@ -51,6 +52,7 @@ Sizes check_linear(const Tensor& x, const OptTensor& weight, const OptTensor& bi
     size.N = weight->sym_size(0);
     check_matrix(*weight, "weight", "N", size.N, "K", size.K);
   }
+  if (!weight.has_value()) check_dtype_of_x(x, weight, "weight", lora_A, lora_B);
   check_dtype_or_float32(lora_A, "lora_A", x.scalar_type(), /*over_any=*/false);
   check_dtype_or_float32(lora_B, "lora_B", x.scalar_type(), /*over_any=*/false);
   check_matrix(lora_A, "lora_A", "R", size.R, "K", size.K);

@@ -14,6 +14,7 @@
 #include <ATen/ATen.h>
 
 #include "device.h"
+#include "kept.h"
 #include "linear.h"
 
 namespace apt {
@@ -34,10 +35,13 @@ Tensor contiguous_factor(const Tensor& factor, at::ScalarType dtype) {
   return reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 16 == 0 ? out : out.clone();
 }
 
-// A vector at an aligned address; masks in float32 (autocast brings them in 16 bits).
+}  // namespace
+
 OptTensor aligned_vector(const OptTensor& vector, at::ScalarType dtype) {
   return vector.has_value() ? OptTensor(contiguous_factor(*vector, dtype)) : std::nullopt;
 }
+
+namespace {
 
 const float* data_of(const OptTensor& mask) {
   return mask.has_value() ? mask->const_data_ptr<float>() : nullptr;
@@ -64,43 +68,6 @@ struct Direction {
 struct Result {
   Tensor out, low, masked;  // masked: (mask * x) where it was written, else x itself
 };
-
-// masked [M, width] and low of a full-size x.
-void gather(const Direction& d, int64_t R, Result& result) {
-  int64_t M = d.x.size(0);
-  OptTensor mask = aligned_vector(d.gather->mask, at::kFloat);
-  result.masked = at::empty({M, d.gather->width}, d.x.options());
-  GatherArgs args{};
-  args.M = M, args.C = d.gather->size, args.kept = d.gather->width;
-  args.x = d.x.const_data_ptr(), args.x_stride[0] = d.x.stride(0), args.x_stride[1] = 1;
-  args.index = d.gather->index.const_data_ptr<int32_t>();
-  if (mask.has_value()) args.mask = {data_of(mask), DType::kFloat32};
-  args.gathered = result.masked.mutable_data_ptr();
-  args.dtype = dtype_of(d.x);
-  args.staged = true;
-  args.low = result.low.mutable_data_ptr(), args.low_dtype = dtype_of(result.low);
-  args.down = d.down.const_data_ptr(), args.R = R;
-  kernels_for(d.x).gather(args, current_stream(d.x));
-}
-
-// out [M, size] of the dense product's [M, width].
-Tensor scatter(const Direction& d, const Tensor& values, const Tensor& low) {
-  Tensor out = at::empty({values.size(0), d.scatter->size}, values.options());
-  OptTensor mask = aligned_vector(d.scatter->mask, at::kFloat);
-  ScatterArgs args{};
-  args.M = out.size(0), args.E = d.scatter->size, args.kept = d.scatter->width;
-  args.values = values.const_data_ptr();
-  args.position = d.scatter->position.const_data_ptr<int32_t>();
-  if (mask.has_value()) args.mask = {data_of(mask), DType::kFloat32};
-  if (d.bias.has_value()) args.bias = d.bias->const_data_ptr();
-  args.out = out.mutable_data_ptr();
-  args.dtype = dtype_of(out);
-  args.staged = true;
-  args.low = low.const_data_ptr(), args.low_dtype = dtype_of(low);
-  args.up = d.up.const_data_ptr(), args.R = low.size(1), args.scaling = d.scaling;
-  kernels_for(out).scatter(args, current_stream(out));
-  return out;
-}
 
 Result run(const Direction& d, bool need_out) {
   int64_t M = d.x.size(0), C = d.gather != nullptr ? d.gather->width : d.x.size(1),
@@ -130,7 +97,7 @@ Result run(const Direction& d, bool need_out) {
   args.rows = d.rows, args.column_splits = 1;
   args.out_stride = E;
   if (d.gather != nullptr) {
-    gather(d, R, result);
+    result.masked = gathered(d.x, *d.gather, GatheredLow{result.low, d.down});
     args.x = nullptr, args.masked = nullptr;
   }
   if (!need_out) {
@@ -144,7 +111,7 @@ Result run(const Direction& d, bool need_out) {
     if (d.gather == nullptr) kernels.low_rank(args, stream);
     Tensor dense = at::mm(result.masked, *d.matrix);
     if (d.scatter != nullptr) {
-      result.out = scatter(d, dense, result.low);
+      result.out = scattered(dense, *d.scatter, d.bias, ScatteredLow{result.low, d.up, d.scaling});
     } else {
       result.out = dense;
       args.x = nullptr, args.masked = nullptr;
@@ -175,6 +142,18 @@ FactorGrad sum_tokens(const Tensor& x, const Tensor& low, Tensor& partial, int64
   FactorGrad job{};
   job.partial = args.partial, job.spans = spans, job.R = R, job.C = job.E = C;
   return job;
+}
+
+// The factor with which the gradient of x leaves. A pass that scatters it wants the full-size one by channel;
+// where it is not asked for, A gives its sizes alone.
+struct UpFactor {
+  Tensor factor;
+  bool by_channel;
+};
+
+UpFactor up_factor(const Layer& layer, const KeptSides& kept, bool need_x) {
+  if (kept.in == nullptr) return {layer.lora_A, false};
+  return need_x ? UpFactor{kept.lora_A.t(), true} : UpFactor{kept.lora_A, false};
 }
 
 }  // namespace
@@ -233,16 +212,14 @@ std::array<Tensor, 4> passes_backward(const Tensor& grad, const Tensor& x, const
   // cache.
   if (need_B && kept.out == nullptr) add_B(g);
   if (need_x || need_A || kept.out != nullptr) {
-    // The kernels want the factor of a gathered side by rank, and that of a scattered one by channel.
-    Tensor down = kept.out != nullptr ? layer.lora_B.t() : layer.lora_B, up = kept.in == nullptr
-                                                                                  ? layer.lora_A
-                                                                              : need_x ? kept.lora_A.t()
-                                                                                       : kept.lora_A;
-    Result result = run({g, layer.weight, contiguous_factor(down, dtype), contiguous_factor(up, dtype),
-                         /*down_by_channel=*/kept.out == nullptr,
-                         /*up_by_channel=*/kept.in != nullptr && need_x, mask_out, mask_in, std::nullopt,
-                         layer.scaling, /*keep_low=*/true, plan.rows, plan.up_splits_K, kept.out, kept.in},
-                        need_x);
+    // A pass that gathers wants the factor by rank.
+    Tensor down = kept.out != nullptr ? layer.lora_B.t() : layer.lora_B;
+    const UpFactor up = up_factor(layer, kept, need_x);
+    Result result =
+        run({g, layer.weight, contiguous_factor(down, dtype), contiguous_factor(up.factor, dtype),
+             /*down_by_channel=*/kept.out == nullptr, up.by_channel, mask_out, mask_in, std::nullopt,
+             layer.scaling, /*keep_low=*/true, plan.rows, plan.up_splits_K, kept.out, kept.in},
+            need_x);
     out[0] = result.out;
     if (!result.masked.is_same(g)) masked_g = result.masked;
     if (need_B && kept.out != nullptr) add_B(masked_g);

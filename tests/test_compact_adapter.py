@@ -400,3 +400,36 @@ def test_refusals(device):
     with pytest.raises(RuntimeError, match="on meta"):
         meta.compact()
     assert not meta.compacted
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("base", [False, True])
+def test_an_x_that_does_not_fit_is_named(compact, base, dropout):
+    adapter = make(dtype=torch.float32, dropout=dropout) if base else APTAdapter(10, 7, 3, dropout=dropout)
+    adapter.set_masks(*masks())
+    adapter.compact(compact)
+    for wrong in (3, None, "x", [1.0]):
+        with pytest.raises(TypeError, match=f"^x must be a Tensor, got {None if wrong is None else type(wrong).__name__}"):
+            adapter(wrong)
+    with pytest.raises(TypeError, match="^x must have dtype float32 to fit .*lora_A and lora_B, got float64"):
+        adapter(torch.ones(2, 10, dtype=torch.float64))
+    if base:
+        with pytest.raises(TypeError, match="^x must have dtype float32 to fit weight, lora_A and lora_B, got bfloat16"):
+            adapter(torch.ones(2, 10, dtype=torch.bfloat16))
+
+
+def test_autocast_casts_what_is_in_use():
+    adapter = make(dtype=torch.float32)
+    adapter.compact()
+    x = torch.randn(3, 10)
+    for m_in, m_out in ((torch.ones(10), torch.ones(7)), ((torch.arange(10) < 3).float(), torch.ones(7))):
+        adapter.set_masks(m_in, m_out)
+        used = len(adapter._compaction.lanes_in) * len(adapter._compaction.lanes_out)
+        assert used < adapter._compaction.packed.numel()
+        with torch.profiler.profile(record_shapes=True) as profile, torch.autocast("cpu", torch.bfloat16):
+            y = adapter(x)
+        cast = [event.input_shapes[0] for event in profile.events() if event.name == "aten::_to_copy"]
+        assert [used] in cast and [adapter._compaction.packed.numel()] not in cast, cast
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), expected(adapter, x).float(), rtol=3e-2, atol=3e-2)

@@ -183,6 +183,8 @@ def test_a_model_is_compacted_whole_or_not_at_all():
     unmerged = adapted(FAMILIES["bert"])
     with pytest.raises(TypeError, match="chain must be a bool, got str"):
         unmerged.compact(chain="no")
+    with pytest.raises(ValueError, match="chain must be False where on is False.*got True"):
+        unmerged.compact(False, chain=True)
     assert not any(adapter.compacted for _, adapter in adapters(unmerged))
     unmerged.compact()
     unmerged.set_block_mask("0.neurons", torch.zeros(20))
