@@ -92,26 +92,40 @@ struct LowRows {
     }
   }
 
-  // `low` from global to shared memory, as write leaves it.
-  __device__ __forceinline__ void read(const void* from, DType from_dtype) {
-    constexpr int threads = kRowThreads / kRows;  // a row: 8 or 16, neighbours in a warp
-    const int row = thread / threads, first = thread % threads;
-    const int64_t at = (row0 + row) * R;
-    auto value = [&](int r) {
-      if (r >= R || row0 + row >= M) return 0.f;
-      return from_dtype == DType::kFloat32 ? static_cast<const float*>(from)[at + r]
-                                           : widen(static_cast<const T*>(from)[at + r]);
-    };
+  // `low` from global to shared memory, as write leaves it, in two parts: what this thread brings, and its place.
+  static constexpr int kBringing = kRowThreads / kRows;   // threads a row, 8 or 16, neighbours in a warp
+  static constexpr int kBrought = kRank / kBringing;  // ranks a thread
+  __device__ __forceinline__ void fetch(const void* from, DType from_dtype, float (&value)[kBrought]) const {
+    const int64_t row = row0 + thread / kBringing;
+#pragma unroll
+    for (int i = 0; i < kBrought; ++i) {
+      const int r = thread % kBringing + i * kBringing;
+      const int64_t at = row * R + r;
+      value[i] = r >= R || row >= M ? 0.f
+                 : from_dtype == DType::kFloat32 ? static_cast<const float*>(from)[at]
+                                                 : widen(static_cast<const T*>(from)[at]);
+    }
+  }
+  __device__ __forceinline__ void place(const float (&value)[kBrought]) {
+    const int row = thread / kBringing, first = thread % kBringing;
     float divisor = 1.f;
     if constexpr (std::is_same_v<T, __half>) {
       float largest = 0.f;
-      for (int r = first; r < kRank; r += threads) largest = fmaxf(largest, fabsf(value(r)));
-      for (int step = threads / 2; step > 0; step /= 2)
+#pragma unroll
+      for (int i = 0; i < kBrought; ++i) largest = fmaxf(largest, fabsf(value[i]));
+      for (int step = kBringing / 2; step > 0; step /= 2)
         largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
       divisor = half_divisor(largest);
     }
-    for (int r = first; r < kRank; r += threads) low[row * kLowPitch + r] = narrow<T>(value(r) / divisor);
+#pragma unroll
+    for (int i = 0; i < kBrought; ++i)
+      low[row * kLowPitch + first + i * kBringing] = narrow<T>(value[i] / divisor);
     if (first == 0) row_scale[row] = divisor;
+  }
+  __device__ __forceinline__ void read(const void* from, DType from_dtype) {
+    float value[kBrought];
+    fetch(from, from_dtype, value);
+    place(value);
     __syncthreads();
   }
 

@@ -96,4 +96,20 @@ void allow_shared(int bytes) {
   if (device < 64) asked |= uint64_t{1} << device;
 }
 
+// How many of its blocks the device holds at once, asked once a device; allow_shared included.
+template <auto kernel>
+int resident_blocks(int threads, int bytes) {
+  static int known[64] = {};  // a lost update only asks again
+  int device = 0;
+  cudaGetDevice(&device);
+  if (device < 64 && known[device] > 0) return known[device];
+  allow_shared<kernel>(bytes);
+  int each = 0, processors = 0;
+  cudaOccupancyMaxActiveBlocksPerMultiprocessor(&each, kernel, threads, bytes);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  const int blocks = std::max(1, each * processors);
+  if (device < 64) known[device] = blocks;
+  return blocks;
+}
+
 }  // namespace apt

@@ -79,6 +79,16 @@ __device__ __forceinline__ uint32_t two(float low, float high) {
   return out.both;
 }
 
+// And what two(low, high) was made of.
+template <class T>
+__device__ __forceinline__ float2 two_of(uint32_t both) {
+  if constexpr (std::is_same_v<T, __half>) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&both));
+  } else {
+    return {__uint_as_float(both << 16), __uint_as_float(both & 0xffff0000u)};
+  }
+}
+
 struct Mask8 {
   float at[8];
 

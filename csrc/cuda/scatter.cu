@@ -48,175 +48,213 @@ __global__ void __launch_bounds__(kColumnThreads) apt_scatter(const __grid_const
 // -- 16 bits, rows of whole 16 bytes
 // ------------------------------------------------------------------------------
 
-constexpr int kTiles = 2, kRows = 16 * kTiles;  // of out a block owns, 16 of them each half of its threads
-constexpr int kThreads = kTiles * kRowThreads, kWarps = kThreads / 32;
-constexpr int kStep = 64 * kRowWarps;  // columns of out a block does at a time: 64 a warp
-constexpr int kPitch = kStep + 8;      // what of `values` may go there; rows spread over the banks
+// A block owns a strip of columns and walks up the rows, so what depends on the column alone is made once. The
+// strip's kept lanes are neighbours in `values`: they come to shared memory, get their low-rank part, mask and
+// bias there, lane by lane, and are then only moved.
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kStrip = 512, kRows = 16;  // columns a block owns at most, rows it does at a time
+constexpr int kWide = 2;                 // columns a thread owns: neighbours in a warp write whole lines
+constexpr int kAcross = kStrip / kWide, kRowsEach = kRows * kAcross / kThreads;
+constexpr int kStages = 4;              // three on their way while one is at work
+constexpr int kSpare = 8;               // zeros in front of a row, for pruned lanes
+constexpr int kPieces = kStrip / 8 + 1;  // of eight kept lanes; the first may belong to the strip before as well
+constexpr int kLanes = kPieces * 8;
+constexpr int kPitch = kSpare + kLanes + 8;  // eight rows that are read at once spread over the banks
+constexpr int kPiecesEach = (kPieces + kWarps - 1) / kWarps;
 
-// What a step needs, copied while the one before it is at work. One column a thread.
 template <class T>
-struct ScatterStage {
-  T values[kRows][kPitch];
-  T up[kStep * kRank];  // by channel, in units of eight ranks (unit_of)
-  int offset[kStep];    // in bytes, where in a row of `values` the column is; negative: pruned
-  float scale[kStep], shift[kStep];
+struct ScatterMemory {
+  T values[kStages][kRows][kPitch];
+  alignas(16) unsigned char low[LowRows<T, 1>::kBytes];
+  float scale[kLanes], shift[kLanes];  // mask, and bias under the mask
 };
-static_assert(kStep == kThreads);
 
-// Where a channel's first or second eight ranks are: shuffled so that the eight channels of a fragment (see
-// below) lie in different banks.
-__device__ __forceinline__ int unit_of(int channel, int half) {
-  return (channel * 2 + half) ^ (channel >> 3 & 1) ^ (channel >> 4 & 1) << 2;
+// A channel's ranks, zeros behind R.
+template <class T>
+__device__ __forceinline__ void copy_ranks(T* to, const T* from, int R) {
+  const int width = R % 8 == 0 ? 8 : R % 2 == 0 ? 2 : 1;
+#pragma unroll 1
+  for (int r = 0; r < kRank; r += width) {
+    const bool valid = r < R;
+    if (width == 8) {
+      copy_async16(to + r, valid ? from + r : from, valid);
+    } else if (width == 2) {
+      copy_async4(to + r, valid ? from + r : from, valid);
+    } else {
+      to[r] = valid ? from[r] : narrow<T>(0);
+    }
+  }
 }
 
 // kPlain: neither bias nor mask.
 template <class T, bool kLow, bool kPlain>
-__global__ void __launch_bounds__(kThreads, 2) apt_scatter_rows(const __grid_constant__ ScatterArgs args) {
-  extern __shared__ __align__(16) unsigned char memory[];
-  auto* stages = reinterpret_cast<ScatterStage<T>*>(memory);
-  // From the last rows to the first: the product before this wrote the last ones last.
-  const int64_t row0 = int64_t{gridDim.x - 1 - blockIdx.x} * kRows;
-  const int warp = threadIdx.x / 32, tile = warp / kRowWarps;
-  LowRows<T, 1> rows(memory + 2 * sizeof(ScatterStage<T>) + tile * LowRows<T, 1>::kBytes, row0 + tile * 16,
-                     args.M, args.R);
-  const T* values = static_cast<const T*>(args.values) + row0 * args.kept;
-  const T* up = static_cast<const T*>(args.up);
+__global__ void __launch_bounds__(kThreads, 3)
+    apt_scatter_rows(const __grid_constant__ ScatterArgs args, int strip) {
+  extern __shared__ __align__(16) unsigned char shared[];
+  auto& memory = *reinterpret_cast<ScatterMemory<T>*>(shared);
+  LowRows<T, 1> rows(memory.low, 0, args.M, args.R);
+  const int thread = threadIdx.x, warp = thread / 32, lane = rows.lane, g = rows.g, q = rows.q;
+  const int E = static_cast<int>(args.E), kept = static_cast<int>(args.kept);
+  const int begin = blockIdx.x * strip, end = min(begin + strip, E);
   const T* bias = static_cast<const T*>(args.bias);
   const float* mask = static_cast<const float*>(args.mask.data);
-  T* out = static_cast<T*>(args.out) + row0 * args.E;
-  const int row_end = static_cast<int>(min(args.M - row0, int64_t{kRows}));
-  const int E = static_cast<int>(args.E), R = static_cast<int>(args.R), thread = threadIdx.x;
-  const int lane = rows.lane, split = rows.split, g = rows.g, q = rows.q;
-  const int count = (E + kStep - 1) / kStep;
 
-  // Of a thread's column of a step, loaded long before anybody looks at it.
-  struct Column {
-    int first, position;  // of the step's first column, and of its own
-    float scale, shift;
+  // Of the strip's kept lanes all whole pieces. Positions of other masks than `values` has (a graph replayed
+  // after a change) may lie beyond it.
+  auto before = [&](int column) {
+    if (column >= E) return kept;
+    const int position = args.position[column];
+    return min(position < 0 ? ~position : position, kept);
   };
-  auto column_of = [&](int step) {
-    const int column = step * kStep + thread;
-    const bool inside = column < E;
-    Column out{args.position[min(step, count - 1) * kStep], inside ? args.position[column] : -1, 1.f, 0.f};
+  const int first = before(begin) & ~7;
+  const int pieces = max(0, min((before(end) - first + 7) / 8, kPieces));
+  const int column = begin + thread % kAcross * kWide;
+  const bool inside = column < end;
+  int lane_of[kWide];  // of this thread's columns in the strip; negative: pruned
+#pragma unroll
+  for (int j = 0; j < kWide; ++j) {
+    const int at = inside ? args.position[column + j] - first : -1;
+    float scale = 1.f, shift = 0.f;
     if constexpr (!kPlain) {
-      if (mask != nullptr && inside) out.scale = mask[column];
-      if (bias != nullptr && inside) out.shift = widen(bias[column]);
+      if (inside && mask != nullptr) scale = mask[column + j];
+      if (inside && bias != nullptr) shift = widen(bias[column + j]);
     }
-    return out;
-  };
-  // How many kept lanes come before a step.
-  auto before = [&](int position, int step) {
-    return step >= count ? static_cast<int>(args.kept)
-                         : min(position < 0 ? ~position : position, static_cast<int>(args.kept));
-  };
-  auto fill = [&](int step, ScatterStage<T>& stage, int begin, int end, const Column& mine) {
-    const int first = begin & ~7, pieces = min((end - first + 7) / 8, kPitch / 8);
+    lane_of[j] = at >= 0 && at < pieces * 8 && scale != 0.f ? at : -1;
+    if constexpr (!kPlain) {
+      if (lane_of[j] >= 0) memory.scale[at] = scale, memory.shift[at] = shift * scale;
+    }
+  }
+  // The factor waits in the stage that is filled last until it is in registers.
+  T* up = &memory.values[kStages - 1][0][0];
+  static_assert(kLanes * kRank <= kRows * kPitch && kPitch % 8 == 0);
+  if constexpr (kLow) {
+#pragma unroll
+    for (int j = 0; j < kWide; ++j) {
+      if (lane_of[j] < 0 || thread >= kAcross) continue;
+      copy_ranks(up + lane_of[j] * kRank, static_cast<const T*>(args.up) + (column + j) * args.R,
+                 static_cast<int>(args.R));
+    }
+  }
+  commit_copies();
+
+  auto fill = [&](int tile, int stage) {
 #pragma unroll
     for (int i = 0; i < kRows / kWarps; ++i) {
-      const int row = warp + i * kWarps;
-      const bool valid = row < row_end;
-      const T* from = values + (valid ? row * args.kept + first : 0);
+      const int64_t row = int64_t{tile} * kRows + warp + i * kWarps;
+      const bool valid = row < args.M;
+      const T* from = static_cast<const T*>(args.values) + (valid ? row * args.kept + first : 0);
+      T* to = memory.values[stage][warp + i * kWarps] + kSpare;
       for (int piece = lane; piece < pieces; piece += 32)
-        copy_async16(stage.values[row] + piece * 8, valid ? from + piece * 8 : from, valid);
+        copy_async16(to + piece * 8, valid ? from + piece * 8 : from, valid);
     }
-    if constexpr (kLow) {
-      const int width = R % 8 == 0 ? 8 : R % 2 == 0 ? 2 : 1, pieces = kRank / width;
-#pragma unroll 1  // registers
-      for (int i = thread; i < kStep * pieces; i += kThreads) {
-        const int channel = i / pieces, r = i % pieces * width;
-        const bool valid = step * kStep + channel < E && r < R;
-        const T* from = valid ? up + (step * int64_t{kStep} + channel) * R + r : up;
-        T* to = stage.up + unit_of(channel, r / 8) * 8 + r % 8;
-        if (width == 8) {
-          copy_async16(to, from, valid);
-        } else if (width == 2) {
-          copy_async4(to, from, valid);
-        } else {
-          *to = valid ? *from : narrow<T>(0);
-        }
-      }
-    }
-    // Positions of other masks than `values` has (a graph replayed after a change) may lie beyond it.
-    const bool kept = mine.position >= first && mine.position < first + pieces * 8 && mine.scale != 0.f;
-    stage.offset[thread] = kept ? (mine.position - first) * 2 : -1;
-    if constexpr (!kPlain) stage.scale[thread] = mine.scale, stage.shift[thread] = mine.shift * mine.scale;
   };
-
-  Column next = column_of(0);
-  int begin = before(next.first, 0), end = before(column_of(1).first, 1);
-  fill(0, stages[0], begin, end, next);
-  commit_copies();
-  next = column_of(1);
-  int behind = column_of(2).first;
-  uint32_t lhs[4];
-  float row_factor[2];
-  if constexpr (kLow) {
-    rows.read(args.low, args.low_dtype);
-    rows.operand(0, false, lhs, row_factor);
-    row_factor[0] *= float(args.scaling), row_factor[1] *= float(args.scaling);
-  }
-  // Of 32 columns lane (g, q) holds 8q to 8q + 7: four products of 8 columns, the j-th with columns 8q + 2j
-  // and 8q + 2j + 1, so its n-th column is 8 (n / 2) + 2j + n % 2. One load of matrices has two of them.
-  const int matrix = lane / 8, n = lane % 8;
-  const int channel = n / 2 * 8 + matrix / 2 * 2 + n % 2, half_ranks = matrix % 2;
-  for (int step = 0; step < count; ++step) {
-    const ScatterStage<T>& stage = stages[step % 2];
-    wait_copies<0>();
-    __syncthreads();  // the copies of all are there, and nobody reads the other stage any more
-    begin = end, end = before(behind, step + 2);
-    if (step + 1 < count) fill(step + 1, stages[(step + 1) % 2], begin, end, next);
+  // From the last rows to the first: the product before this wrote the last ones last.
+  const int groups = gridDim.y;
+  int tile = static_cast<int>((args.M + kRows - 1) / kRows) - 1 - static_cast<int>(blockIdx.y), ahead = tile;
+#pragma unroll
+  for (int stage = 0; stage < kStages - 1; ++stage, ahead -= groups) {
+    if (ahead >= 0) fill(ahead, stage);
     commit_copies();
-    next = column_of(step + 2);
-    behind = args.position[min(step + 3, count - 1) * kStep];
-#pragma unroll 1  // registers
-    for (int s = 0; s < 2; ++s) {
-      const int side = split * 64 + s * 32, mine = side + q * 8, column = step * kStep + mine;
-      float sum[4][4] = {};
+  }
+  float low[1];
+  uint32_t rhs[kPiecesEach][2];
+  if constexpr (kLow) {
+    rows.row0 = int64_t{tile} * kRows;
+    rows.fetch(args.low, args.low_dtype, low);
+    wait_copies<kStages - 1>();
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < kPiecesEach; ++i) {
+      const int piece = min(warp + i * kWarps, kPieces - 1);
+      const auto* ranks = reinterpret_cast<const uint32_t*>(up + (piece * 8 + g) * kRank);
+      rhs[i][0] = ranks[q], rhs[i][1] = ranks[q + 4];
+    }
+    __syncthreads();
+  }
+  if (thread < kStages * kRows)
+    *reinterpret_cast<uint4*>(memory.values[thread / kRows][thread % kRows]) = uint4{0, 0, 0, 0};
+  int offset[kWide];
+#pragma unroll
+  for (int j = 0; j < kWide; ++j) offset[j] = lane_of[j] < 0 ? 0 : kSpare + lane_of[j];
+
+  const int row_first = thread / kAcross * kRowsEach;
+  T* out = static_cast<T*>(args.out) + (int64_t{tile} * kRows + row_first) * args.E + column;
+  for (int stage = 0; tile >= 0; tile -= groups, ahead -= groups) {
+    if constexpr (kLow) rows.place(low);
+    wait_copies<kStages - 2>();
+    __syncthreads();  // the copies of all are there, and nobody reads the stage before any more
+    if (ahead >= 0) fill(ahead, stage == 0 ? kStages - 1 : stage - 1);
+    commit_copies();
+    auto* values = memory.values[stage];
+    if constexpr (kLow || !kPlain) {
+      uint32_t lhs[4];
+      float factor[2];
       if constexpr (kLow) {
+        rows.operand(0, false, lhs, factor);
+        factor[0] *= float(args.scaling), factor[1] *= float(args.scaling);
+        rows.row0 -= int64_t{groups} * kRows;
+        if (tile >= groups) rows.fetch(args.low, args.low_dtype, low);
+      }
 #pragma unroll
-        for (int j = 0; j < 4; j += 2) {
-          uint32_t rhs[4];
-          load_matrices(rhs, stage.up + unit_of(side + channel + j * 2, half_ranks) * 8);
-          multiply<T>(sum[j], lhs, rhs[0], rhs[1]);
-          multiply<T>(sum[j + 1], lhs, rhs[2], rhs[3]);
+      for (int i = 0; i < kPiecesEach; ++i) {
+        const int piece = warp + i * kWarps, mine = piece * 8 + q * 2;
+        if (piece >= pieces) break;
+        float sum[4] = {};
+        if constexpr (kLow) multiply<T>(sum, lhs, rhs[i][0], rhs[i][1]);
+        float2 scale, shift;
+        if constexpr (!kPlain) {
+          scale = *reinterpret_cast<const float2*>(memory.scale + mine);
+          shift = *reinterpret_cast<const float2*>(memory.shift + mine);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          auto* at = reinterpret_cast<uint32_t*>(values[rows.row_of(0, half)] + kSpare + mine);
+          float2 value = two_of<T>(*at);
+          if constexpr (kLow) {
+            value.x += sum[half * 2] * factor[half], value.y += sum[half * 2 + 1] * factor[half];
+          }
+          if constexpr (!kPlain) {
+            value.x = value.x * scale.x + shift.x, value.y = value.y * scale.y + shift.y;
+          }
+          *at = two<T>(value.x, value.y);
         }
       }
-      int offset[8];
+      __syncthreads();
+    }
+    if (inside) {
+      const auto* from = reinterpret_cast<const uint16_t*>(values) + row_first * kPitch;
+      const int row_end = static_cast<int>(min(args.M - int64_t{tile} * kRows, int64_t{kRows})) - row_first;
+      auto move = [&](int row) {
+        uint32_t pair[kWide / 2];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int4 four = reinterpret_cast<const int4*>(stage.offset + mine)[half];
-        offset[4 * half] = four.x, offset[4 * half + 1] = four.y;
-        offset[4 * half + 2] = four.z, offset[4 * half + 3] = four.w;
-      }
-      Mask8 scale, shift;
-      if constexpr (!kPlain) scale.load(stage.scale + mine, true), shift.load(stage.shift + mine, true);
+        for (int j = 0; j < kWide; j += 2)
+          pair[j / 2] = __byte_perm(from[offset[j] + row * kPitch], from[offset[j + 1] + row * kPitch], 0x5410);
+        store_pairs(out + row * args.E, pair);
+      };
+      if (row_end >= kRowsEach) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int row = tile * 16 + rows.row_of(0, half);
-        const char* from = reinterpret_cast<const char*>(stage.values[row]);
-        float result[8];
-#pragma unroll
-        for (int j = 0; j < 8; ++j) {
-          float value = widen(*reinterpret_cast<const T*>(from + max(offset[j], 0)));
-          if constexpr (kLow) value += sum[j / 2][half * 2 + j % 2] * row_factor[half];
-          if constexpr (!kPlain) value = value * scale.at[j] + shift.at[j];
-          result[j] = offset[j] < 0 ? 0.f : value;
-        }
-        if (column < E && row < row_end)
-          store_words(out + row * args.E + column, two<T>(result[0], result[1]), two<T>(result[2], result[3]),
-                      two<T>(result[4], result[5]), two<T>(result[6], result[7]));
+        for (int row = 0; row < kRowsEach; ++row) move(row);
+      } else {
+        for (int row = 0; row < row_end; ++row) move(row);
       }
     }
+    out -= groups * kRows * args.E;
+    stage = stage + 1 == kStages ? 0 : stage + 1;
   }
+  wait_copies<0>();
 }
 
 template <class T, bool kLow, bool kPlain>
 void launch_rows(const ScatterArgs& args, cudaStream_t stream) {
-  constexpr int kBytes = 2 * sizeof(ScatterStage<T>) + kTiles * LowRows<T, 1>::kBytes;
+  constexpr int kBytes = sizeof(ScatterMemory<T>);
   static_assert(kBytes <= kStagedBytes);
-  allow_shared<&apt_scatter_rows<T, kLow, kPlain>>(kBytes);
-  const auto blocks = static_cast<unsigned>((args.M + kRows - 1) / kRows);
-  apt_scatter_rows<T, kLow, kPlain><<<blocks, kThreads, kBytes, stream>>>(args);
+  const int64_t resident = resident_blocks<&apt_scatter_rows<T, kLow, kPlain>>(kThreads, kBytes);
+  const int64_t strips = (args.E + kStrip - 1) / kStrip;
+  // Strips of the same width, in whole lines.
+  const int strip = static_cast<int>(((args.E + strips - 1) / strips + 63) / 64 * 64);
+  const int64_t groups = std::clamp<int64_t>(resident / strips, 1, std::min<int64_t>((args.M + kRows - 1) / kRows, 65535));
+  const dim3 grid(static_cast<unsigned>((args.E + strip - 1) / strip), static_cast<unsigned>(groups));
+  apt_scatter_rows<T, kLow, kPlain><<<grid, kThreads, kBytes, stream>>>(args, strip);
   check_launch("apt_scatter_rows");
 }
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any
 
 import torch
@@ -65,9 +65,9 @@ def run_cells(place: Place, cells: Sequence[Cell], jobs: int = 1, minutes: float
     def late() -> bool:
         return minutes is not None and time.monotonic() - started + longest > 60 * minutes
 
-    with tqdm(total=sum(map(len, work)), desc="cells", unit="cell", smoothing=0) as bar:
+    with _Workers(jobs) as workers, tqdm(total=sum(map(len, work)), desc="cells", unit="cell", smoothing=0) as bar:
         for stage in work:
-            runs = _in_turn(place, stage, late) if jobs == 1 else _side_by_side(replace(place, alone=False), stage, jobs, late)
+            runs = _in_turn(place, stage, late) if jobs == 1 else workers.run(replace(place, alone=False), stage, late)
             for cell, outcome in runs:
                 if isinstance(outcome, str):
                     said.append(f"{cell.name}: {outcome}")
@@ -92,34 +92,57 @@ def _in_turn(place: Place, cells: Sequence[Cell], late: Any) -> Iterable[tuple[C
         yield cell, _LEFT if late() else _tried(place, cell)
 
 
-def _side_by_side(place: Place, cells: Sequence[Cell], jobs: int, late: Any) -> Iterable[tuple[Cell, dict[str, Any] | str]]:
-    left = list(cells)
-    while left:
-        counter = get_context("spawn").Value("i", 0)
+class _Workers:
+    """Processes that run cells side by side, kept from stage to stage: what a process loads, it loads once."""
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs = jobs
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> _Workers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None:  # interrupted: nobody waits for what would still have to be computed
+            for process in active_children():
+                process.kill()
+        self._stop()
+
+    def run(self, place: Place, cells: Sequence[Cell], late: Callable[[], bool]) -> Iterator[tuple[Cell, dict[str, Any] | str]]:
+        left = list(cells)
         running: dict[Future[Any], Cell] = {}
-        with ProcessPoolExecutor(jobs, get_context("spawn"), _begin, (counter, jobs)) as pool:
-            while running or left:
-                while left and len(running) < jobs and not late():
-                    cell = left.pop(0)
-                    running[pool.submit(_tried, place, cell)] = cell
-                if not running:
-                    break
-                broken = False
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    cell = running.pop(future)
-                    try:
-                        yield cell, future.result()
-                    except BrokenProcessPool as error:
-                        broken = True
-                        yield cell, f"a process died: {error}"
-                if broken:
-                    for cell in running.values():
-                        yield cell, "a process died beside it"
-                    break
-        if late():
-            break
-    for cell in left:
-        yield cell, _LEFT
+        while running or left:
+            while left and len(running) < self.jobs and not late():
+                cell = left.pop(0)
+                running[self._started().submit(_tried, place, cell)] = cell
+            if not running:
+                break
+            broken = False
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                cell = running.pop(future)
+                try:
+                    yield cell, future.result()
+                except BrokenProcessPool as error:
+                    broken = True
+                    yield cell, f"a process died: {error}"
+            if broken:
+                for cell in running.values():
+                    yield cell, "a process died beside it"
+                running = {}
+                self._stop()
+        for cell in left:
+            yield cell, _LEFT
+
+    def _started(self) -> ProcessPoolExecutor:
+        if self._pool is None:
+            context = get_context("spawn")
+            self._pool = ProcessPoolExecutor(self.jobs, context, _begin, (context.Value("i", 0), self.jobs))
+        return self._pool
+
+    def _stop(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+            self._pool = None
 
 
 def _begin(counter: Any, jobs: int) -> None:
