@@ -288,8 +288,9 @@ class APTAdapter(Saving):
         Values of the present size are copied into the buffer, which compiled and captured graphs hold; others replace it: after a cut.
         Values on the host make no device wait.
         """
-        masks = {name: on_host(mask) for name, mask in masks.items()}
         with torch.inference_mode(False), torch.no_grad():
+            masks = {name: on_host(mask).clone() for name, mask in masks.items()}
+            ones = {name: all_ones(mask) for name, mask in masks.items()}
             present = {name: self._buffer(name) for name in masks}
             others = {name: mask.to(present[name].device, copy=True) for name, mask in masks.items() if mask.shape != present[name].shape}
         follow = self._compaction_change(masks)
@@ -302,8 +303,8 @@ class APTAdapter(Saving):
                         self._buffers[name] = others[name]
                     else:
                         buffer.copy_(mask, non_blocking=True)  # pageable memory is read before this returns
-                    self._stamp_mask(name, all_ones(mask))
-                    self._keep_values(name, mask.clone())
+                    self._stamp_mask(name, ones[name])
+                    self._keep_values(name, mask)
             follow()
 
         return make
