@@ -92,16 +92,17 @@ struct LowRows {
     }
   }
 
-  // `low` from global to shared memory, as write leaves it, in two parts: what this thread brings, and its place.
-  static constexpr int kBringing = kRowThreads / kRows;   // threads a row, 8 or 16, neighbours in a warp
-  static constexpr int kBrought = kRank / kBringing;  // ranks a thread
+  // `low` from global to shared memory, as write leaves it, in two parts: what this thread brings, and its
+  // place.
+  static constexpr int kBringing = kRowThreads / kRows;  // threads a row, 8 or 16, neighbours in a warp
+  static constexpr int kBrought = kRank / kBringing;     // ranks a thread
   __device__ __forceinline__ void fetch(const void* from, DType from_dtype, float (&value)[kBrought]) const {
     const int64_t row = row0 + thread / kBringing;
 #pragma unroll
     for (int i = 0; i < kBrought; ++i) {
       const int r = thread % kBringing + i * kBringing;
       const int64_t at = row * R + r;
-      value[i] = r >= R || row >= M ? 0.f
+      value[i] = r >= R || row >= M              ? 0.f
                  : from_dtype == DType::kFloat32 ? static_cast<const float*>(from)[at]
                                                  : widen(static_cast<const T*>(from)[at]);
     }

@@ -48,16 +48,17 @@ __global__ void __launch_bounds__(kColumnThreads) apt_scatter(const __grid_const
 // -- 16 bits, rows of whole 16 bytes
 // ------------------------------------------------------------------------------
 
-// A block owns a strip of columns and walks up the rows, so what depends on the column alone is made once. The
-// strip's kept lanes are neighbours in `values`: they come to shared memory, get their low-rank part, mask and
-// bias there, lane by lane, and are then only moved.
+// A block owns a strip of columns and walks up the rows, so what depends on the column alone is made once.
+// The strip's kept lanes are neighbours in `values`: they come to shared memory, get their low-rank part,
+// mask and bias there, lane by lane, and are then only moved.
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kStrip = 512, kRows = 16;  // columns a block owns at most, rows it does at a time
 constexpr int kWide = 2;                 // columns a thread owns: neighbours in a warp write whole lines
 constexpr int kAcross = kStrip / kWide, kRowsEach = kRows * kAcross / kThreads;
-constexpr int kStages = 4;              // three on their way while one is at work
-constexpr int kSpare = 8;               // zeros in front of a row, for pruned lanes
-constexpr int kPieces = kStrip / 8 + 1;  // of eight kept lanes; the first may belong to the strip before as well
+constexpr int kStages = 4;  // three on their way while one is at work
+constexpr int kSpare = 8;   // zeros in front of a row, for pruned lanes
+constexpr int kPieces =
+    kStrip / 8 + 1;  // of eight kept lanes; the first may belong to the strip before as well
 constexpr int kLanes = kPieces * 8;
 constexpr int kPitch = kSpare + kLanes + 8;  // eight rows that are read at once spread over the banks
 constexpr int kPiecesEach = (kPieces + kWarps - 1) / kWarps;
@@ -144,8 +145,9 @@ __global__ void __launch_bounds__(kThreads, 3)
       const bool valid = row < args.M;
       const T* from = static_cast<const T*>(args.values) + (valid ? row * args.kept + first : 0);
       T* to = memory.values[stage][warp + i * kWarps] + kSpare;
-      for (int piece = lane; piece < pieces; piece += 32)
-        copy_async16(to + piece * 8, valid ? from + piece * 8 : from, valid);
+#pragma unroll
+      for (int piece = lane; piece < (kPieces + 31) / 32 * 32; piece += 32)
+        if (piece < pieces) copy_async16(to + piece * 8, valid ? from + piece * 8 : from, valid);
     }
   };
   // From the last rows to the first: the product before this wrote the last ones last.
@@ -178,6 +180,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   for (int j = 0; j < kWide; ++j) offset[j] = lane_of[j] < 0 ? 0 : kSpare + lane_of[j];
 
   const int row_first = thread / kAcross * kRowsEach;
+  const uint32_t row_bytes = static_cast<uint32_t>(E) * 2;
   T* out = static_cast<T*>(args.out) + (int64_t{tile} * kRows + row_first) * args.E + column;
   for (int stage = 0; tile >= 0; tile -= groups, ahead -= groups) {
     if constexpr (kLow) rows.place(low);
@@ -228,13 +231,15 @@ __global__ void __launch_bounds__(kThreads, 3)
         uint32_t pair[kWide / 2];
 #pragma unroll
         for (int j = 0; j < kWide; j += 2)
-          pair[j / 2] = __byte_perm(from[offset[j] + row * kPitch], from[offset[j + 1] + row * kPitch], 0x5410);
-        store_pairs(out + row * args.E, pair);
+          pair[j / 2] =
+              __byte_perm(from[offset[j] + row * kPitch], from[offset[j + 1] + row * kPitch], 0x5410);
+        store_pairs(reinterpret_cast<char*>(out) + uint64_t{row_bytes} * static_cast<uint32_t>(row), pair);
       };
       if (row_end >= kRowsEach) {
 #pragma unroll
         for (int row = 0; row < kRowsEach; ++row) move(row);
       } else {
+#pragma unroll 1
         for (int row = 0; row < row_end; ++row) move(row);
       }
     }
@@ -252,7 +257,8 @@ void launch_rows(const ScatterArgs& args, cudaStream_t stream) {
   const int64_t strips = (args.E + kStrip - 1) / kStrip;
   // Strips of the same width, in whole lines.
   const int strip = static_cast<int>(((args.E + strips - 1) / strips + 63) / 64 * 64);
-  const int64_t groups = std::clamp<int64_t>(resident / strips, 1, std::min<int64_t>((args.M + kRows - 1) / kRows, 65535));
+  const int64_t groups =
+      std::clamp<int64_t>(resident / strips, 1, std::min<int64_t>((args.M + kRows - 1) / kRows, 65535));
   const dim3 grid(static_cast<unsigned>((args.E + strip - 1) / strip), static_cast<unsigned>(groups));
   apt_scatter_rows<T, kLow, kPlain><<<grid, kThreads, kBytes, stream>>>(args, strip);
   check_launch("apt_scatter_rows");
@@ -273,9 +279,8 @@ void launch_rows(const ScatterArgs& args, cudaStream_t stream) {
 void scatter(const ScatterArgs& args, Stream stream) {
   if (args.M == 0 || args.E == 0) return;
   auto queue = static_cast<cudaStream_t>(stream);
-  if (args.staged) {
+  if (args.staged)
     return visit_sixteen(args.dtype, [&](auto zero) { launch_rows<decltype(zero)>(args, queue); });
-  }
   visit(args.dtype, [&](auto zero) {
     using T = decltype(zero);
     const bool vector = args.E % kVector<T> == 0 && is_aligned(args.out);
