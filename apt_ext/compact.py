@@ -71,13 +71,14 @@ class Compaction:
                 setattr(self, name, torch.full((size,), -1, dtype=torch.int32, device=device))
             self.kept = torch.zeros((), dtype=torch.int64)
         self._live: dict[str, Tensor] = {}  # {"in" or "out": bool [size] on the host, the lanes that are kept}
-        self.change(on_host(mask_in), on_host(mask_out), matrix, anew=True)()
+        self.change(mask_in, mask_out, matrix, anew=True)()
 
     def change(self, mask_in: Tensor, mask_out: Tensor, matrix: Tensor | None, anew: bool = False) -> Callable[[], None]:
-        """The change to what these masks, values on the host, keep: what can fail is done here, and no device has to wait.
+        """The change to what these masks keep: what can fail is done here. W is copied where the exact zeros changed, or `anew`.
 
-        W is copied where the exact zeros changed, or `anew`.
+        Masks on the host make no device wait.
         """
+        mask_in, mask_out = on_host(mask_in), on_host(mask_out)
         if mask_in.is_meta or mask_out.is_meta:
             return lambda: None
         new: dict[str, Tensor] = {}
@@ -112,7 +113,7 @@ class Compaction:
         return fewer and torch.equal(self._live["out"], other._live["in"])
 
     def narrow(self, mask_in: Tensor, mask_out: Tensor) -> Callable[[], None]:
-        """The change to masks that keep less, values on the host, from the copy itself, which then holds what is left and nothing more."""
+        """The change to masks that keep less, from the copy itself, which then holds what is left and nothing more."""
         with torch.inference_mode(False), torch.no_grad():
             index_in, index_out = (mask.nonzero().flatten().to(self.index_in.device) for mask in (mask_in, mask_out))
             rows, columns = self.position_out[index_out], self.position_in[index_in]
