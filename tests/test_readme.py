@@ -80,7 +80,7 @@ def test_its_figures_are_those_of_the_kept_runs(report):
         ("shrink-*.json", "quality"),
         ("shrink-*.json", "speed"),
         ("h200-bfloat16.json", "short"),
-        ("h200-bfloat16.json", "kept"),
+        ("kept-h200-bfloat16.json", "kept"),
     ]
     assert report.updated(README) == README
 
