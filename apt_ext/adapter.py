@@ -266,7 +266,7 @@ class APTAdapter(Saving):
             if self._merged:
                 raise RuntimeError("set_masks: the weight is merged under the present masks; call unmerge_weights() first")
             given = {name: mask for name, mask in (("mask_in", mask_in), ("mask_out", mask_out)) if mask is not None}
-            checked = {name: checked_mask(name, mask, self._buffer(name)) for name, mask in given.items()}
+            checked = {name: checked_mask(name, mask, self.get_buffer(name)) for name, mask in given.items()}
             change = self.mask_change(checked)
             agree(list(checked), list(checked.values()), self.shared_state())
             change()
@@ -291,14 +291,14 @@ class APTAdapter(Saving):
         with torch.inference_mode(False), torch.no_grad():
             masks = {name: on_host(mask).clone() for name, mask in masks.items()}
             ones = {name: all_ones(mask) for name, mask in masks.items()}
-            present = {name: self._buffer(name) for name in masks}
+            present = {name: self.get_buffer(name) for name in masks}
             others = {name: mask.to(present[name].device, copy=True) for name, mask in masks.items() if mask.shape != present[name].shape}
         follow = self._compaction_change(masks)
 
         def make() -> None:
             with torch.no_grad():
                 for name, mask in masks.items():
-                    buffer = self._buffer(name)
+                    buffer = self.get_buffer(name)
                     if name in others:
                         self._buffers[name] = others[name]
                     else:
@@ -309,19 +309,14 @@ class APTAdapter(Saving):
 
         return make
 
-    def _buffer(self, name: str) -> Tensor:
-        buffer = self._buffers[name]
-        assert buffer is not None
-        return buffer
-
     def _stamp_mask(self, name: str, ones: bool) -> None:
-        buffer = self._buffer(name)
+        buffer = self.get_buffer(name)
         self._changes.note()
         self._mask_stamps[name] = (buffer, buffer._version if ones and not buffer.is_inference() else None)
 
     def _known_ones(self, name: str) -> bool:
         placed, version = self._mask_stamps.get(name, (None, None))
-        return version is not None and placed is self._buffer(name) and version == placed._version
+        return version is not None and placed is self.get_buffer(name) and version == placed._version
 
     def _masks_are_own(self) -> bool:
         """Whether the masks in place are the adapter's, and not others that ``torch.func.functional_call`` put there for a call."""
@@ -468,7 +463,7 @@ class APTAdapter(Saving):
             self.lora_A.zero_()
             self.lora_A[: self._rank].normal_(0.0, self.init_std)
             self.lora_B.zero_()
-        self.mask_change({name: torch.ones_like(self._buffer(name)) for name in ("mask_in", "mask_out")})()
+        self.mask_change({name: torch.ones_like(self.get_buffer(name)) for name in ("mask_in", "mask_out")})()
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, rank={self._rank}, scaling={self._scaling}"
@@ -481,11 +476,11 @@ class APTAdapter(Saving):
     # -- moving and copying ------------------------------------------------------------------------------------------
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> APTAdapter:
-        before = {name: (self._buffer(name), self._known_ones(name)) for name in ("mask_in", "mask_out")}
+        before = {name: (self.get_buffer(name), self._known_ones(name)) for name in ("mask_in", "mask_out")}
         super()._apply(fn, recurse)
         for name, (old, ones) in before.items():
-            if self._buffer(name).dtype != torch.float32:  # .half() and friends: masks keep every digit
-                self._buffers[name] = old.to(self._buffer(name).device)
+            if self.get_buffer(name).dtype != torch.float32:  # .half() and friends: masks keep every digit
+                self._buffers[name] = old.to(self.get_buffer(name).device)
             self._stamp_mask(name, ones)
         self._guard()
         return self

@@ -1,10 +1,8 @@
-"""What a compacted adapter computes with: the kept lanes of both sides as indices, and a copy of W's kept rows and columns.
+"""How an adapter computes on kept lanes alone.
 
-    Compaction    the operands of torch.ops.apt_ext.compact_linear, of a size that does not change with the masks
-    Compacting    the part of the adapter that makes one and keeps it up to date
+    Compacting    the part of the adapter that makes a Compaction and keeps it up to date
     Chain         adapters that hand over kept lanes alone
     DENSE         where the whole W is meanwhile
-    width         how many lanes are computed for so many kept ones
 
 A Compaction is in no registry of the module: DDP would broadcast it and a state_dict hold it. It follows from W and the masks.
 """
@@ -16,189 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _is_torch_function_mode_enabled
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.compiler import is_compiling
 
-from . import _C
 from .arguments import checked_choice, on_host
+from .compaction import Compaction
 from .guard import is_guarded
 from .merging import Merging
-from .ops import call, dropped
+from .ops import dropped
 from .sharding import is_sharded
 
-_compact_linear = torch.ops.apt_ext.compact_linear.default
-_pack_kept_ = torch.ops.apt_ext.pack_kept_.default
-
-Masks = tuple[Tensor | None, Tensor | None]  # (mask_in, mask_out)
 DENSE = ("keep", "cpu", "release")
-_INDICES = ("index_in", "index_out", "position_in", "position_out")
-
-
-def width(kept: int, size: int) -> int:
-    """Kept lanes are padded with zeros to whole 16 bytes; a side that keeps all of its lanes is left as it is."""
-    return size if kept == size else max(8, -(-kept // 8) * 8)
-
-
-class Compaction:
-    """The kept lanes of an adapter, N out_features and K in_features; each [n] is a capacity, at least the size and a multiple of 8.
-
-    packed                      [n_out * n_in] of W's dtype: W's kept rows and columns come first, contiguous; None without a base layer
-    index_in, index_out         int32 [n_in], [n_out]: the kept lanes ascending, then -1
-    position_in, position_out   int32 [K], [N]: a lane's place among the kept ones; of a pruned lane ~(the kept lanes before it)
-    kept                        int64 on the CPU, no dimension (only such a tensor may lie beside others on a GPU when traced): how many
-                                lanes each side keeps, and whether their masks have fractions
-    lanes_in, lanes_out         the part of an index that says the width of kept lanes handed over
-    """
-
-    packed: Tensor | None
-    index_in: Tensor
-    index_out: Tensor
-    position_in: Tensor
-    position_out: Tensor
-    kept: Tensor
-    lanes_in: Tensor
-    lanes_out: Tensor
-
-    def __init__(self, mask_in: Tensor, mask_out: Tensor, matrix: Tensor | None) -> None:
-        """The lanes that the masks keep, of W [N, K] (Conv1D: a transposed view)."""
-        n_in, n_out = (max(8, -(-len(mask) // 8) * 8) for mask in (mask_in, mask_out))
-        device = mask_in.device
-        with torch.inference_mode(False), torch.no_grad():  # a tensor born in inference mode could not be saved for a backward
-            self.packed = None if matrix is None else torch.empty(n_in * n_out, dtype=matrix.dtype, device=device)
-            sizes = (n_in, n_out, len(mask_in), len(mask_out))
-            for name, size in zip(_INDICES, sizes, strict=True):
-                setattr(self, name, torch.full((size,), -1, dtype=torch.int32, device=device))
-            self.kept = torch.zeros((), dtype=torch.int64)
-        self._live: dict[str, Tensor] = {}  # {"in" or "out": bool [size] on the host, the lanes that are kept}
-        self.change(mask_in, mask_out, matrix, anew=True)()
-
-    def change(self, mask_in: Tensor, mask_out: Tensor, matrix: Tensor | None, anew: bool = False) -> Callable[[], None]:
-        """The change to what these masks keep: what can fail is done here. W is copied where the exact zeros changed, or `anew`.
-
-        Masks on the host make no device wait.
-        """
-        mask_in, mask_out = on_host(mask_in), on_host(mask_out)
-        if mask_in.is_meta or mask_out.is_meta:
-            return lambda: None
-        new: dict[str, Tensor] = {}
-        changed: dict[str, Tensor] = {}
-        word = 0
-        with torch.inference_mode(False), torch.no_grad():
-            for shift, side, mask in ((0, "in", mask_in), (1, "out", mask_out)):
-                live = mask != 0
-                kept = int(live.sum())
-                word |= kept << 30 * shift | (int((mask == 1).sum()) < kept) << 60 + shift
-                if anew or not torch.equal(live, self._live[side]):
-                    changed[side] = live
-                    capacity = len(getattr(self, f"index_{side}"))
-                    new |= {f"index_{side}": _index(live, capacity), f"position_{side}": _positions(live)}
-
-        def make() -> None:
-            with torch.no_grad():
-                for name, value in new.items():
-                    getattr(self, name).copy_(value, non_blocking=True)  # pageable memory is read before this returns
-                if int(self.kept) != word:
-                    self.kept.fill_(word)
-            self._live |= changed
-            self._view()
-            if new:
-                self.pack(matrix)
-
-        return make
-
-    def hands_over(self, other: Compaction) -> bool:
-        """Whether what this one writes are the lanes that the other reads, fewer than all."""
-        fewer = other.lanes_in.numel() < other.position_in.numel()
-        return fewer and torch.equal(self._live["out"], other._live["in"])
-
-    def narrow(self, mask_in: Tensor, mask_out: Tensor) -> Callable[[], None]:
-        """The change to masks that keep less, from the copy itself, which then holds what is left and nothing more."""
-        with torch.inference_mode(False), torch.no_grad():
-            index_in, index_out = (mask.nonzero().flatten().to(self.index_in.device) for mask in (mask_in, mask_out))
-            rows, columns = self.position_out[index_out], self.position_in[index_in]
-            packed = None
-            if self.packed is not None:
-                n_in, n_out = width(len(index_in), len(mask_in)), width(len(index_out), len(mask_out))
-                packed = self.packed.new_zeros(n_out * n_in)
-                packed.view(n_out, n_in)[: len(rows), : len(columns)] = self._matrix().index_select(0, rows).index_select(1, columns)
-        follow = self.change(mask_in, mask_out, None)
-
-        def make() -> None:
-            follow()
-            self.packed = packed
-
-        return make
-
-    def trim(self) -> None:
-        """Give back the room for what is pruned."""
-        if self.packed is not None:
-            self.packed = self._matrix().clone().flatten()
-
-    def _matrix(self) -> Tensor:
-        """The copy as a matrix, padding included."""
-        assert self.packed is not None
-        return self.packed[: len(self.lanes_out) * len(self.lanes_in)].view(len(self.lanes_out), len(self.lanes_in))
-
-    def full(self) -> Tensor:
-        """W [N, K] as far as it is kept, a new tensor; zeros elsewhere."""
-        lanes_in, lanes_out = (lanes[lanes >= 0].long() for lanes in (self.lanes_in, self.lanes_out))
-        kept = self._matrix()[: len(lanes_out), : len(lanes_in)]
-        whole = kept.new_zeros(len(self.position_out), len(self.position_in))
-        return whole.index_copy_(0, lanes_out, kept.new_zeros(len(lanes_out), whole.shape[1]).index_copy_(1, lanes_in, kept))
-
-    def _view(self) -> None:
-        """The widths as shapes: what a compiler takes for dynamic once they have changed."""
-        word, most = int(self.kept), (1 << 30) - 1
-        with torch.inference_mode(False):
-            self.lanes_in = self.index_in[: width(word & most, len(self.position_in))]
-            self.lanes_out = self.index_out[: width(word >> 30 & most, len(self.position_out))]
-
-    def pack(self, matrix: Tensor | None) -> None:
-        """Copy what is kept of W, in one pass over it."""
-        if self.packed is not None and matrix is not None:
-            _pack_kept_(self.packed, matrix.detach().to(self.packed.device), self.index_in, self.index_out, self.kept)
-
-    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """What `nn.Module._apply` does to a module's tensors."""
-        for name in ("packed", *_INDICES):
-            value = getattr(self, name)
-            setattr(self, name, None if value is None else fn(value))
-        self._view()
-
-    def apply(
-        self,
-        x: Tensor,
-        packed: Tensor | None,
-        bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        masks: Masks,
-        scaling: float,
-        compact_in: bool = False,
-        compact_out: bool = False,
-    ) -> Tensor:
-        """y [..., N] of x [..., K], in the products of the kept lanes; compact: [..., width], the kept lanes and then zeros."""
-        indices = (self.lanes_in if compact_in else self.index_in, self.lanes_out if compact_out else self.index_out)
-        given = (*masks, *indices, self.position_in, self.position_out, self.kept, scaling, compact_in, compact_out)
-        # As in ops.apt_linear: the typed door is faster, and only for plain tensors.
-        if type(x) is Tensor and not is_compiling() and not _is_torch_function_mode_enabled():
-            return _C.compact_linear(x, packed, bias, A, B, *given)
-        return call(_compact_linear, x, packed, bias, A, B, *given)  # type: ignore[no-any-return]
-
-
-def _index(live: Tensor, capacity: int) -> Tensor:
-    """int32 [capacity]: the kept lanes ascending, then -1."""
-    lanes = live.nonzero().flatten()
-    index = torch.full((capacity,), -1, dtype=torch.int32)
-    index[: len(lanes)] = lanes
-    return index
-
-
-def _positions(live: Tensor) -> Tensor:
-    """int32 [size]: a lane's place among the kept ones; of a pruned lane ~(the kept lanes before it)."""
-    before = live.cumsum(0)
-    return torch.where(live, before - 1, ~before).to(torch.int32)
 
 
 def _version(tensor: Tensor) -> int | None:

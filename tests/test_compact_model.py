@@ -14,7 +14,8 @@ from torch import nn
 
 import apt_ext
 from apt_ext import APTAdapter, APTConfig, adapters, get_apt_model
-from apt_ext.compact import Chain, width
+from apt_ext.compact import Chain
+from apt_ext.compaction import width
 
 
 @EVERY
