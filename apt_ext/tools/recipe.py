@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 import apt_ext
 
 from .data import Batch
+from .training import adamw, update
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,7 @@ class Recipe:
 
 def fit(model: apt_ext.APTModel, batches: Iterable[Batch], recipe: Recipe, label: str, prune: bool = False) -> float:
     """Train `model` for recipe.steps with one AdamW throughout, under a Controller if it is to prune; returns the seconds it took."""
-    parameters = apt_ext.adapter_parameters(model)
-    optimizer = torch.optim.AdamW(parameters, lr=recipe.lr)
-    warm_up = max(round(recipe.warm_up * recipe.steps), 1)
-
-    def rate(step: int) -> float:
-        return min((step + 1) / warm_up, (recipe.steps - step) / max(recipe.steps - warm_up, 1))
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    optimizer, schedule = adamw(apt_ext.adapter_parameters(model), recipe.lr, recipe.steps, recipe.warm_up)
     growth = apt_ext.Growth(recipe.budget, recipe.rank_limit)
     controller = apt_ext.Controller(model, optimizer, recipe.steps, growth=growth, seed=recipe.seed, log=tqdm.write) if prune else None
     model.train()
@@ -76,15 +69,7 @@ def fit(model: apt_ext.APTModel, batches: Iterable[Batch], recipe: Recipe, label
     bar = tqdm(range(recipe.steps), desc=label, unit="step", mininterval=1)
     for _, batch in zip(bar, batches):  # noqa: B905  # the batches have no end
         loss = model(**batch).loss
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, recipe.max_norm)
-        if controller is not None:
-            controller.observe()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if controller is not None:
-            controller.step()
+        update(loss, optimizer, schedule, recipe.max_norm, controller)
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     return time.perf_counter() - started
 

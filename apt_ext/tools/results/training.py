@@ -15,6 +15,7 @@ import apt_ext
 
 from ...method import Distiller, block_scores, within_density
 from ..data import Batch
+from ..training import adamw, update
 from .rows import Row
 from .tasks import Data, Task
 
@@ -155,7 +156,6 @@ def _fit(
     distiller: Distiller | None = None,
 ) -> None:
     model.train()
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     asks = {} if distiller is None else distiller.asks
     distilled = False
     for step in range(steps):
@@ -169,27 +169,12 @@ def _fit(
         with autocast(clock.data.on):
             outputs = model(**batch, **(asks if mu else {}))
             loss = outputs.loss if distiller is None else distiller.loss(batch, outputs, mu)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, MOST_NORM)
-        if controller is not None:
-            controller.observe()
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if controller is not None:
-            controller.step()
+        update(loss, optimizer, schedule, MOST_NORM, controller)
         clock.stepped(model)
 
 
 def _optimizer(parameters: list[nn.Parameter], rate: float, steps: int, device: torch.device) -> tuple[Any, Any]:
-    """AdamW whose rate rises to `rate` in the first steps and then falls to 0."""
-    optimizer = torch.optim.AdamW(parameters, lr=rate, fused=device.type == "cuda")
-    rising = max(round(WARM_UP * steps), 1)
-
-    def share(step: int) -> float:
-        return min((step + 1) / rising, (steps - step) / max(steps - rising, 1))
-
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
+    return adamw(parameters, rate, steps, WARM_UP, fused=device.type == "cuda")
 
 
 def _prune(model: apt_ext.APTModel, row: Row, data: Data, density: float, seed: int) -> dict[str, int]:
