@@ -430,3 +430,20 @@ def test_a_change_that_is_refused_changes_nothing():
     with pytest.raises(RuntimeError, match=f"step: {name} is merged under its present masks"):
         controller.step()
     assert_equal(state_of(apt), before)
+
+
+def test_a_cut_before_the_end_is_an_error_that_says_what_to_do():
+    family = FAMILIES["bert"]
+    apt, optimizer = built(family, prune=["heads", "neurons"])
+    controller = Controller(apt, optimizer, 16, growth=1.0, **SHORT)
+    first = controller.steps.events[0]
+    train(apt, optimizer, controller, family, first)
+    assert controller.density < 1 and not controller.done
+    apt.cut(optimizer)
+    before = copy.deepcopy(controller.state_dict())
+    with pytest.raises(RuntimeError, match=r"observe: block '.*' has \d+ where .* \d+: the model was cut; call remove\(\)"):
+        train(apt, optimizer, controller, family, 1, first=first + 1)
+    after = controller.state_dict()
+    assert after["step"] == first and all(torch.equal(mask, before["masks"][name]) for name, mask in after["masks"].items())
+    controller.remove()
+    train(apt, optimizer, Controller(apt, optimizer, 16, density=0.9, growth=1.0, **SHORT), family, 4)

@@ -59,6 +59,11 @@ def test_another_archive_is_refused_in_words(tmp_path: Path, content: bytes, mes
         data.load_reviews(path)
 
 
+def test_without_a_command_the_help_is_shown(capsys):
+    assert main([]) == 0
+    assert "demo" in (shown := capsys.readouterr().out) and "results" in shown
+
+
 def test_missing_reviews_name_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("encoder_directory", "transformers_offline", "figure_class"):
         monkeypatch.setattr(demo, name, lambda: None)

@@ -196,6 +196,7 @@ class Controller:
     def observe(self) -> None:
         """Call it before every optimizer step, after the last backward: reads the gradients while they are there."""
         if not self.done:
+            self._check_uncut("observe")
             self.importance.observe()
             self._observed = True
 
@@ -204,14 +205,15 @@ class Controller:
 
         Without an optimizer step since the last call (micro-batches, a step that GradScaler skipped) nothing is counted.
 
-        Raises RuntimeError where observe() was not called; where a change is refused (a merged adapter, a Parameter that DDP holds without
-        max_rank, ranks of a process group that disagree) with masks and ranks as before.
+        Raises RuntimeError where observe() was not called; where the model was cut, where a change is refused (a merged adapter, a
+        Parameter that DDP holds without max_rank, ranks of a process group that disagree) with masks and ranks as before.
         """
         stepped, self._stepped, self._since = self._stepped, False, 0
         if not stepped:
             self.scores.salience.drop_overflow()
             return
         if not self.done:
+            self._check_uncut("step")
             if not self._observed:
                 raise RuntimeError("step: expected observe() before the optimizer's step, got none")
             self._observed = False
@@ -222,6 +224,15 @@ class Controller:
             self._change()
         if self.now == self.steps.end:
             self.scores.salience.remove()
+
+    def _check_uncut(self, call: str) -> None:
+        now = {name: block.count for name, block in self.model.blocks.items()}
+        cut = next((name for name, count in self._full.items() if now.get(name) != count), None)
+        if cut is not None:
+            raise RuntimeError(
+                f"{call}: block {cut!r} has {now.get(cut, 0)} where this Controller was made for {self._full[cut]}: the model was cut; "
+                "call remove() and make another Controller for the steps that are left"
+            )
 
     def remove(self) -> None:
         """Take every hook off the model and the optimizer; masks and ranks stay as they are."""

@@ -88,7 +88,8 @@ def _without_places(argv: list[str]) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="apt-ext", description="Fine-tune with low-rank adapters while pruning (APT).")
-    commands = parser.add_subparsers(required=True, metavar="command")
+    parser.set_defaults(run=lambda options: parser.print_help())
+    commands = parser.add_subparsers(metavar="command")
     command = commands.add_parser(
         "demo",
         help="dense LoRA against APT on movie reviews, on the CPU",
