@@ -227,6 +227,23 @@ def test_a_model_that_is_not_there(tmp_path, capsys):
     assert "expected a directory, a .gguf file or an installed package" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("missing", "words"),
+    [("config.json", "expected a directory with a config.json"), ("model.safetensors", "expected model.safetensors or pytorch_model.bin")],
+)
+def test_a_directory_without_a_model(source, tmp_path, capsys, missing, words):
+    (source / missing).unlink()
+    assert command(source, tmp_path / "out", "--keep", "heads=1") == 1
+    said = capsys.readouterr().err
+    assert words in said and f"found none {'at' if 'config' in missing else 'in'} {source}" in said and not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_none(source, tmp_path, capsys):
+    (source / "model.safetensors").write_bytes(b"{")
+    assert command(source, tmp_path / "out", "--keep", "heads=1") == 1
+    assert f"apt-ext: model: {source}: " in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 def test_reviews_are_classified(monkeypatch, tmp_path, source):
     """With a reader of reviews in the place of the archive."""
     from apt_ext.tools.data import Review

@@ -59,9 +59,10 @@ def demo(output: Path, *, seed: int = 0, steps: int | None = None, archive: Path
         "methods": {method: {"name": name, **trained[method], **compared[method]} for method, name in METHODS.items()},
         "seconds": time.perf_counter() - started,
     }
-    print(table(report))
     write_json(report, output / "report.json")
     write_plot(report, output / "report.png")
+    print(table(report))
+    print(f"In {output}: the models {' and '.join(METHODS)}, report.json and report.png.")
     return report
 
 

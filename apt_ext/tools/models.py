@@ -11,6 +11,8 @@ import torch
 
 from .data import Missing
 
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+
 
 def transformers_offline() -> Any:
     """The transformers library, told to fetch nothing and to keep its bars and notices to itself."""
@@ -78,16 +80,23 @@ def package_file(source: str) -> Path:
 def load(path: Path, kind: Any) -> tuple[Any, Any]:
     """(the model in float32, its tokenizer) from a directory or a .gguf file. Missing in words."""
     transformers = transformers_offline()
+    from safetensors import SafetensorError
+
     where: dict[str, Any] = {"local_files_only": True}
+    source = path
     if path.is_file():
         path, where = path.parent, {**where, "gguf_file": path.name}
+    else:
+        class_of(path)
+        if not any((path / f"{name}{end}").is_file() for name in _WEIGHTS for end in ("", ".index.json")):
+            raise Missing(f"model: expected {' or '.join(_WEIGHTS)} beside config.json, found none in {path}")
     try:
         model = kind.from_pretrained(path, dtype=torch.float32, **where)
         if "gguf_file" in where:
             model = _plain(model)
         return model.eval(), transformers.AutoTokenizer.from_pretrained(path, **where)
-    except (ValueError, OSError, ImportError) as error:
-        raise Missing(f"model: {path}: {error}") from error
+    except (ValueError, OSError, ImportError, SafetensorError) as error:
+        raise Missing(f"model: {source}: {error}") from error
 
 
 def _plain(model: Any) -> Any:

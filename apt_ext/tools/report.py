@@ -21,6 +21,8 @@ _ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("peak memory, training", lambda m: f"{m['peak_memory_bytes'] / 1e6:.0f} MB"),
     ("adapter parameters", lambda m: "{:,d} -> {:,d}".format(*m["adapter_parameters"])),
 )
+# of a legend: beside the bars, not on them
+_BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": 2, "frameon": False}
 
 
 def table(report: dict[str, Any]) -> str:
@@ -32,11 +34,10 @@ def table(report: dict[str, Any]) -> str:
     lines = [" | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     lines.insert(1, "-+-".join("-" * width for width in widths))
     recipe = report["recipe"]
-    notes = f"{recipe['steps']} optimizer steps each, seed {recipe['seed']}, {report['threads']} threads, {report['seconds']:.0f} s. "
-    notes += "Speed: the exported models in turn. Memory: resident high-water mark of each training's own process, libraries included."
-    if report["quick"]:
-        notes += " Quick run: its accuracies mean nothing."
-    return "\n".join(["", *lines, "", notes])
+    notes = f"{recipe['steps']} optimizer steps each, seed {recipe['seed']}, {report['threads']} threads, {report['seconds']:.0f} s."
+    said = "Speed: the exported models in turn. Memory: resident high-water mark of each training's own process, libraries included."
+    quick = ["Quick run: its accuracies mean nothing."] if report["quick"] else []
+    return "\n".join(["", *lines, "", notes, said, *quick])
 
 
 def write_json(report: dict[str, Any], path: Path) -> None:
@@ -55,20 +56,20 @@ def figure_class() -> Any:
 def write_plot(report: dict[str, Any], path: Path) -> None:
     """Kept neurons and adapter ranks of each layer after APT, as a PNG."""
     apt = report["methods"]["apt"]
-    figure = figure_class()(figsize=(10, 3.5), layout="constrained")
+    figure = figure_class()(figsize=(10, 4), layout="constrained")
     neurons, ranks = figure.subplots(1, 2)
     layers = [name.partition(".")[0] for name in apt["counts"]]
     neurons.bar(layers, apt["counts"].values(), color="0.88", label="before")
     neurons.bar(layers, apt["kept"].values(), label="kept")
     neurons.set(title="FFN neurons", xlabel="layer")
-    neurons.legend(loc="lower right")
+    neurons.legend(**_BELOW)
     by_linear = ranks_by_linear(apt["ranks"])
     width = 0.8 / max(len(by_linear), 1)
     for i, (linear, values) in enumerate(by_linear.items()):
         ranks.bar([layer + (i - (len(by_linear) - 1) / 2) * width for layer in values], values.values(), width, label=linear)
     ranks.axhline(report["recipe"]["rank"], color="0.6", linewidth=0.8)
     ranks.set(title="adapter ranks (line: at the start)", xlabel="layer")
-    ranks.legend()
+    ranks.legend(**_BELOW)
     figure.savefig(path, dpi=150)
 
 
