@@ -21,3 +21,8 @@ def replicated(tensor: Tensor, like: Tensor) -> Tensor:
 
     mesh = like.device_mesh  # type: ignore[attr-defined]
     return DTensor.from_local(tensor, mesh, [Replicate()] * mesh.ndim, run_check=False)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A DTensor's full value, which all ranks of its mesh gather together; any other tensor as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined,no-any-return]

@@ -1,12 +1,15 @@
 """Two ranks train under a Controller: the same masks and ranks on both, those of one process with the joint batch."""
 
+import pytest
 import torch
 from families import FAMILIES
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from training import SHORT, batch_for, built
-from two_adapters import check, gathered
+from two_adapters import check, gathered, whole
 
-from apt_ext import Controller, adapters, agreement
+from apt_ext import Controller, adapter_parameters, adapters, agreement
 
 
 def rows(batch, part):
@@ -14,13 +17,26 @@ def rows(batch, part):
     return {name: value[part : part + 2] for name, value in batch.items()}
 
 
-def run(name, rank, **options):
+def sharded(apt):
+    """FSDP2 over every layer and what is around them."""
+    for value in (0.5, 1.0):  # embeddings, norms and output layers are wrapped before they are sharded
+        apt.set_block_mask("hidden", torch.full((apt.blocks["hidden"].count,), value))
+    mesh = init_device_mesh("cpu", (2,))
+    for module in apt.modules():
+        if type(module).__name__.endswith(("Layer", "Block")):
+            fully_shard(module, mesh=mesh)
+    return fully_shard(apt, mesh=mesh)
+
+
+def run(name, rank, wrap=DistributedDataParallel, **options):
     family = FAMILIES[name]
     kinds = ["heads", "neurons", "hidden"]
     apt, optimizer = built(family, max_rank=5, prune=kinds)
     plain, its = built(family, max_rank=5, prune=kinds)
-    controller = Controller(apt, optimizer, 16, **SHORT, **options)
-    model = DistributedDataParallel(apt)
+    model = wrap(apt)
+    if wrap is sharded:
+        optimizer = torch.optim.AdamW(adapter_parameters(apt), lr=1e-3)
+    controller = Controller(model, optimizer, 16, **SHORT, **options)
     with agreement.alone():
         alone = Controller(plain, its, 16, **SHORT, **options)
     for step in range(16):
@@ -46,8 +62,10 @@ def run(name, rank, **options):
             torch.testing.assert_close(score, alone.scores.salience.scores[site], rtol=1e-6, atol=1e-12)
     assert controller.done and int(ranks.max()) > 2 and not all(bool(apt.get_block_mask(block).all()) for block in apt.blocks)
     for (key, value), other in zip(apt.named_parameters(), plain.parameters(), strict=True):
+        if not value.numel():  # which torch cannot gather
+            continue
         assert torch.equal(*gathered(value)), key
-        torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-8, msg=lambda text, at=key: f"{at}: {text}")
+        torch.testing.assert_close(whole(value), other.detach(), rtol=1e-6, atol=1e-8, msg=lambda text, at=key: f"{at}: {text}")
 
 
 @check
@@ -58,6 +76,27 @@ def a_controller_under_ddp_is_one_process_with_the_joint_batch(rank):
 @check
 def a_controller_of_a_decoder_under_ddp(rank):
     run("llama", rank, kurtosis=1.0)
+
+
+@check
+def a_controller_under_fsdp_is_one_process_with_the_joint_batch(rank):
+    run("bert", rank, sharded)
+
+
+@check
+def a_controller_of_a_decoder_under_fsdp(rank):
+    run("llama", rank, sharded, kurtosis=1.0)
+
+
+@check
+def a_controller_refuses_to_wrap_what_fsdp_has_sharded(rank):
+    apt, _ = built(FAMILIES["bert"], max_rank=5, prune=["heads", "hidden"])
+    fully_shard(apt, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.AdamW(adapter_parameters(apt))
+    modules = [(type(module), len(module._forward_pre_hooks)) for module in apt.modules()]
+    with pytest.raises(RuntimeError, match=r"prune: expected hidden dimensions to be masked once before fully_shard.*got bert\."):
+        Controller(apt, optimizer, 16, **SHORT)
+    assert modules == [(type(module), len(module._forward_pre_hooks)) for module in apt.modules()]
 
 
 @check

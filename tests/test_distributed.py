@@ -184,6 +184,18 @@ def test_a_controller_of_a_decoder_under_ddp(both):
     both("a_controller_of_a_decoder_under_ddp")
 
 
+def test_a_controller_under_fsdp_is_one_process_with_the_joint_batch(both):
+    both("a_controller_under_fsdp_is_one_process_with_the_joint_batch")
+
+
+def test_a_controller_of_a_decoder_under_fsdp(both):
+    both("a_controller_of_a_decoder_under_fsdp")
+
+
+def test_a_controller_refuses_to_wrap_what_fsdp_has_sharded(both):
+    both("a_controller_refuses_to_wrap_what_fsdp_has_sharded")
+
+
 def test_a_controller_refuses_growth_that_ddp_would_not_see(both):
     both("a_controller_refuses_growth_that_ddp_would_not_see")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import APTAdapter
-from ..sharding import is_sharded
+from ..sharding import is_sharded, whole
 
 
 class AdapterImportance:
@@ -35,7 +35,7 @@ class AdapterImportance:
 
     def restart(self) -> None:
         """Every average is 0 again, at the adapters' present ranks."""
-        self.averages = {name: adapter.lora_A.new_zeros(adapter.rank, dtype=torch.float32) for name, adapter in self.adapters.items()}
+        self.averages = {name: torch.zeros(adapter.rank, device=adapter.lora_A.device) for name, adapter in self.adapters.items()}
         self._seen = {}
 
     @torch.no_grad()
@@ -53,7 +53,7 @@ class AdapterImportance:
         for name, product in zip(given, products, strict=True):
             rows = product if self.signed else product.t()
             if is_sharded(rows):  # the sums travel, not the products
-                rows = (rows if self.signed else rows.abs()).sum(1, keepdim=True).full_tensor()  # type: ignore[attr-defined]
+                rows = whole((rows if self.signed else rows.abs()).sum(1, keepdim=True))
             by_width.setdefault(rows.shape[1], {})[name] = rows[: self.adapters[name].rank]
         for of_width in by_width.values():
             matrix = torch.cat(list(of_width.values()))

@@ -19,8 +19,9 @@ from ..growth import resizable_state
 from ..model import APTModel, adapters
 from ..optimizers import OptimizerLike, optimizers_of
 from ..sharding import is_sharded
-from ..structure.architectures import architecture_of
+from ..structure.architectures import Block, architecture_of
 from ..structure.blocks import place_carriers
+from ..structure.carriers import is_carrier
 from .allocation import AdapterImportance, grown_ranks
 from .cost import Cost, Latency, cost_of
 from .groups import groups_of
@@ -93,6 +94,7 @@ class Controller:
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, naming it; blocks that the model does not have; a density that
         the floors do not allow.
+        RuntimeError: hidden dimensions are to be pruned and FSDP2 has sharded the modules that would have to be wrapped for it.
     """
 
     def __init__(
@@ -161,6 +163,8 @@ class Controller:
             row = architecture_of(self.model.model)
             kurtosis = float(row is not None and row.decoder is True)
         checked_number("kurtosis", kurtosis)
+        if "hidden" in self.blocks:
+            _check_unsharded(self.model, self.blocks["hidden"])
 
         # From here on something changes.
         if "hidden" in self.blocks:
@@ -426,6 +430,17 @@ def apt_model_in(model: nn.Module) -> APTModel:
     if len(found) != 1:
         raise TypeError(f"model: expected an APTModel or a module that holds one, got {type(model).__name__} with {len(found)}")
     return found[0]
+
+
+def _check_unsharded(apt: APTModel, hidden: Block) -> None:
+    """RuntimeError where FSDP2 holds what still has to be wrapped."""
+    for side in hidden.sides:
+        module = apt.model.get_submodule(side.module)
+        if side.acts and not is_carrier(module) and any(map(is_sharded, module.parameters())):
+            raise RuntimeError(
+                f"prune: expected hidden dimensions to be masked once before fully_shard, which wraps embeddings, norms and output layers, "
+                f"got {side.module} sharded as it is; before fully_shard, set_block_mask('hidden', mask) to anything and back to ones"
+            )
 
 
 def _cost(apt: APTModel, budget: str, length: int, latency: Mapping[str, Mapping[int, float]] | None, pruned: Mapping[str, Any]) -> Cost:

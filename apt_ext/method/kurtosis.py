@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import APTAdapter
+from ..sharding import whole
 from ..structure.architectures import stored, weight_dim
 
 
@@ -44,7 +45,7 @@ def row_outliers(reader: nn.Module, mean: Tensor | None) -> Tensor:
 def _products(reader: nn.Module, mean: Tensor | None, rows: bool = True) -> Tensor:
     """W_eff * mean, [out, in]; rows: without the outputs that are masked."""
     base = stored(reader)
-    weight = base.weight.detach()  # type: ignore[operator]
+    weight = whole(base.weight.detach())  # type: ignore[operator]
     if isinstance(reader, APTAdapter) and reader._away:
         weight = reader._whole().to(weight.device)
     if weight_dim(base, "out") == 1:
@@ -52,7 +53,8 @@ def _products(reader: nn.Module, mean: Tensor | None, rows: bool = True) -> Tens
     weight = weight.float() if weight.dtype != torch.float64 else weight
     if isinstance(reader, APTAdapter):
         if reader.rank and not reader.merged:
-            weight = torch.addmm(weight, reader.Wb.detach().to(weight.dtype), reader.Wa.detach().to(weight.dtype), alpha=reader.scaling)
+            A, B = (whole(factor.detach()).to(weight.dtype) for factor in (reader.lora_A, reader.lora_B))
+            weight = torch.addmm(weight, B[:, : reader.rank], A[: reader.rank], alpha=reader.scaling)
         if rows and not bool((reader.mask_out != 0).all()):
             weight = weight[reader.mask_out != 0]
         elif not rows:
