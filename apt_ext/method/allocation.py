@@ -35,7 +35,9 @@ class AdapterImportance:
 
     def restart(self) -> None:
         """Every average is 0 again, at the adapters' present ranks."""
-        self.averages = {name: torch.zeros(adapter.rank, device=adapter.lora_A.device) for name, adapter in self.adapters.items()}
+        self.averages = {
+            name: torch.zeros(adapter.rank, dtype=torch.float32, device=adapter.lora_A.device) for name, adapter in self.adapters.items()
+        }
         self._seen = {}
 
     @torch.no_grad()
