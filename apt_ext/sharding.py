@@ -25,4 +25,4 @@ def replicated(tensor: Tensor, like: Tensor) -> Tensor:
 
 def whole(tensor: Tensor) -> Tensor:
     """A DTensor's full value, which all ranks of its mesh gather together; any other tensor as it is."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
