@@ -17,12 +17,13 @@ def batch_for(family, seed):
     return {**inputs, "labels": inputs["decoder_input_ids" if family.alike else "input_ids"]}
 
 
-def built(family, seed=0, **config):
-    """A model to be pruned to 65 %, without dropout, and its optimizer."""
+def built(family, seed=0, sizes=None, **config):
+    """A model (of these sizes) to be pruned to 65 %, without dropout, and its optimizer."""
     torch.manual_seed(seed)
     dropouts = {"BertConfig": ("hidden_dropout_prob", "attention_probs_dropout_prob"), "T5Config": ("dropout_rate",)}
     none = dict.fromkeys(dropouts.get(family.config, ()), 0.0)
-    apt = get_apt_model(family.model(seed=seed, **none), APTConfig(**{"r": 2, "density": 0.65, "round_to": 4, **config})).train()
+    model = family.model(seed=seed, **none, **(sizes or {}))
+    apt = get_apt_model(model, APTConfig(**{"r": 2, "density": 0.65, "round_to": 4, **config})).train()
     return apt, torch.optim.AdamW(apt_ext.adapter_parameters(apt), lr=1e-3)
 
 

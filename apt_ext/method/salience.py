@@ -52,6 +52,7 @@ class Salience:
         self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(self._note_tokens, with_kwargs=True)]
         for name, (module, _) in sites.items():
             self._handles.append(module.register_forward_pre_hook(self._collector(name)))
+        _forget_compiled()
 
     def _note_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
@@ -78,7 +79,7 @@ class Salience:
 
             h.register_hook(add)
 
-        return collect
+        return torch.compiler.disable(collect)  # type: ignore[no-untyped-call]
 
     @torch.no_grad()
     def update(self) -> None:
@@ -126,8 +127,10 @@ class Salience:
 
     def remove(self) -> None:
         """Take every hook away; the scores stay. A second call does nothing."""
-        while self._handles:
-            self._handles.pop().remove()
+        if self._handles:
+            while self._handles:
+                self._handles.pop().remove()
+            _forget_compiled()
         self._sums, self._tokens = {}, {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -147,6 +150,11 @@ class Salience:
         self.scores = {name: score.clone() for name, score in state["scores"].items()}
         self.means = {name: mean.clone() for name, mean in state["means"].items()}
         self._sums, self._tokens = {}, {}
+
+
+def _forget_compiled() -> None:
+    """torch.compile does not look at hooks again: a model that was compiled and called without them would go on without them, silently."""
+    torch.compiler.reset()
 
 
 @torch.no_grad()
