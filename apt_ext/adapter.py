@@ -487,8 +487,7 @@ class APTAdapter(Saving):
 
     def __getstate__(self) -> dict[str, Any]:
         # Version counters start anew in a copy: what travels is whether a mask is known to be all ones.
-        ones = {name: self._known_ones(name) for name in self._mask_stamps}
-        return {**super().__getstate__(), "_mask_stamps": ones}
+        return {**super().__getstate__(), "_mask_stamps": {name: self._known_ones(name) for name in self._mask_stamps}}
 
     def __setstate__(self, state_: dict[str, Any]) -> None:
         super().__setstate__(state_)

@@ -89,12 +89,11 @@ class Salience:
         """
         self._add_up_ranks()
         names = [name for name in self._counts if name in self._sums]
-        if not names:
-            return
-        products = torch._foreach_mul([self._sums[name][0] for name in names], [self._sums[name][1] for name in names])
-        counts = [self._counts[name] for name in names]
-        now = [one if len(one) == count else one.view(count, -1).sum(1) for one, count in zip(products, counts, strict=True)]
-        self._average(self.scores, names, now)
+        if names:
+            products = torch._foreach_mul([self._sums[name][0] for name in names], [self._sums[name][1] for name in names])
+            counts = [self._counts[name] for name in names]
+            now = [one if len(one) == count else one.view(count, -1).sum(1) for one, count in zip(products, counts, strict=True)]
+            self._average(self.scores, names, now)
         signed = [name for name in names if name in self._signed]
         self._average(self.means, signed, [self._sums[name][2] for name in signed])
         self._sums, self._tokens = {}, {}
