@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kColumnThreads) apt_scatter(const __grid_const
 // mask and bias there, lane by lane, and are then only moved.
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kStrip = 512, kRows = 16;  // columns a block owns at most, rows it does at a time
-constexpr int kWide = 2;                 // columns a thread owns: neighbours in a warp write whole lines
+constexpr int kWide = 2;  // columns a thread owns, one store: neighbours in a warp write whole lines
 constexpr int kAcross = kStrip / kWide, kRowsEach = kRows * kAcross / kThreads;
 constexpr int kStages = 4;  // three on their way while one is at work
 constexpr int kSpare = 8;   // zeros in front of a row, for pruned lanes
@@ -228,12 +228,9 @@ __global__ void __launch_bounds__(kThreads, 3)
       const auto* from = reinterpret_cast<const uint16_t*>(values) + row_first * kPitch;
       const int row_end = static_cast<int>(min(args.M - int64_t{tile} * kRows, int64_t{kRows})) - row_first;
       auto move = [&](int row) {
-        uint32_t pair[kWide / 2];
-#pragma unroll
-        for (int j = 0; j < kWide; j += 2)
-          pair[j / 2] =
-              __byte_perm(from[offset[j] + row * kPitch], from[offset[j + 1] + row * kPitch], 0x5410);
-        store_pairs(reinterpret_cast<char*>(out) + uint64_t{row_bytes} * static_cast<uint32_t>(row), pair);
+        char* to = reinterpret_cast<char*>(out) + uint64_t{row_bytes} * static_cast<uint32_t>(row);
+        *reinterpret_cast<uint32_t*>(to) =
+            __byte_perm(from[offset[0] + row * kPitch], from[offset[1] + row * kPitch], 0x5410);
       };
       if (row_end >= kRowsEach) {
 #pragma unroll

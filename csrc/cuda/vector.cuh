@@ -68,19 +68,6 @@ __device__ __forceinline__ void store_words(void* to, uint32_t a, uint32_t b, ui
                : "memory");
 }
 
-// The same for one, two or four.
-template <int count>
-__device__ __forceinline__ void store_pairs(void* to, const uint32_t (&pair)[count]) {
-  static_assert(count == 1 || count == 2 || count == 4);
-  if constexpr (count == 1) {
-    *static_cast<uint32_t*>(to) = pair[0];
-  } else if constexpr (count == 2) {
-    *static_cast<uint2*>(to) = uint2{pair[0], pair[1]};
-  } else {
-    store_words(to, pair[0], pair[1], pair[2], pair[3]);
-  }
-}
-
 // One mask value in the accumulation type. The branch is the same for the whole launch.
 template <class W>
 __device__ __forceinline__ W mask_at(const void* data, DType dtype, int64_t i) {
