@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def checked_int(name: str, value: Any, least: int) -> int:
     return value
 
 
-def checked_number(name: str, value: Any) -> float:
+def checked_number(name: str, value: Any, least: float = -math.inf) -> float:
     """A finite float; bool is no number here, and no tensor is one, which might have to be fetched from its device."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {type(value).__name__}")
@@ -63,7 +64,40 @@ def checked_number(name: str, value: Any) -> float:
         number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"{name} must be a finite number, got {value}")
+    if number < least:
+        raise ValueError(f"{name} must be at least {least:g}, got {value}")
     return number
+
+
+def checked_bool(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+    return value
+
+
+def checked_seed(name: str, value: Any) -> torch.Generator:
+    """A generator on the host with this seed, of all that torch takes."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"{name} must lie in [-2^63, 2^64), got {value}")
+    return torch.Generator().manual_seed(value)
+
+
+def checked_mapping(name: str, value: Any) -> Mapping[Any, Any]:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{name}: expected a dict, got {type(value).__name__}")
+    return value
+
+
+def checked_keys(name: str, value: Any, keys: Iterable[str]) -> Mapping[Any, Any]:
+    """A dict with these keys and no others."""
+    expected = dict.fromkeys(keys)
+    if checked_mapping(name, value).keys() != expected.keys():
+        missing, odd = [key for key in expected if key not in value], [key for key in value if key not in expected]
+        words = [f"{len(keys)} {what}, {keys[0]!r} first" for keys, what in ((missing, "missing"), (odd, "unknown")) if keys]
+        raise ValueError(f"{name}: expected the keys of a state_dict() made alike, got {' and '.join(words)}")
+    return value  # type: ignore[no-any-return]
 
 
 def checked_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from .arguments import checked_choice, on_host
+from .arguments import checked_bool, checked_choice, on_host
 from .compaction import Compaction
 from .guard import is_guarded
 from .merging import Merging
@@ -103,8 +103,7 @@ class Compacting(Merging):
         self._compare_chains()
 
     def _check_compact(self, on: bool, dense: str) -> None:
-        if not isinstance(on, bool):
-            raise TypeError(f"on must be a bool, got {type(on).__name__}")
+        checked_bool("on", on)
         checked_choice("dense", dense, DENSE)
         if self._merged:
             raise RuntimeError("compact: the weight is merged; call unmerge_weights() first")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import agreement, checkpoint
 from .adapter import APTAdapter
-from .arguments import checked_module
+from .arguments import checked_bool, checked_module
 from .compact import Chain
 from .config import APTConfig, nearest, select
 from .errors import naming
@@ -155,9 +155,7 @@ class APTModel(nn.Module):
 
         Nothing has changed when this raises TypeError, ValueError or RuntimeError (an adapter is merged, sharded by FSDP or on meta).
         """
-        if not isinstance(chain, bool):
-            raise TypeError(f"chain must be a bool, got {type(chain).__name__}")
-        if chain and on is False:
+        if checked_bool("chain", chain) and on is False:
             raise ValueError("chain must be False where on is False, since full-size layers hand over all lanes, got True")
         found = [(name, adapter) for name, adapter in adapters(self) if not isinstance(adapter, MaskedLinear)]
         for name, adapter in found:
@@ -287,7 +285,7 @@ class APTModel(nn.Module):
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         if saved.stream and "hidden" in self.blocks:
-            place_carriers(self.model, self.blocks["hidden"])
+            place_carriers(self.model, "hidden", self.blocks["hidden"])
         saved.load(self._own_state(), self._load)
 
     def _own_state(self) -> dict[str, Tensor]:

@@ -94,9 +94,35 @@ def a_controller_refuses_to_wrap_what_fsdp_has_sharded(rank):
     fully_shard(apt, mesh=init_device_mesh("cpu", (2,)))
     optimizer = torch.optim.AdamW(adapter_parameters(apt))
     modules = [(type(module), len(module._forward_pre_hooks)) for module in apt.modules()]
-    with pytest.raises(RuntimeError, match=r"prune: expected hidden dimensions to be masked once before fully_shard.*got bert\."):
+    with pytest.raises(RuntimeError, match=r"block 'hidden': expected to be masked once before fully_shard.*got bert\."):
         Controller(apt, optimizer, 16, **SHORT)
+    with pytest.raises(RuntimeError, match=r"block 'hidden': expected to be masked once before fully_shard.*got bert\."):
+        apt.set_block_mask("hidden", torch.full((apt.blocks["hidden"].count,), 0.5))
     assert modules == [(type(module), len(module._forward_pre_hooks)) for module in apt.modules()]
+    assert bool(apt.get_block_mask("hidden").all())
+
+
+@check
+def fsdp_hands_gradients_over_with_the_last_micro_batch(rank):
+    """observe() after each of them: only the last finds gradients, and it is the one that counts."""
+    family = FAMILIES["bert"]
+    apt, _ = built(family, max_rank=5)
+    model = sharded(apt)
+    optimizer = torch.optim.AdamW(adapter_parameters(apt), lr=1e-3)
+    controller = Controller(model, optimizer, 16, **SHORT)
+    for last in ((False, True), (False, True), (False, False)):
+        for seed, synced in enumerate(last):
+            model.set_requires_gradient_sync(synced)
+            model(**rows(batch_for(family, seed), rank)).loss.backward()
+            controller.observe()
+        optimizer.step()
+        optimizer.zero_grad()
+        if last[-1]:
+            controller.step()
+        else:
+            with pytest.raises(RuntimeError, match=r"expected observe\(\) before the optimizer's step, got none that found the gradients"):
+                controller.step()
+    assert controller.now == 2 and any(bool(average.any()) for average in controller.importance.averages.values())
 
 
 @check

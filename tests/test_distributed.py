@@ -196,6 +196,10 @@ def test_a_controller_refuses_to_wrap_what_fsdp_has_sharded(both):
     both("a_controller_refuses_to_wrap_what_fsdp_has_sharded")
 
 
+def test_fsdp_hands_gradients_over_with_the_last_micro_batch(both):
+    both("fsdp_hands_gradients_over_with_the_last_micro_batch")
+
+
 def test_a_controller_refuses_growth_that_ddp_would_not_see(both):
     both("a_controller_refuses_growth_that_ddp_would_not_see")
 

@@ -98,7 +98,9 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
     with pytest.raises(ValueError, match="state: expected the masks of the model, got others; load the model's state first"):
         second.load_state_dict(state)
     new.set_block_mask("0.neurons", mask)
-    shorter = Controller(new, its, 16, schedule={"start": 2, "end": 12, "events": 3}, **OPTIONS["bert"])
+    other, others = built(family, **CONFIG["bert"])
+    shorter = Controller(other, others, 16, schedule={"start": 2, "end": 12, "events": 3}, **OPTIONS["bert"])
+    other.load_state_dict(apt.state_dict())
     with pytest.raises(ValueError, match="state: expected the schedule .*'end': 12"):
         shorter.load_state_dict(state)
     before = second.state_dict()

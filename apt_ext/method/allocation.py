@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import APTAdapter
+from ..arguments import FLOATING, checked_mapping
 from ..sharding import is_sharded, whole
 
 
@@ -81,12 +82,19 @@ class AdapterImportance:
     def state_dict(self) -> dict[str, Any]:
         return {name: average.clone() for name, average in self.averages.items()}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError, with nothing changed, unless names and ranks are those of the adapters."""
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """TypeError or ValueError unless names and ranks are those of the adapters."""
+        for name, average in checked_mapping("state", state).items():
+            if not isinstance(average, Tensor) or average.dtype not in FLOATING or average.dim() != 1:
+                raise TypeError(f"state[{name!r}]: expected a floating tensor of one dimension, got {average!r:.80}")
         expected = {name: adapter.rank for name, adapter in self.adapters.items()}
         got = {name: average.numel() for name, average in state.items()}
         if got != expected:
             raise ValueError(f"state: expected adapters of these ranks: {expected}, got {got}")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises TypeError or ValueError, with nothing changed, unless names and ranks are those of the adapters."""
+        self.check_state(state)
         self.averages = {name: state[name].to(average.device, torch.float32, copy=True) for name, average in self.averages.items()}
 
 

@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import agreement
-from ..arguments import checked_choice, checked_int, checked_number
+from ..arguments import checked_bool, checked_choice, checked_int, checked_number, checked_seed
 from ..config import APTConfig, Schedule
 from ..growth import resizable_state
 from ..model import APTModel, adapters
 from ..optimizers import OptimizerLike, optimizers_of
 from ..sharding import is_sharded
-from ..structure.architectures import Block, architecture_of
+from ..structure.architectures import architecture_of
 from ..structure.blocks import place_carriers
-from ..structure.carriers import is_carrier
 from .allocation import AdapterImportance, grown_ranks
 from .cost import Cost, Latency, cost_of
 from .groups import groups_of
+from .refusals import check_held, check_state, checked_scores, gradients_came, note_controller, refuse_second
 from .schedule import Steps, linear_budget, step_mask
 from .scores import BlockScores
 from .search import search
@@ -51,8 +51,7 @@ class Growth:
     importance: str = "signed"
 
     def __post_init__(self) -> None:
-        if checked_number("growth.budget", self.budget) < 1:
-            raise ValueError(f"growth.budget must be at least 1, got {self.budget}")
+        checked_number("growth.budget", self.budget, 1.0)
         if self.limit is not None:
             checked_int("growth.limit", self.limit, 1)
         checked_choice("growth.rule", self.rule, ("budget", "paper"))
@@ -76,7 +75,7 @@ class Controller:
 
     Args:
         model: an APTModel, or a module that holds one (DDP, torch.compile).
-        optimizer: the optimizer that trains it, a list of them, or accelerate's wrapper.
+        optimizer: the optimizer that trains it, a list of them, or accelerate's wrapper; it holds every adapter's trainable factors.
         total_steps: optimizer steps of the whole run; None where the schedule counts steps.
         config: whose prune, density, schedule, round_to and uniform count; None: the model's own.
         prune, density, schedule, round_to, uniform: take the place of the config's.
@@ -93,8 +92,9 @@ class Controller:
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, naming it; blocks that the model does not have; a density that
-        the floors do not allow.
-        RuntimeError: hidden dimensions are to be pruned and FSDP2 has sharded the modules that would have to be wrapped for it.
+        the floors do not allow; an optimizer without the adapters' factors.
+        RuntimeError: another Controller is at work on the model; hidden dimensions are to be pruned and FSDP2 has sharded the modules that
+        would have to be wrapped for it.
     """
 
     def __init__(
@@ -137,9 +137,18 @@ class Controller:
         checked_choice("budget", budget, ("parameters", "flops", "memory", "latency"))
         checked_int("length", length, 1)
         checked_int("floor", floor, 0)
+        for name, value in (("joint", joint), ("compact", compact)):
+            checked_bool(name, value)
+        if log is not None and not callable(log):
+            raise TypeError(f"log: expected a function of one line, or None, got {type(log).__name__}")
+        if kurtosis is None:
+            row = architecture_of(self.model.model)
+            kurtosis = float(row is not None and row.decoder is True)
+        kurtosis = checked_number("kurtosis", kurtosis, 0.0)
+        refuse_second(self.model)
         self.total_steps, self.joint, self.compact, self.log = total_steps, joint, compact, log
         self.steps = Steps.of(self.config.schedule, total_steps)
-        self.now = 0  # optimizer steps that were counted
+        self.now = 0  # optimizer steps that were counted, up to total_steps
 
         kinds = self.config.prune if self.config.density < 1.0 else []
         self.blocks = {name: block for name, block in self.model.blocks.items() if block.kind in kinds}
@@ -149,7 +158,8 @@ class Controller:
         self.groups = groups_of(self.model, self.blocks, self.config.round_to, self.config.uniform, floor)
         self.cost: Cost = _cost(self.model, budget, length, latency, self.blocks)
         self.importance = AdapterImportance(adapters(self.model), checked_number("decay", decay), self.growth.importance == "signed")
-        self.generator = torch.Generator().manual_seed(seed)
+        check_held(self.importance.adapters, optimizers)
+        self.generator = checked_seed("seed", seed)
 
         self._full = {name: block.count for name, block in self.model.blocks.items()}
         self._masks = {name: self.model.get_block_mask(name).cpu() for name in self.model.blocks}
@@ -159,19 +169,14 @@ class Controller:
         self._parameters, self._ranks = self.adapter_parameters, self._ranks_now()
         self._compacted = False
         self._check_floors()
-        if kurtosis is None:
-            row = architecture_of(self.model.model)
-            kurtosis = float(row is not None and row.decoder is True)
-        checked_number("kurtosis", kurtosis)
-        if "hidden" in self.blocks:
-            _check_unsharded(self.model, self.blocks["hidden"])
 
         # From here on something changes.
         if "hidden" in self.blocks:
-            place_carriers(self.model.model, self.model.blocks["hidden"])  # now: modules do not change while training
+            place_carriers(self.model.model, "hidden", self.blocks["hidden"])  # now: modules do not change while training
         self.scores = BlockScores(self.model, kinds, decay, kurtosis)
         self._observed, self._stepped, self._since = False, False, 0
         self._handles = [one.register_step_post_hook(self._note_step) for one in optimizers]
+        note_controller(self.model, self)
 
     # -- what others may ask -----------------------------------------------------------------------------------------
 
@@ -191,6 +196,11 @@ class Controller:
         return self.now >= self.steps.end
 
     @property
+    def listening(self) -> bool:
+        """Whether it still has hooks on the model: until the last event has been or `remove` is called."""
+        return self.scores.salience.listening
+
+    @property
     def adapter_parameters(self) -> int:
         """Entries of all factors in use."""
         return sum(adapter.get_parameter_count() for adapter in self.importance.adapters.values())
@@ -198,19 +208,23 @@ class Controller:
     # -- the loop ----------------------------------------------------------------------------------------------------
 
     def observe(self) -> None:
-        """Call it before every optimizer step, after the last backward: reads the gradients while they are there."""
-        if not self.done:
+        """Call it before every optimizer step, after the last backward: reads the gradients while they are there.
+
+        Raises RuntimeError where there are none: no backward since the last step, or zero_grad() was first.
+        """
+        if self.listening:
             self._check_uncut("observe")
+            self._observed = gradients_came(self.importance.adapters.values(), bool(self.blocks), self.scores.salience.heard)
             self.importance.observe()
-            self._observed = True
 
     def step(self) -> None:
         """Call it after every optimizer step: counts it and, where the schedule says so, moves masks and lets ranks grow.
 
         Without an optimizer step since the last call (micro-batches, a step that GradScaler skipped) nothing is counted.
 
-        Raises RuntimeError where observe() was not called; where the model was cut, where a change is refused (a merged adapter, a
-        Parameter that DDP holds without max_rank, ranks of a process group that disagree) with masks and ranks as before.
+        Raises RuntimeError where observe() was not called; where the model was cut, where salience is not finite or 0 everywhere, where a
+        change is refused (a merged adapter, a Parameter that DDP holds without max_rank, ranks of a process group that disagree) with masks
+        and ranks as before.
         """
         stepped, self._stepped, self._since = self._stepped, False, 0
         if not stepped:
@@ -219,10 +233,12 @@ class Controller:
         if not self.done:
             self._check_uncut("step")
             if not self._observed:
-                raise RuntimeError("step: expected observe() before the optimizer's step, got none")
+                raise RuntimeError("step: expected observe() before the optimizer's step, got none that found the gradients")
             self._observed = False
             self.scores.salience.update()
             self.importance.update()
+        if self.now == self.total_steps:  # a run that takes longer than it was said to
+            return
         self.now += 1
         if self.now <= self.steps.end:
             self._change()
@@ -300,7 +316,7 @@ class Controller:
         self._refresh_outliers()
         budget = density * self._dense * (1 + 1e-12)  # 0.29 * 100 is a little below 29
         live = {name: self._live[name] for name in self.blocks}
-        found = search(self.scores.scores(), live, self.groups, self.cost, self._counts(), budget, self.joint)
+        found = search(checked_scores("step", self.scores.scores()), live, self.groups, self.cost, self._counts(), budget, self.joint)
         masks = {}
         for name, keep in found.keep.items():
             old = self._masks[name]
@@ -394,34 +410,42 @@ class Controller:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state`, after the model and the optimizer have loaded theirs.
 
-        Nothing has changed when this raises ValueError: the model's masks or ranks are not those of the state, or the schedule is another.
+        Nothing has changed when this raises TypeError or ValueError (it is no state of a Controller made alike, or damaged; the model's
+        masks or ranks are not those of the state; the schedule is another) or RuntimeError (this Controller has finished, or was removed).
         """
-        schedule = vars(self.steps) | {"density": self.config.density}
-        if dict(state["schedule"]) != schedule:
-            raise ValueError(f"state: expected the schedule {schedule}, got {dict(state['schedule'])}")
-        found = {name: adapter.rank for name, adapter in adapters(self.model) if name in state["ranks"]}
-        if found != dict(state["ranks"]):
-            raise ValueError(f"state: expected the ranks of the model, {found}, got {dict(state['ranks'])}; load the model's state first")
         masks = {name: self.model.get_block_mask(name).cpu() for name in self.model.blocks}
-        if masks.keys() != state["masks"].keys() or not all(torch.equal(mask, state["masks"][name].cpu()) for name, mask in masks.items()):
-            raise ValueError("state: expected the masks of the model, got others; load the model's state first")
-        before = self.scores.state_dict()
+        check_state(state, {**self.state_dict(), "masks": masks})
+        self.scores.check_state(state["scores"])
+        self.importance.check_state(state["importance"])
+        self._check_place(state["step"], masks)
+        if self.compact and not all(bool(live.all()) for live in state["live"].values()):
+            self._turn_compact()  # it may be refused, and what follows cannot
         self.scores.load_state_dict(state["scores"])
-        try:
-            self.importance.load_state_dict(state["importance"])
-        except BaseException:
-            self.scores.load_state_dict(before)
-            raise
+        self.importance.load_state_dict(state["importance"])
         self.generator.set_state(state["generator"].cpu())
-        self.now = int(state["step"])
+        self.now = state["step"]
         self._masks, self._live = masks, {name: live.cpu().clone() for name, live in state["live"].items()}
         initial = state["initial"]
         self._initial, self._parameters, self._ranks = initial["density"], initial["parameters"], dict(initial["ranks"])
         self._observed, self._stepped, self._since = False, False, 0
         if self.done:
             self.scores.salience.remove()
-        if self.compact and not all(bool(live.all()) for live in self._live.values()):
-            self._turn_compact()
+
+    def _check_place(self, step: int, masks: Mapping[str, Tensor]) -> None:
+        """Whether a state of this step can have these masks of the model, and this Controller can go on from there."""
+        if self.total_steps is not None and step > self.total_steps:
+            raise ValueError(f"state['step']: expected at most total_steps = {self.total_steps}, got {step}")
+        if step < self.steps.end and not self.listening:
+            raise RuntimeError(f"load_state_dict: this Controller listens no more; make another to go on from step {step}")
+        if step < self.steps.end or not self.blocks:
+            return
+        density = self.cost.total({name: int((mask != 0).sum()) for name, mask in masks.items()}) / self._dense
+        moving = sum(int((masks[name] * (1 - masks[name]) != 0).sum()) for name in self.blocks)
+        if moving or density > self.config.density * (1 + 1e-9):
+            raise ValueError(
+                f"state['step']: expected less than {self.steps.end}, from where on masks are 0 or 1 and density is at its target "
+                f"{self.config.density:g}, got {step} with {moving} masks between and a density of {density:.4f}"
+            )
 
 
 def apt_model_in(model: nn.Module) -> APTModel:
@@ -430,17 +454,6 @@ def apt_model_in(model: nn.Module) -> APTModel:
     if len(found) != 1:
         raise TypeError(f"model: expected an APTModel or a module that holds one, got {type(model).__name__} with {len(found)}")
     return found[0]
-
-
-def _check_unsharded(apt: APTModel, hidden: Block) -> None:
-    """RuntimeError where FSDP2 holds what still has to be wrapped."""
-    for side in hidden.sides:
-        module = apt.model.get_submodule(side.module)
-        if side.acts and not is_carrier(module) and any(map(is_sharded, module.parameters())):
-            raise RuntimeError(
-                f"prune: expected hidden dimensions to be masked once before fully_shard, which wraps embeddings, norms and output layers, "
-                f"got {side.module} sharded as it is; before fully_shard, set_block_mask('hidden', mask) to anything and back to ones"
-            )
 
 
 def _cost(apt: APTModel, budget: str, length: int, latency: Mapping[str, Mapping[int, float]] | None, pruned: Mapping[str, Any]) -> Cost:

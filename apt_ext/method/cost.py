@@ -9,6 +9,7 @@ from typing import Protocol
 
 from torch import nn
 
+from ..arguments import checked_int, checked_mapping, checked_number
 from ..structure.architectures import Block, architecture_of, ends_with, is_linear, owners, side_width
 
 Counts = Mapping[str, int]
@@ -56,7 +57,7 @@ class Latency:
     tables  {kind: {number kept: seconds for one layer}}; of "hidden" only the ratio to its last entry counts, as a factor of everything.
             A wider layer is never taken to be faster: each entry counts as the largest up to it.
 
-    ValueError for a kind without a table, and for a table with fewer than two entries or negative ones.
+    TypeError for what is no such table; ValueError for a kind without one, and for one with fewer than two entries or negative ones.
     """
 
     kinds: Mapping[str, str]
@@ -64,8 +65,13 @@ class Latency:
     _steps: dict[str, tuple[list[int], list[float]]] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        checked_mapping("latency", self.tables)
         for kind in set(self.kinds.values()):
-            table = sorted(self.tables.get(kind, {}).items())
+            given = checked_mapping(f"latency[{kind!r}]", self.tables.get(kind, {}))
+            for number, seconds in given.items():
+                checked_int(f"number of {kind} in latency", number, 0)
+                checked_number(f"latency[{kind!r}][{number}]", seconds)
+            table = sorted(given.items())
             if len(table) < 2 or table[0][0] < 0 or not all(seconds >= 0 for _, seconds in table):
                 raise ValueError(f"latency: expected two or more {{number of {kind} kept: seconds}}, got {dict(table)}")
             widths, times = [width for width, _ in table], [max(s for _, s in table[: i + 1]) for i in range(len(table))]

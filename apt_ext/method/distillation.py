@@ -9,6 +9,7 @@ import copy
 import math
 from collections import OrderedDict
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..adapter import APTAdapter
+from ..arguments import checked_int, checked_mapping, checked_number, checked_seed
 from ..model import APTModel, adapters
+from .refusals import generator_state
 
 _LABELS = ("labels", "start_positions", "end_positions")
 _HEADS = ("logits", "start_logits", "end_logits")  # of a model's outputs; question answering has the last two
@@ -70,18 +73,17 @@ class Distiller:
             raise TypeError(f'teacher: expected None, "self" or a module, got {teacher!r}')
         if teacher is model or teacher is model.model:
             raise ValueError('teacher: expected another model than the student, got the student; "self" keeps a copy of it')
-        for name, value, least in (("logits", logits, 0.0), ("layers", layers, 0.0)):
-            if not (math.isfinite(value) and value >= least):
-                raise ValueError(f"{name}: expected a finite weight of at least 0, got {value}")
+        for name, value in (("logits", logits), ("layers", layers), ("temperature", temperature)):
+            checked_number(name, value, 0.0)
         if teacher is not None and not (logits or layers):
             raise ValueError("logits, layers: expected a weight above 0 for one of them, got 0 and 0")
-        if not (math.isfinite(temperature) and temperature > 0):
-            raise ValueError(f"temperature: expected a finite number above 0, got {temperature}")
-        if quarters < 1:
-            raise ValueError(f"quarters: expected at least 1, got {quarters}")
+        if temperature == 0:
+            raise ValueError("temperature must be above 0, got 0")
+        checked_int("quarters", quarters, 1)
+        checked_int("rank", rank, 1)
         self.model, self.logits, self.layers, self.temperature, self.quarters = model, logits, layers, temperature, quarters
         self.own = teacher == "self"
-        self._generator = torch.Generator().manual_seed(seed)
+        self._generator = checked_seed("seed", seed)
         self._lanes = model._hidden_left  # which dimensions of the model as it was built are those of Tr; None: all
         self.teacher: nn.Module | None = None
         self.transform: APTAdapter | None = None
@@ -128,6 +130,9 @@ class Distiller:
         Call it under the same autocast as the student's pass. ValueError for what the outputs lack or what has another shape than the
         teacher's; RuntimeError while an adapter is merged into weights that the teacher shares.
         """
+        checked_mapping("batch", batch)
+        if not isinstance(progress, Real):
+            raise TypeError(f"progress: expected a number, got {type(progress).__name__}")
         if math.isnan(progress):
             raise ValueError("progress: expected a number, got NaN")
         mu = min(max(progress, 0.0), 1.0)
@@ -241,12 +246,15 @@ class Distiller:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Into a Distiller made alike, of a model of the sizes that it had at the last refresh. ValueError for other keys or sizes."""
-        expected, got = self.state_dict(), dict(state)
+        expected, got = self.state_dict(), dict(checked_mapping("state", state))
         if expected.keys() != got.keys():
             odd = sorted(expected.keys() ^ got.keys())
             raise ValueError(f"state: expected the keys of a Distiller made alike, got others: {', '.join(odd[:4])}")
+        generator_state("state['generator']", got["generator"])
         for key, value in got.items():
             mine = expected[key]
+            if isinstance(mine, Tensor) and not isinstance(value, Tensor):
+                raise TypeError(f"state[{key!r}]: expected a tensor, got {type(value).__name__}")
             if not key.rpartition(".")[2].startswith("lora") and isinstance(mine, Tensor) and value.shape != mine.shape:
                 raise ValueError(f"state: expected {key} of shape {list(mine.shape)}, got {list(value.shape)}")
 

@@ -24,6 +24,8 @@ def measure_latency(model: APTModel, tokens: int = 2048, points: int = 9, rounds
     tokens  rows of the input: batch times length of what will be run
     points  widths, evenly spread up to all
     """
+    if not isinstance(model, APTModel):
+        raise TypeError(f"model: expected an APTModel, got {type(model).__name__}")
     checked_int("tokens", tokens, 1)
     checked_int("points", points, 2)
     checked_int("rounds", rounds, 1)

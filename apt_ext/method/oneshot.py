@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import checked_number
+from ..arguments import checked_mapping, checked_number
 from ..model import APTModel
 from .cost import cost_of
 from .groups import groups_of
+from .refusals import checked_scores
 from .scores import BlockScores
 from .search import search
 from .selection import top_k
@@ -31,7 +32,8 @@ def one_shot(
     layers read it.
 
     Raises ValueError (a kind or number that the model does not have, a density outside [0, 1] or below the floors, no batches, batches
-    without labels) and TypeError; masks are then as before.
+    without labels or whose loss is not finite), TypeError, and RuntimeError (salience that is not finite or 0 everywhere, a merged adapter,
+    within inference mode); masks are then as before.
     """
     if not isinstance(model, APTModel):
         raise TypeError(f"model: expected an APTModel, got {type(model).__name__}")
@@ -43,8 +45,15 @@ def one_shot(
         if not 0.0 <= checked_number("keep", keep) <= 1.0:
             raise ValueError(f"keep: expected a density in [0, 1], got {keep}")
         masks = within_density(model, block_scores(model, model.apt_config.prune, batches, kurtosis), keep)
-    for name, mask in masks.items():
-        model.set_block_mask(name, mask)
+    before = {name: model.get_block_mask(name) for name in masks}
+    try:
+        for name, mask in masks.items():
+            model.set_block_mask(name, mask)
+    except BaseException:
+        for name, mask in before.items():
+            if not torch.equal(model.get_block_mask(name), mask):
+                model.set_block_mask(name, mask)
+        raise
     return masks
 
 
@@ -57,18 +66,21 @@ def within_density(model: APTModel, scores: Mapping[str, Tensor], density: float
     config, cost = model.apt_config, cost_of(model.model, model.blocks)
     live = {name: model.get_block_mask(name).cpu() != 0 for name in model.blocks}
     counts = {name: int(kept.sum()) for name, kept in live.items()}
-    allowed = density * cost.total({name: block.count for name, block in model.blocks.items()})
+    full = cost.total({name: block.count for name, block in model.blocks.items()})
+    allowed = density * full
     groups = groups_of(model, {name: model.blocks[name] for name in scores}, config.round_to, config.uniform, floor)
     keep = search({name: score.cpu() for name, score in scores.items()}, live, groups, cost, counts, allowed, joint).keep
     least = cost.total({**counts, **{name: int(kept.sum()) for name, kept in keep.items()}})
     if least > allowed:
-        raise ValueError(f"keep: expected a density of at least {density * least / allowed:.4f}, which is what always stays, got {density}")
+        raise ValueError(f"keep: expected a density of at least {least / full:.4f}, which is what always stays, got {density}")
     return {name: kept.float() for name, kept in keep.items()}
 
 
 def check_keep(model: APTModel, keep: Mapping[str, int]) -> None:
     """ValueError for a kind or number that the model does not have, TypeError for no number."""
     kinds = dict.fromkeys(block.kind for block in model.blocks.values())
+    if not keep:
+        raise ValueError(f"keep: expected numbers for some of {', '.join(kinds) or 'no kinds of blocks'}, got none")
     for kind, count in keep.items():
         if kind not in kinds:
             raise ValueError(f"keep: expected kinds of blocks of this model ({', '.join(kinds) or 'it has none'}), got {kind!r}")
@@ -82,21 +94,32 @@ def check_keep(model: APTModel, keep: Mapping[str, int]) -> None:
 def block_scores(model: APTModel, kinds: Collection[str], batches: Iterable[Mapping[str, Any]], kurtosis: float = 0.0) -> dict[str, Tensor]:
     """{block: [count] float32 on the host}: the salience of each block of these kinds, added up over the batches; see `BlockScores`.
 
-    Gradients, weights and modes are afterwards as before. ValueError where there are no batches or no labels.
+    Gradients, weights and modes are afterwards as before. TypeError for batches that are no mappings; ValueError where there are none, no
+    labels or a loss that is not finite; RuntimeError where salience is not finite or 0 everywhere, and within inference mode.
     """
+    if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches: expected an iterable of dicts of the model's arguments, got {type(batches).__name__}")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("batches: expected to be scored by gradients, got a call within torch.inference_mode(), which has none")
+    if not any(block.kind in kinds for block in model.blocks.values()):
+        raise ValueError(f"kinds: expected kinds of blocks that the model has, got {list(kinds)}")
+    batches = iter(batches)
     listener, training = BlockScores(model, kinds, decay=0.0, kurtosis=kurtosis), model.training
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     totals: dict[str, Tensor] = {}
     means: dict[str, Tensor] = {}
+    number = -1
     try:
         for parameter, _ in gradients:
             parameter.grad = None
         model.eval()
-        for batch in batches:
+        for number, batch in enumerate(batches):
             with torch.enable_grad():
-                loss = model(**batch).loss
+                loss = getattr(model(**checked_mapping(f"batches[{number}]", batch)), "loss", None)
                 if loss is None:
                     raise ValueError("batches: expected labels in each, got one for which the model computes no loss")
+                if not bool(torch.isfinite(loss)):
+                    raise ValueError(f"batches[{number}]: expected a finite loss, got {loss.item()}")
                 loss.backward()
             listener.salience.update()
             for found, sums in ((listener.salience.scores, totals), (listener.salience.means, means)):
@@ -106,8 +129,8 @@ def block_scores(model: APTModel, kinds: Collection[str], batches: Iterable[Mapp
         model.train(training)
         for parameter, gradient in gradients:
             parameter.grad = gradient
-    if not totals:
+    if number < 0:
         raise ValueError("batches: expected at least one, got none")
     listener.salience.scores, listener.salience.means = totals, means
     listener.look_for_outliers()
-    return listener.scores()
+    return dict(checked_scores("batches", listener.scores()))

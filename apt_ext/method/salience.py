@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .. import _C, agreement
-from ..arguments import FLOATING
+from ..arguments import FLOATING, checked_keys, checked_mapping
 
 
 class Salience:
@@ -119,6 +119,16 @@ class Salience:
         for name in names:
             self._sums[name][1].div_(world)
 
+    @property
+    def listening(self) -> bool:
+        """Whether the hooks are there."""
+        return bool(self._handles)
+
+    @property
+    def heard(self) -> bool:
+        """Whether a gradient has come to any site since the last update."""
+        return bool(self._sums)
+
     def drop_overflow(self) -> None:
         """After a step that was skipped: forget what came since the last update if it is not finite. Waits for the device."""
         if self._sums and not all(bool(torch.isfinite(tensor).all()) for sums in self._sums.values() for tensor in sums):
@@ -139,13 +149,24 @@ class Salience:
             "means": {name: mean.clone() for name, mean in self.means.items()},
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError, with nothing changed, for a block family that is unknown or of another size."""
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """TypeError or ValueError unless `state` is that of a Salience of these sites."""
+        for key, values in checked_keys("state", state, ("scores", "means")).items():
+            for name, found in checked_mapping(f"state[{key!r}]", values).items():
+                if not isinstance(found, Tensor) or found.dtype not in FLOATING or found.dim() != 1:
+                    raise TypeError(f"state[{key!r}][{name!r}]: expected a floating tensor of one dimension, got {found!r:.80}")
         for name, score in state["scores"].items():
             if self._counts.get(name) != score.numel():
                 raise ValueError(f"state: expected {self._counts.get(name, 'no')} scores for {name!r}, got {score.numel()}")
         if not self._signed.issuperset(state["means"]):
             raise ValueError(f"state: expected means of {sorted(self._signed)}, got {sorted(state['means'])}")
+        for name, mean in state["means"].items():
+            if mean.numel() % self._counts[name]:
+                raise ValueError(f"state: expected a multiple of {self._counts[name]} means for {name!r}, got {mean.numel()}")
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Raises TypeError or ValueError, with nothing changed, for what is not the state of a Salience of these sites."""
+        self.check_state(state)
         self.scores = {name: score.clone() for name, score in state["scores"].items()}
         self.means = {name: mean.clone() for name, mean in state["means"].items()}
         self._sums, self._tokens = {}, {}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import FLOATING, checked_keys, checked_mapping, checked_number
 from ..model import APTModel
 from ..structure.cutting import alike
 from .kurtosis import outliers, row_outliers
@@ -25,7 +26,7 @@ class BlockScores:
     """
 
     def __init__(self, apt: APTModel, kinds: Collection[str], decay: float = 0.85, kurtosis: float = 0.0) -> None:
-        self.apt, self.kurtosis = apt, kurtosis
+        self.apt, self.kurtosis = apt, checked_number("kurtosis", kurtosis, 0.0)
         self.blocks = {name: block for name, block in apt.blocks.items() if block.kind in kinds}
         self._alike = alike(apt.model, self.blocks)
         sites: dict[str, tuple[nn.Module, int]] = {}
@@ -83,7 +84,18 @@ class BlockScores:
     def state_dict(self) -> dict[str, Any]:
         return {"salience": self.salience.state_dict(), "outliers": {name: value.clone() for name, value in self._outliers.items()}}
 
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """TypeError or ValueError unless `state` is that of BlockScores of these blocks."""
+        self.salience.check_state(checked_keys("state", state, ("salience", "outliers"))["salience"])
+        for name, value in checked_mapping("state['outliers']", state["outliers"]).items():
+            if not isinstance(value, Tensor) or value.dtype not in FLOATING:
+                raise TypeError(f"state['outliers'][{name!r}]: expected a floating tensor, got {value!r:.80}")
+            if name not in self.blocks or list(value.shape) != [self.blocks[name].count]:
+                count = self.blocks[name].count if name in self.blocks else "no"
+                raise ValueError(f"state: expected {count} outliers for {name!r}, got shape {list(value.shape)}")
+
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raises ValueError, with nothing changed, for other blocks than these."""
+        """Raises TypeError or ValueError, with nothing changed, for other blocks than these."""
+        self.check_state(state)
         self.salience.load_state_dict(state["salience"])
         self._outliers = {name: value.clone() for name, value in state["outliers"].items()}

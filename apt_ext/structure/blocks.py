@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..adapter import APTAdapter
 from ..arguments import all_ones, checked_mask
+from ..sharding import is_sharded
 from .architectures import Block, Side, architecture_of, is_linear, side_width, stored, unknown_modules
 from .carriers import StreamCarrier, carrier_for, is_carrier
 
@@ -33,7 +34,7 @@ def set_mask(model: nn.Module, name: str, block: Block, mask: Tensor, agree: Cal
     sides = [side for side in block.sides if side.acts]
     if all_ones(values) and any(not is_carrier(modules[side.module]) for side in sides):
         return agree(values, present)  # nothing to carry, and nothing was carried
-    placed = missing_carriers(modules, block)
+    placed = missing_carriers(modules, name, block)
     modules |= placed
     kept = (values != 0).to(values.dtype)
     new: dict[str, dict[str, Tensor]] = {}
@@ -57,9 +58,18 @@ def _modules(model: nn.Module, block: Block) -> dict[str, nn.Module]:
     return {side.module: model.get_submodule(side.module) for side in block.sides}
 
 
-def missing_carriers(modules: Mapping[str, nn.Module], block: Block) -> dict[str, nn.Module]:
-    """{name: what carries a mask there} for what the block touches and cannot carry one yet: embeddings, norms, heads of the stream."""
+def missing_carriers(modules: Mapping[str, nn.Module], block_name: str, block: Block) -> dict[str, nn.Module]:
+    """{name: what carries a mask there} for what the block touches and cannot carry one yet: embeddings, norms, heads of the stream.
+
+    RuntimeError where FSDP2 has sharded one, whose Parameters would be lost to it.
+    """
     bare = {side.module: side.of for side in block.sides if side.acts and not is_carrier(modules[side.module])}
+    sharded = next((name for name in bare if any(map(is_sharded, modules[name].parameters()))), None)
+    if sharded is not None:
+        raise RuntimeError(
+            f"block {block_name!r}: expected to be masked once before fully_shard, which wraps embeddings, norms and output layers, got "
+            f"{sharded} sharded as it is; before fully_shard, set_block_mask({block_name!r}, mask) to anything and back to ones"
+        )
     made = {name: carrier_for(modules[name], of) for name, of in bare.items()}
     for name, carrier in made.items():
         if isinstance(carrier, APTAdapter):
@@ -67,10 +77,10 @@ def missing_carriers(modules: Mapping[str, nn.Module], block: Block) -> dict[str
     return made
 
 
-def place_carriers(model: nn.Module, block: Block) -> None:
+def place_carriers(model: nn.Module, name: str, block: Block) -> None:
     """Put the missing ones in place, under masks of ones. All or nothing."""
-    for name, carrier in missing_carriers(_modules(model, block), block).items():
-        model.set_submodule(name, carrier)
+    for module, carrier in missing_carriers(_modules(model, block), name, block).items():
+        model.set_submodule(module, carrier)
 
 
 def get_mask(model: nn.Module, block: Block) -> Tensor:

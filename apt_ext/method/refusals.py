@@ -1,0 +1,138 @@
+"""What a Controller does not work with: an optimizer of other Parameters, a second Controller, a step without gradients, scores that say
+nothing, a state that is not whole."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ..adapter import APTAdapter
+from ..arguments import checked_int, checked_keys, checked_mapping, checked_number
+from ..growth import refuse_gathered
+from ..model import APTModel
+from ..sharding import is_sharded
+
+_controllers: weakref.WeakKeyDictionary[APTModel, weakref.ref[Any]] = weakref.WeakKeyDictionary()  # the last one of each model
+
+
+def refuse_second(model: APTModel) -> None:
+    """RuntimeError while another Controller is at work on `model`: neither would know the masks and ranks that the other one sets."""
+    other = _controllers[model]() if model in _controllers else None
+    if other is not None and other.listening:
+        raise RuntimeError(
+            f"model: expected no other Controller at work on it, got one at step {other.now} of {other.steps.end}; call its remove() first"
+        )
+
+
+def note_controller(model: APTModel, controller: Any) -> None:
+    _controllers[model] = weakref.ref(controller)
+
+
+def check_held(adapters: Mapping[str, APTAdapter], optimizers: Sequence[Optimizer]) -> None:
+    """ValueError unless the optimizers hold every factor that requires a gradient."""
+    held = {id(parameter) for one in optimizers for group in one.param_groups for parameter in group["params"]}
+    factors = {f"{name}.{factor}": getattr(adapter, factor) for name, adapter in adapters.items() for factor in ("lora_A", "lora_B")}
+    missing = [name for name, parameter in factors.items() if parameter.requires_grad and id(parameter) not in held]
+    if missing:
+        refuse_gathered(factors[missing[0]], "Controller")
+        raise ValueError(
+            "optimizer: expected the factors of all adapters that require a gradient, as apt_ext.adapter_parameters(model) gives them "
+            f"(after fully_shard), got {len(missing)} of {len(factors)} missing, {missing[0]} first; add them, or requires_grad_(False)"
+        )
+
+
+def gradients_came(adapters: Collection[APTAdapter], listened: bool, heard: bool) -> bool:
+    """Whether observe() finds the gradients of a backward; RuntimeError where it is called at the wrong time.
+
+    listened  there are blocks whose salience is wanted
+    heard     a backward since the last step has reached one
+
+    Some adapters may be without (layers that a batch does not use). False where FSDP2 holds gradients back till the last micro-batch.
+    """
+    when = "call observe() after backward(), before the optimizer's step and before zero_grad()"
+    factors = [factor for adapter in adapters for factor in (adapter.lora_A, adapter.lora_B) if factor.requires_grad]
+    if factors and all(factor.grad is None for factor in factors):
+        if heard and any(map(is_sharded, factors)):
+            return False
+        raise RuntimeError(f"observe: expected gradients of adapters, got none; {when}")
+    if listened and not heard:
+        raise RuntimeError(f"observe: expected a backward since the last step that reached a block to be pruned, got none; {when}")
+    return True
+
+
+def checked_scores(call: str, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """`scores` {block: [count], on the host}; RuntimeError where choosing by them would be chance: one is not finite, or all are 0."""
+    bad = next((name for name, score in scores.items() if not bool(score.isfinite().all())), None)
+    if bad is not None:
+        raise RuntimeError(
+            f"{call}: expected finite salience, got {scores[bad][~scores[bad].isfinite()][0].item()} for block {bad!r}: activations, "
+            "gradients or weights were not finite"
+        )
+    if not any(bool(score.any()) for score in scores.values()):
+        raise RuntimeError(f"{call}: expected salience above 0 for some block, got 0 for all: every gradient was 0 there, or came to none")
+    return scores
+
+
+def check_state(state: Any, own: Mapping[str, Any]) -> None:
+    """TypeError or ValueError unless `state` is one of this model and schedule.
+
+    own  the Controller's own state_dict() at this moment, with the masks that the model has
+    """
+    checked_keys("state", state, own)
+    for key in ("scores", "importance", "masks", "live", "ranks", "initial", "schedule"):
+        checked_mapping(f"state[{key!r}]", state[key])
+    if not _same(state["schedule"], own["schedule"]):
+        raise ValueError(f"state: expected the schedule {own['schedule']}, got {dict(state['schedule'])}")
+    if not _same(state["ranks"], own["ranks"]):
+        raise ValueError(
+            f"state: expected the ranks of the model, {own['ranks']}, got {dict(state['ranks'])}; load the model's state first"
+        )
+    for key in ("masks", "live"):
+        checked_keys(f"state[{key!r}]", state[key], own[key])
+        for name, mine in own[key].items():
+            tensor_like(f"state[{key!r}][{name!r}]", state[key][name], mine)
+    if not all(torch.equal(mask, state["masks"][name].cpu()) for name, mask in own["masks"].items()):
+        raise ValueError("state: expected the masks of the model, got others; load the model's state first")
+    dead = next((name for name, live in state["live"].items() if bool((own["masks"][name][~live.cpu()] != 0).any())), None)
+    if dead is not None:
+        raise ValueError(f"state['live']: expected all that a mask keeps, got False where the mask of block {dead!r} is above 0")
+    checked_int("state['step']", state["step"], 0)
+    generator_state("state['generator']", state["generator"])
+    initial = state["initial"]
+    checked_keys("state['initial']", initial, own["initial"])
+    if not 0.0 <= checked_number("state['initial']['density']", initial["density"]) <= 1.0:
+        raise ValueError(f"state['initial']['density'] must lie in [0, 1], got {initial['density']}")
+    checked_int("state['initial']['parameters']", initial["parameters"], 0)
+    checked_keys("state['initial']['ranks']", initial["ranks"], own["ranks"])
+    for name, rank in initial["ranks"].items():
+        checked_int(f"state['initial']['ranks'][{name!r}]", rank, 1)
+
+
+def _same(given: Mapping[Any, Any], own: Mapping[Any, Any]) -> bool:
+    """Of plain values: a tensor among them equals none."""
+    return given.keys() == own.keys() and not any(isinstance(value, Tensor) or value != own[key] for key, value in given.items())
+
+
+def tensor_like(name: str, value: Any, mine: Tensor) -> Tensor:
+    """`value`, or TypeError and ValueError unless it is a tensor of the dtype and shape of `mine`."""
+    if not isinstance(value, Tensor) or value.dtype != mine.dtype:
+        raise TypeError(f"{name}: expected a tensor of {mine.dtype}, got {getattr(value, 'dtype', type(value).__name__)}")
+    if value.shape != mine.shape:
+        raise ValueError(f"{name}: expected shape {list(mine.shape)}, got {list(value.shape)}")
+    return value
+
+
+def generator_state(name: str, value: Any) -> Tensor:
+    """`value` on the host, where a generator takes it."""
+    generator = torch.Generator()
+    state = tensor_like(name, value, generator.get_state()).cpu()
+    try:
+        generator.set_state(state)
+    except RuntimeError as error:
+        raise ValueError(f"{name}: expected the state of a generator, got another ({str(error).splitlines()[0]})") from error
+    return state
