@@ -12,7 +12,19 @@ from training import SHORT, batch_for, built, train, trained
 
 import apt_ext
 from apt_ext import Controller, adapters
-from apt_ext.method import Distiller, block_scores, measure_latency, one_shot, within_density
+from apt_ext.method import (
+    AdapterImportance,
+    Distiller,
+    Salience,
+    block_scores,
+    cubic_density,
+    distill_weight,
+    linear_budget,
+    measure_latency,
+    one_shot,
+    step_mask,
+    within_density,
+)
 
 BERT = FAMILIES["bert"]
 NAN, INF = float("nan"), float("inf")
@@ -313,6 +325,46 @@ def test_one_shot_sets_all_masks_or_none():
     with pytest.raises(RuntimeError, match="1.output.dense of block '1.neurons' is merged"):
         one_shot(apt, GOOD, 0.5)
     assert_equal({name: apt.get_block_mask(name) for name in apt.blocks}, before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "words"),
+    [
+        ({"density": NAN}, ValueError, "density must be a finite number, got nan"),
+        ({"density": 1.5}, ValueError, r"density: expected a density in \[0, 1\], got 1.5"),
+        ({"joint": 1}, TypeError, "joint must be a bool, got int"),
+        ({"floor": -1}, ValueError, "floor must be at least 0, got -1"),
+        ({"model": 3}, TypeError, "model: expected an APTModel, got int"),
+        ({"scores": 3}, TypeError, "scores: expected a dict, got int"),
+        ({"scores": {"9.heads": torch.ones(3)}}, ValueError, "name: expected a block of this model, got '9.heads'"),
+        ({"scores": {"0.heads": [1, 1, 1]}}, TypeError, r"scores\['0.heads'\]: expected a floating tensor, got list"),
+        ({"scores": {"0.heads": torch.ones(4)}}, ValueError, r"scores\['0.heads'\]: expected 3 finite numbers, got tensor"),
+        ({"scores": {"0.heads": torch.tensor([1, NAN, 1])}}, ValueError, r"scores\['0.heads'\]: expected 3 finite numbers, got .*nan"),
+    ],
+)
+def test_arguments_of_within_density(changes, kind, words):
+    apt, _ = built(BERT)
+    with pytest.raises(kind, match=words):
+        within_density(**{"model": apt, "scores": {"0.heads": torch.ones(3)}, "density": 0.9, **changes})
+
+
+@pytest.mark.parametrize(
+    ("call", "kind", "words"),
+    [
+        (lambda: distill_weight("x", 0, 5), TypeError, "step must be a number, got str"),
+        (lambda: distill_weight(NAN, 0, 5), ValueError, "step must be a finite number, got nan"),
+        (lambda: cubic_density(0, 0, 5, NAN), ValueError, "target must be a finite number, got nan"),
+        (lambda: cubic_density(0, 0, 5, 0.5, "x"), TypeError, "initial must be a number, got str"),
+        (lambda: linear_budget(0, 0, 5, 9, NAN), ValueError, "factor must be a finite number, got nan"),
+        (lambda: linear_budget(0, 0, 5, 9.5, 2.0), TypeError, "initial must be an int, got float"),
+        (lambda: step_mask(torch.ones(2), torch.ones(2).bool(), 0), ValueError, "window must be at least 1, got 0"),
+        (lambda: AdapterImportance([], "x"), TypeError, "decay must be a number, got str"),
+        (lambda: Salience(torch.nn.Identity(), {}, NAN), ValueError, "decay must be a finite number, got nan"),
+    ],
+)
+def test_numbers_of_schedules_and_averages(call, kind, words):
+    with pytest.raises(kind, match=words):
+        call()
 
 
 def test_a_density_of_0_is_below_what_stays():

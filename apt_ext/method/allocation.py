@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..adapter import APTAdapter
-from ..arguments import FLOATING, checked_mapping
+from ..arguments import FLOATING, checked_mapping, checked_number
 from ..sharding import is_sharded, whole
 
 
@@ -26,7 +26,7 @@ class AdapterImportance:
     """
 
     def __init__(self, adapters: Iterable[tuple[str, APTAdapter]], decay: float = 0.85, signed: bool = True) -> None:
-        if not 0.0 <= decay < 1.0:
+        if not 0.0 <= checked_number("decay", decay) < 1.0:
             raise ValueError(f"decay must lie in [0, 1), got {decay}")
         self.adapters = {name: adapter for name, adapter in adapters if adapter.rank > 0}
         self.decay, self.signed = decay, signed

@@ -157,7 +157,7 @@ class Controller:
             raise ValueError(f"prune: expected kinds of blocks that the model has, {known}, got {self.config.prune}")
         self.groups = groups_of(self.model, self.blocks, self.config.round_to, self.config.uniform, floor)
         self.cost: Cost = _cost(self.model, budget, length, latency, self.blocks)
-        self.importance = AdapterImportance(adapters(self.model), checked_number("decay", decay), self.growth.importance == "signed")
+        self.importance = AdapterImportance(adapters(self.model), decay, self.growth.importance == "signed")
         check_held(self.importance.adapters, optimizers)
         self.generator = checked_seed("seed", seed)
 

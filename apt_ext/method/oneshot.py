@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import checked_mapping, checked_number
+from ..arguments import FLOATING, checked_bool, checked_int, checked_mapping, checked_number
 from ..model import APTModel
 from .cost import cost_of
 from .groups import groups_of
@@ -35,15 +35,13 @@ def one_shot(
     without labels or whose loss is not finite), TypeError, and RuntimeError (salience that is not finite or 0 everywhere, a merged adapter,
     within inference mode); masks are then as before.
     """
-    if not isinstance(model, APTModel):
-        raise TypeError(f"model: expected an APTModel, got {type(model).__name__}")
+    _check_model(model)
     if isinstance(keep, Mapping):
         check_keep(model, keep)
         scores = block_scores(model, list(keep), batches, kurtosis)
         masks = {name: top_k(score, keep[model.blocks[name].kind]).float() for name, score in scores.items()}
     else:
-        if not 0.0 <= checked_number("keep", keep) <= 1.0:
-            raise ValueError(f"keep: expected a density in [0, 1], got {keep}")
+        _check_density("keep", keep)
         masks = within_density(model, block_scores(model, model.apt_config.prune, batches, kurtosis), keep)
     before = {name: model.get_block_mask(name) for name in masks}
     try:
@@ -61,8 +59,18 @@ def within_density(model: APTModel, scores: Mapping[str, Tensor], density: float
     """The masks {block: [count] of 0 and 1} of the best blocks of these scores that are within `density` of the layers' parameters.
 
     Chosen as a Controller chooses at an event, with its arguments and the config's `round_to` and `uniform`; nothing is masked here.
-    ValueError where even what always stays is more.
+    TypeError, and ValueError: scores of what is no block, of another size or not finite; a density below what always stays.
     """
+    _check_model(model)
+    _check_density("density", density)
+    checked_bool("joint", joint)
+    checked_int("floor", floor, 0)
+    for name, score in checked_mapping("scores", scores).items():
+        count = model._block(name).count
+        if not isinstance(score, Tensor) or score.dtype not in FLOATING:
+            raise TypeError(f"scores[{name!r}]: expected a floating tensor, got {getattr(score, 'dtype', type(score).__name__)}")
+        if list(score.shape) != [count] or not bool(score.isfinite().all()):
+            raise ValueError(f"scores[{name!r}]: expected {count} finite numbers, got {score}")
     config, cost = model.apt_config, cost_of(model.model, model.blocks)
     live = {name: model.get_block_mask(name).cpu() != 0 for name in model.blocks}
     counts = {name: int(kept.sum()) for name, kept in live.items()}
@@ -74,6 +82,16 @@ def within_density(model: APTModel, scores: Mapping[str, Tensor], density: float
     if least > allowed:
         raise ValueError(f"keep: expected a density of at least {least / full:.4f}, which is what always stays, got {density}")
     return {name: kept.float() for name, kept in keep.items()}
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, APTModel):
+        raise TypeError(f"model: expected an APTModel, got {type(model).__name__}")
+
+
+def _check_density(name: str, value: Any) -> None:
+    if not 0.0 <= checked_number(name, value) <= 1.0:
+        raise ValueError(f"{name}: expected a density in [0, 1], got {value}")
 
 
 def check_keep(model: APTModel, keep: Mapping[str, int]) -> None:
@@ -97,6 +115,7 @@ def block_scores(model: APTModel, kinds: Collection[str], batches: Iterable[Mapp
     Gradients, weights and modes are afterwards as before. TypeError for batches that are no mappings; ValueError where there are none, no
     labels or a loss that is not finite; RuntimeError where salience is not finite or 0 everywhere, and within inference mode.
     """
+    _check_model(model)
     if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
         raise TypeError(f"batches: expected an iterable of dicts of the model's arguments, got {type(batches).__name__}")
     if torch.is_inference_mode_enabled():

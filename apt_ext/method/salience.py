@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .. import _C, agreement
-from ..arguments import FLOATING, checked_keys, checked_mapping
+from ..arguments import FLOATING, checked_keys, checked_mapping, checked_number
 
 
 class Salience:
@@ -40,7 +40,7 @@ class Salience:
         signed: Collection[str] = (),
         decoder: Collection[str] = (),
     ) -> None:
-        if not 0.0 <= decay < 1.0:
+        if not 0.0 <= checked_number("decay", decay) < 1.0:
             raise ValueError(f"decay must lie in [0, 1), got {decay}")
         self.decay = decay
         self.scores: dict[str, Tensor] = {}  # [count] float32 each, once updated

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arguments import checked_int, checked_number
 from ..config import Schedule
 
 
@@ -71,17 +72,17 @@ def cubic_density(step: int, start: int, end: int, target: float, initial: float
     target + (initial - target) (1 - t)^3 with t = (step - start) / (end - start), never above `initial`.
     Section 4.2 of the paper prints this formula for its gamma_t; it is that of the density (the share kept), as the authors' code has it.
     """
-    if not 0.0 <= target <= 1.0:
+    if not 0.0 <= checked_number("target", target) <= 1.0:
         raise ValueError(f"target must be a density in [0, 1], got {target}")
-    if not target <= initial <= 1.0:
+    if not target <= checked_number("initial", initial) <= 1.0:
         raise ValueError(f"initial must be a density from target = {target} to 1, got {initial}")
     return min(initial, target + (initial - target) * (1.0 - _progress(step, start, end)) ** 3)
 
 
 def linear_budget(step: int, start: int, end: int, initial: int, factor: float) -> int:
     """Trainable adapter parameters allowed at `step`: linear from `initial` at `start` to factor * initial from `end` on (section 4.3)."""
-    if factor < 1.0:
-        raise ValueError(f"factor must be at least 1, got {factor}")
+    checked_int("initial", initial, 0)
+    checked_number("factor", factor, 1.0)
     return int(initial * (1.0 + (factor - 1.0) * _progress(step, start, end)))
 
 
@@ -97,8 +98,7 @@ def step_mask(mask: Tensor, keep: Tensor, window: int) -> Tensor:
     reaches exactly 0 or 1 after at most `window` steps (repeated float32 subtraction would not); from between two grid points it moves to
     the next one.
     """
-    if window < 1:
-        raise ValueError(f"window must be at least 1 step, got {window}")
+    checked_int("window", window, 1)
     level, slack = mask * window, 1e-3  # slack: what rounding may add to a whole number of steps
     level = torch.where(keep, torch.floor(level + slack) + 1, torch.ceil(level - slack) - 1)
     return level.clamp(0, window) / window
@@ -106,6 +106,8 @@ def step_mask(mask: Tensor, keep: Tensor, window: int) -> Tensor:
 
 def _progress(step: int, start: int, end: int) -> float:
     """0 up to `start`, 1 from `end` on, linear between."""
+    for name, value in (("step", step), ("start", start), ("end", end)):
+        checked_number(name, value)
     if not 0 <= start < end:
         raise ValueError(f"expected 0 <= start < end, got start {start} and end {end}")
     return min(max((step - start) / (end - start), 0.0), 1.0)
