@@ -193,12 +193,10 @@ class Compacting(Merging):
     def _unchain(self) -> None:
         self._chain_in = self._chain_out = None
 
-    def full_width(self, values: Tensor) -> Tensor:
-        """What the input's channels [channels] say, zeros where kept lanes were handed over without the others."""
-        kept = self._compaction
-        if kept is None or len(values) == len(kept.position_in):
-            return values
-        return torch.where(kept.position_in < 0, 0, values[kept.position_in.clamp_min(0)])
+    @property
+    def handed_over(self) -> Tensor | None:
+        """[in_features] int32: where each input channel lies in an input of kept lanes alone, below 0 where it is pruned; None if not compact."""
+        return None if self._compaction is None else self._compaction.position_in
 
     def _compact_anew(self) -> None:
         """The weight is another, or the sizes are."""

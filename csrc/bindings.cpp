@@ -12,6 +12,7 @@
 
 #include "ops.h"
 #include "plan.h"
+#include "listener.h"
 #include "sums.h"
 
 namespace apt {
@@ -112,6 +113,16 @@ void bind_plan(py::module& m) {
       "How apt_linear of this shape is computed on a GPU with these properties (default: an H100 or H200).");
 }
 
+void bind_listener(py::module& m) {
+  py::class_<Listener, std::shared_ptr<Listener>>(m, "Listener", "What salience hears at one place of a model.")
+      .def(py::init<bool>(), py::arg("is_signed") = false)
+      .def("hear", &Listener::hear, py::arg("h"), py::arg("tokens") = py::none(), py::arg("position") = py::none(),
+           py::call_guard<py::gil_scoped_release>())
+      .def_property_readonly("heard", &Listener::heard)
+      .def("sums", &Listener::sums, py::call_guard<py::gil_scoped_release>())
+      .def("forget", &Listener::forget, py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 // The first three have kernels. The others reach the same door, which refuses their layout in words.
@@ -147,6 +158,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     }(function);
   });
   bind_plan(m);
+  bind_listener(m);
   m.def("next_moment", &next_moment,
         "(thread, sequence number) that the next autograd node made here will have.");
   m.def("node_moment", &node_moment,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from apt_ext._C import channel_sums
 from apt_ext.method import Salience
-from apt_ext.method.salience import _channel_sums
 
 
 class Layer(nn.Module):
@@ -101,7 +101,7 @@ def test_micro_batches_between_updates_are_one_batch() -> None:
     loss_of(model(x)).backward()
     whole.update()
     whole.remove()
-    parts._sums.clear()  # both listened to the whole batch
+    parts.forget()  # both listened to the whole batch
     for part in x.detach().requires_grad_().split(1):
         loss_of(model(part)).backward()
     parts.update()
@@ -150,7 +150,7 @@ def test_state_is_independent_of_batch_and_length() -> None:
     salience = Salience(model, model.sites())
 
     def held() -> list[tuple[int, ...]]:
-        return [tuple(tensor.shape) for pair in salience._sums.values() for tensor in pair]
+        return [tuple(tensor.shape) for pair in salience.sums().values() for tensor in pair]
 
     for batch, length in ((1, 1), (7, 33)):
         loss_of(model(batch_of(batch, length))).backward()
@@ -219,19 +219,19 @@ def test_sums_of_long_inputs_and_short_dtypes_are_exact(dtype: torch.dtype) -> N
     values = torch.randn(3, 400, 700).to(dtype)
     tokens = torch.rand(3, 400) > 0.3
     kept = values.double()[tokens]
-    torch.testing.assert_close(_channel_sums(values, tokens).double(), kept.abs().sum(0), rtol=1e-5, atol=0)
-    torch.testing.assert_close(_channel_sums(values, tokens, signed=True).double(), kept.sum(0), rtol=1e-5, atol=1e-2)
-    torch.testing.assert_close(_channel_sums(values, None).double(), values.double().abs().sum((0, 1)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(channel_sums(values, tokens, False).double(), kept.abs().sum(0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(channel_sums(values, tokens, True).double(), kept.sum(0), rtol=1e-5, atol=1e-2)
+    torch.testing.assert_close(channel_sums(values, None, False).double(), values.double().abs().sum((0, 1)), rtol=1e-5, atol=0)
 
 
 def test_what_padding_holds_does_not_count_be_it_nan() -> None:
     values = torch.randn(2, 3, 4)
     tokens = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()
-    expected = _channel_sums(values, tokens)
+    expected = channel_sums(values, tokens, False)
     values[0, 2], values[1, 1] = torch.nan, torch.inf
-    torch.testing.assert_close(_channel_sums(values, tokens), expected)
+    torch.testing.assert_close(channel_sums(values, tokens, False), expected)
     values[0, 0, 1] = torch.nan
-    assert _channel_sums(values, tokens).isnan().tolist() == [False, True, False, False]
+    assert channel_sums(values, tokens, False).isnan().tolist() == [False, True, False, False]
 
 
 def test_an_overflow_of_a_skipped_step_is_forgotten_and_a_finite_batch_is_not() -> None:
@@ -239,7 +239,7 @@ def test_an_overflow_of_a_skipped_step_is_forgotten_and_a_finite_batch_is_not() 
     salience = Salience(model, model.sites(), decay=0.0)
     (loss_of(model(x)) * torch.inf).backward()
     salience.drop_overflow()
-    assert salience._sums == {}
+    assert salience.sums() == {}
     loss_of(model(x)).backward()
     salience.drop_overflow()
     salience.update()

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..adapter import APTAdapter
-from ..arguments import FLOATING, checked_mapping, checked_number
+from ..arguments import FLOATING, checked_mapping
 from ..sharding import is_sharded, whole
+from .averages import Averages
 
 
 class AdapterImportance:
@@ -26,58 +27,69 @@ class AdapterImportance:
     """
 
     def __init__(self, adapters: Iterable[tuple[str, APTAdapter]], decay: float = 0.85, signed: bool = True) -> None:
-        if not 0.0 <= checked_number("decay", decay) < 1.0:
-            raise ValueError(f"decay must lie in [0, 1), got {decay}")
         self.adapters = {name: adapter for name, adapter in adapters if adapter.rank > 0}
-        self.decay, self.signed = decay, signed
-        self.averages: dict[str, Tensor] = {}  # [rank] each
-        self._seen: dict[str, Tensor] = {}  # the products of the last observe
+        self.signed = signed
+        self._averages = Averages(decay)  # of all rows of a factor, those that no rank uses yet among them
+        self._alike: list[dict[str, int]] = []  # {adapter: rows}, for each number of columns
+        self._seen: list[Tensor] = []  # the products of the last observe, end to end, for each of those
         self.restart()
+
+    @property
+    def averages(self) -> dict[str, Tensor]:
+        """[rank] float32 each; to be read only."""
+        return {name: average[: self.adapters[name].rank] for name, average in self._averages.named.items()}
+
+    def _rows(self, factor: Tensor) -> Tensor:
+        return factor if self.signed else factor.t()
+
+    def _factor(self, name: str) -> Tensor:
+        factors = self.adapters[name]._parameters  # attribute access through nn.Module is slow
+        factor = factors["lora_A" if self.signed else "lora_B"]
+        assert factor is not None
+        return factor
 
     def restart(self) -> None:
         """Every average is 0 again, at the adapters' present ranks."""
-        self.averages = {
-            name: torch.zeros(adapter.rank, dtype=torch.float32, device=adapter.lora_A.device) for name, adapter in self.adapters.items()
-        }
-        self._seen = {}
+        by_columns: dict[int, dict[str, int]] = {}
+        zeros = {}
+        for name in self.adapters:
+            factor = self._factor(name)
+            rows, columns = self._rows(factor).shape
+            by_columns.setdefault(columns, {})[name] = rows
+            zeros[name] = torch.zeros(rows, dtype=torch.float32, device=factor.device)
+        self._averages.replace(zeros)
+        self._alike, self._seen = list(by_columns.values()), []
 
     @torch.no_grad()
     def observe(self) -> None:
         """Read the gradients (accumulated over micro-batches); an adapter without a gradient counts 0."""
-        factors = {name: adapter.lora_A if self.signed else adapter.lora_B for name, adapter in self.adapters.items()}
-        grads = {name: factor.grad for name, factor in factors.items()}
-        given = {name: (factors[name].float(), grad.float()) for name, grad in grads.items() if grad is not None}
-        self._seen = {name: torch.zeros_like(average) for name, average in self.averages.items() if name not in given}
-        if not given:
-            return
-        # A few launches for all of them: the products of factors of one width lie in one matrix, a row for each rank.
-        products = torch._foreach_mul(*map(list, zip(*given.values(), strict=True)))
-        by_width: dict[int, dict[str, Tensor]] = {}
-        for name, product in zip(given, products, strict=True):
-            rows = product if self.signed else product.t()
-            if is_sharded(rows):  # the sums travel, not the products
-                rows = whole((rows if self.signed else rows.abs()).sum(1, keepdim=True))
-            by_width.setdefault(rows.shape[1], {})[name] = rows[: self.adapters[name].rank]
-        for of_width in by_width.values():
-            matrix = torch.cat(list(of_width.values()))
-            sums = matrix.sum(1).abs() if self.signed else matrix.abs().sum(1)
-            self._seen |= zip(of_width, torch.split(sums, [len(rows) for rows in of_width.values()]), strict=True)
+        self._seen = [self._products([self._factor(name) for name in names]) for names in self._alike]
+
+    def _products(self, factors: list[Tensor]) -> Tensor:
+        """What every row of these factors matters, end to end; a few launches for all of them."""
+        grads = [torch.zeros_like(factor) if factor.grad is None else factor.grad for factor in factors]
+        if any(map(is_sharded, factors)):  # each on its own: the sums travel, not the products
+            return torch.cat([whole(self._sums(factor, grad)) for factor, grad in zip(factors, grads, strict=True)])
+        along = 0 if self.signed else 1
+        return self._sums(torch.cat(factors, along), torch.cat(grads, along))
+
+    def _sums(self, factor: Tensor, grad: Tensor) -> Tensor:
+        products = self._rows(factor.float() * grad.float())
+        return products.sum(1).abs() if self.signed else products.abs().sum(1)
 
     @torch.no_grad()
     def update(self) -> None:
         """The step was made: what was observed enters the averages."""
-        if self._seen:
-            averages = [self.averages[name] for name in self._seen]
-            torch._foreach_mul_(averages, self.decay)
-            torch._foreach_add_(averages, list(self._seen.values()), alpha=1 - self.decay)
-        self._seen = {}
+        for names, seen in zip(self._alike, self._seen):
+            self._averages.add(names, seen)
+        self._seen = []
 
     def importance(self) -> dict[str, float]:
         """One plain number for each adapter; waits for the device once."""
-        if not self.averages:
+        averages = self.averages
+        if not averages:
             return {}
-        means = torch.stack([average.mean() for average in self.averages.values()])
-        return dict(zip(self.averages, means.tolist(), strict=True))
+        return dict(zip(averages, torch.stack([average.mean() for average in averages.values()]).tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         return {name: average.clone() for name, average in self.averages.items()}
@@ -95,7 +107,9 @@ class AdapterImportance:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises TypeError or ValueError, with nothing changed, unless names and ranks are those of the adapters."""
         self.check_state(state)
-        self.averages = {name: state[name].to(average.device, torch.float32, copy=True) for name, average in self.averages.items()}
+        self.restart()
+        for name, average in self.averages.items():
+            average.copy_(state[name])
 
 
 def grown_ranks(

@@ -161,7 +161,8 @@ class Controller:
         check_held(self.importance.adapters, optimizers)
         self.generator = checked_seed("seed", seed)
 
-        self._full = {name: block.count for name, block in self.model.blocks.items()}
+        self._uncut = self.model.blocks
+        self._full = {name: block.count for name, block in self._uncut.items()}
         self._masks = {name: self.model.get_block_mask(name).cpu() for name in self.model.blocks}
         self._live = {name: mask != 0 for name, mask in self._masks.items()}  # at the last event: what may still be kept
         self._dense = self.cost.total(self._full)
@@ -246,6 +247,8 @@ class Controller:
             self.scores.salience.remove()
 
     def _check_uncut(self, call: str) -> None:
+        if self.model.blocks is self._uncut:  # a cut makes others
+            return
         now = {name: block.count for name, block in self.model.blocks.items()}
         cut = next((name for name, count in self._full.items() if now.get(name) != count), None)
         if cut is not None:
@@ -253,6 +256,7 @@ class Controller:
                 f"{call}: block {cut!r} has {now.get(cut, 0)} where this Controller was made for {self._full[cut]}: the model was cut; "
                 "call remove() and make another Controller for the steps that are left"
             )
+        self._uncut = self.model.blocks
 
     def remove(self) -> None:
         """Take every hook off the model and the optimizer; masks and ranks stay as they are."""

@@ -150,6 +150,6 @@ def block_scores(model: APTModel, kinds: Collection[str], batches: Iterable[Mapp
             parameter.grad = gradient
     if number < 0:
         raise ValueError("batches: expected at least one, got none")
-    listener.salience.scores, listener.salience.means = totals, means
+    listener.salience.load_state_dict({"scores": totals, "means": means})
     listener.look_for_outliers()
     return dict(checked_scores("batches", listener.scores()))

@@ -55,9 +55,15 @@ def gradients_came(adapters: Collection[APTAdapter], listened: bool, heard: bool
     Some adapters may be without (layers that a batch does not use). False where FSDP2 holds gradients back till the last micro-batch.
     """
     when = "call observe() after backward(), before the optimizer's step and before zero_grad()"
-    factors = [factor for adapter in adapters for factor in (adapter.lora_A, adapter.lora_B) if factor.requires_grad]
-    if factors and all(factor.grad is None for factor in factors):
-        if heard and any(map(is_sharded, factors)):
+    factors = (factor for adapter in adapters for factor in (adapter.lora_A, adapter.lora_B) if factor.requires_grad)
+    without = []  # up to the first that has one, as a rule none: every step comes here
+    for factor in factors:
+        if factor.grad is not None:
+            without.clear()
+            break
+        without.append(factor)
+    if without:
+        if heard and any(map(is_sharded, without)):
             return False
         raise RuntimeError(f"observe: expected gradients of adapters, got none; {when}")
     if listened and not heard:

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from .. import _C, agreement
-from ..arguments import FLOATING, checked_keys, checked_mapping, checked_number
+from ..arguments import FLOATING, checked_keys, checked_mapping
+from .averages import Averages
 
 
 class Salience:
@@ -40,19 +42,25 @@ class Salience:
         signed: Collection[str] = (),
         decoder: Collection[str] = (),
     ) -> None:
-        if not 0.0 <= checked_number("decay", decay) < 1.0:
-            raise ValueError(f"decay must lie in [0, 1), got {decay}")
-        self.decay = decay
-        self.scores: dict[str, Tensor] = {}  # [count] float32 each, once updated
-        self.means: dict[str, Tensor] = {}  # [channels] each, of H up to one factor
+        self._scores, self._means = Averages(decay), Averages(decay)
         self._counts = {name: count for name, (_, count) in sites.items()}
         self._signed, self._decoder = frozenset(signed), frozenset(decoder)
-        self._sums: dict[str, list[Tensor]] = {}  # of |H|, |dL/dH| and, if signed, H since the last update, [channels] each
+        self._listeners = {name: _C.Listener(name in self._signed) for name in sites}
         self._tokens: dict[str, Tensor] = {}  # the masks of the last pass with gradients
         self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(self._note_tokens, with_kwargs=True)]
         for name, (module, _) in sites.items():
             self._handles.append(module.register_forward_pre_hook(self._collector(name)))
         _forget_compiled()
+
+    @property
+    def scores(self) -> dict[str, Tensor]:
+        """[count] float32 each, once updated; to be read only."""
+        return self._scores.named
+
+    @property
+    def means(self) -> dict[str, Tensor]:
+        """[channels] each, of H up to one factor; to be read only."""
+        return self._means.named
 
     def _note_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
@@ -60,26 +68,25 @@ class Salience:
             self._tokens = {name: mask != 0 for name, mask in given.items() if isinstance(mask, Tensor) and mask.dim() == 2}
 
     def _collector(self, name: str) -> Any:
+        hear, tokens = self._listeners[name].hear, "decoder_attention_mask" if name in self._decoder else "attention_mask"
+        between_graphs = torch.compiler.disable(hear)  # type: ignore[no-untyped-call]
+
         def collect(module: nn.Module, args: tuple[Any, ...]) -> None:
-            h = args[0]
-            if not (torch.is_grad_enabled() and h.requires_grad):
-                return
-            tokens = self._tokens.get("decoder_attention_mask" if name in self._decoder else "attention_mask")
-            if tokens is not None and tokens.shape != h.shape[:-1]:
-                tokens = None
-            full: Any = getattr(module, "full_width", lambda sums: sums)  # where kept lanes are handed over alone
-            sums = [full(_channel_sums(h, tokens))]  # holds no activation: only these vectors wait for the backward
-            if name in self._signed:
-                sums.append(full(_channel_sums(h, tokens, signed=True)))
+            call = between_graphs if is_compiling() else hear  # the wrapper takes as long as the call
+            call(args[0], self._tokens.get(tokens), getattr(module, "handed_over", None))
 
-            def add(gradient: Tensor) -> None:
-                found = [sums[0], full(_channel_sums(gradient, tokens)), *sums[1:]]
-                before = self._sums.get(name)
-                self._sums[name] = found if before is None else list(torch._foreach_add(before, found))
+        return collect
 
-            h.register_hook(add)
+    def sums(self) -> dict[str, list[Tensor]]:
+        """Of |H|, |dL/dH| and, if signed, H, [channels] each, of the sites where a gradient has come since the last update."""
+        found = {name: listener.sums() for name, listener in self._listeners.items()}
+        return {name: sums for name, sums in found.items() if sums}
 
-        return torch.compiler.disable(collect)  # type: ignore[no-untyped-call]
+    def forget(self) -> None:
+        """What came since the last update does not count."""
+        for listener in self._listeners.values():
+            listener.forget()
+        self._tokens = {}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -87,37 +94,18 @@ class Salience:
 
         In a process group all ranks call it together.
         """
-        self._add_up_ranks()
-        names = [name for name in self._counts if name in self._sums]
-        if names:
-            products = torch._foreach_mul([self._sums[name][0] for name in names], [self._sums[name][1] for name in names])
-            counts = [self._counts[name] for name in names]
-            now = [one if len(one) == count else one.view(count, -1).sum(1) for one, count in zip(products, counts, strict=True)]
-            self._average(self.scores, names, now)
-        signed = [name for name in names if name in self._signed]
-        self._average(self.means, signed, [self._sums[name][2] for name in signed])
-        self._sums, self._tokens = {}, {}
-
-    def _average(self, averages: dict[str, Tensor], names: list[str], now: list[Tensor]) -> None:
-        """A few launches for all of them, whatever their number."""
-        if names:
-            old = [averages.setdefault(name, torch.zeros_like(value)) for name, value in zip(names, now, strict=True)]
-            torch._foreach_mul_(old, self.decay)
-            torch._foreach_add_(old, now, alpha=1 - self.decay)
-
-    def _add_up_ranks(self) -> None:
-        """One collective for all sites; DDP takes the mean of the gradients, so does this."""
-        world = agreement.ranks()
-        if world == 1 or not self._sums:
-            return
-        names = [name for name in self._counts if name in self._sums]
-        every = [tensor for name in names for tensor in self._sums[name]]
-        flat = torch.cat(every)
-        torch.distributed.all_reduce(flat)
-        for tensor, total in zip(every, torch.split(flat, [len(tensor) for tensor in every]), strict=True):
-            tensor.copy_(total)
-        for name in names:
-            self._sums[name][1].div_(world)
+        sums = _over_ranks(self.sums())
+        # Together in a few launches: sites of one number of channels a block.
+        alike: dict[tuple[int, torch.device, torch.dtype], list[str]] = {}
+        for name, (absolute, *_) in sums.items():
+            alike.setdefault((len(absolute) // max(self._counts[name], 1), absolute.device, absolute.dtype), []).append(name)
+        for (channels, _, _), names in alike.items():
+            now = torch.cat([sums[name][0] for name in names]).mul_(torch.cat([sums[name][1] for name in names]))
+            self._scores.add({name: self._counts[name] for name in names}, now if channels == 1 else now.view(-1, channels).sum(1))
+            signed = [name for name in names if name in self._signed]
+            if signed:
+                self._means.add({name: len(sums[name][2]) for name in signed}, torch.cat([sums[name][2] for name in signed]))
+        self.forget()
 
     @property
     def listening(self) -> bool:
@@ -127,12 +115,12 @@ class Salience:
     @property
     def heard(self) -> bool:
         """Whether a gradient has come to any site since the last update."""
-        return bool(self._sums)
+        return any(listener.heard for listener in self._listeners.values())
 
     def drop_overflow(self) -> None:
         """After a step that was skipped: forget what came since the last update if it is not finite. Waits for the device."""
-        if self._sums and not all(bool(torch.isfinite(tensor).all()) for sums in self._sums.values() for tensor in sums):
-            self._sums = {}
+        if not all(bool(torch.isfinite(tensor).all()) for sums in self.sums().values() for tensor in sums):
+            self.forget()
 
     def remove(self) -> None:
         """Take every hook away; the scores stay. A second call does nothing."""
@@ -140,14 +128,11 @@ class Salience:
             while self._handles:
                 self._handles.pop().remove()
             _forget_compiled()
-        self._sums, self._tokens = {}, {}
+        self.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """The averages; what has come since the last update is not part of it."""
-        return {
-            "scores": {name: score.clone() for name, score in self.scores.items()},
-            "means": {name: mean.clone() for name, mean in self.means.items()},
-        }
+        return {"scores": self._scores.state(), "means": self._means.state()}
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """TypeError or ValueError unless `state` is that of a Salience of these sites."""
@@ -167,9 +152,9 @@ class Salience:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises TypeError or ValueError, with nothing changed, for what is not the state of a Salience of these sites."""
         self.check_state(state)
-        self.scores = {name: score.clone() for name, score in state["scores"].items()}
-        self.means = {name: mean.clone() for name, mean in state["means"].items()}
-        self._sums, self._tokens = {}, {}
+        self._scores.replace(state["scores"])
+        self._means.replace(state["means"])
+        self.forget()
 
 
 def _forget_compiled() -> None:
@@ -177,16 +162,16 @@ def _forget_compiled() -> None:
     torch.compiler.reset()
 
 
-@torch.no_grad()
-def _channel_sums(values: Tensor, tokens: Tensor | None, signed: bool = False) -> Tensor:
-    """Sum of |values| (or values) over all but the last dimension, [..., channels] -> [channels], of the tokens [...] (bool) that are True.
-
-    In float32 (float64 for float64). What padding holds, NaN included, does not count.
-    """
-    if values.device.type in ("cpu", "cuda") and values.dtype in FLOATING and not torch.compiler.is_compiling():
-        return _C.channel_sums(values, tokens, signed)
-    flat = values.flatten(0, -2)
-    if tokens is not None:  # selected, not multiplied
-        flat = torch.where(tokens.view(-1, 1), flat, 0)
-    dtype = torch.promote_types(values.dtype, torch.float32)
-    return flat.sum(0, dtype=dtype) if signed else torch.linalg.vector_norm(flat, ord=1, dim=0, dtype=dtype)
+def _over_ranks(sums: dict[str, list[Tensor]]) -> dict[str, list[Tensor]]:
+    """Added up over the ranks of a process group, in one collective; DDP takes the mean of the gradients, so does this."""
+    world = agreement.ranks()
+    if world == 1 or not sums:
+        return sums
+    every = [tensor for found in sums.values() for tensor in found]
+    flat = torch.cat(every)
+    torch.distributed.all_reduce(flat)
+    totals = iter(torch.split(flat, [len(tensor) for tensor in every]))
+    added = {name: [next(totals) for _ in found] for name, found in sums.items()}
+    for found in added.values():
+        found[1].div_(world)
+    return added

@@ -1,0 +1,55 @@
+#include "listener.h"
+
+#include <ATen/ATen.h>
+#include <ATen/core/grad_mode.h>
+
+#include "sums.h"
+
+namespace apt {
+namespace {
+
+using OptTensor = std::optional<Tensor>;
+
+Tensor sums_of(const Tensor& values, const OptTensor& tokens, const OptTensor& position, bool is_signed) {
+  Tensor sums = channel_sums(values, tokens, is_signed);
+  if (!position.has_value() || sums.numel() == position->numel()) return sums;
+  return at::where(*position < 0, 0, sums.index_select(0, position->clamp_min(0)));
+}
+
+}  // namespace
+
+void Listener::hear(const Tensor& h, const OptTensor& tokens, const OptTensor& position) {
+  if (!at::GradMode::is_enabled() || !h.requires_grad()) return;
+  const bool counts = tokens.has_value() && tokens->sizes() == h.sizes().slice(0, h.dim() - 1);
+  const OptTensor counted = counts ? tokens : std::nullopt;
+  Tensor absolute = sums_of(h, counted, position, false);
+  Tensor with_sign = is_signed_ ? sums_of(h, counted, position, true) : Tensor();
+  h.register_hook([self = shared_from_this(), absolute, with_sign, counted, position](const Tensor& gradient) {
+    std::vector<Tensor> found{absolute, sums_of(gradient, counted, position, false)};
+    if (with_sign.defined()) found.push_back(with_sign);
+    self->add(std::move(found));
+  });
+}
+
+void Listener::add(std::vector<Tensor> found) {
+  const at::NoGradGuard constants;
+  const std::lock_guard lock(mutex_);
+  sums_ = sums_.empty() ? std::move(found) : at::_foreach_add(sums_, found);
+}
+
+std::vector<Tensor> Listener::sums() const {
+  const std::lock_guard lock(mutex_);
+  return sums_;
+}
+
+bool Listener::heard() const {
+  const std::lock_guard lock(mutex_);
+  return !sums_.empty();
+}
+
+void Listener::forget() {
+  const std::lock_guard lock(mutex_);
+  sums_.clear();
+}
+
+}  // namespace apt
