@@ -195,7 +195,7 @@ class Compacting(Merging):
 
     @property
     def handed_over(self) -> Tensor | None:
-        """[in_features] int32: where each input channel lies in an input of kept lanes alone, below 0 where it is pruned; None if not compact."""
+        """[in_features] int32: where a channel lies in an input of kept lanes alone, below 0 where it is pruned; None while not compact."""
         return None if self._compaction is None else self._compaction.position_in
 
     def _compact_anew(self) -> None:

@@ -10,9 +10,9 @@
 #include <utility>
 #include <vector>
 
+#include "listener.h"
 #include "ops.h"
 #include "plan.h"
-#include "listener.h"
 #include "sums.h"
 
 namespace apt {
@@ -114,10 +114,11 @@ void bind_plan(py::module& m) {
 }
 
 void bind_listener(py::module& m) {
-  py::class_<Listener, std::shared_ptr<Listener>>(m, "Listener", "What salience hears at one place of a model.")
+  py::class_<Listener, std::shared_ptr<Listener>>(m, "Listener",
+                                                  "What salience hears at one place of a model.")
       .def(py::init<bool>(), py::arg("is_signed") = false)
-      .def("hear", &Listener::hear, py::arg("h"), py::arg("tokens") = py::none(), py::arg("position") = py::none(),
-           py::call_guard<py::gil_scoped_release>())
+      .def("hear", &Listener::hear, py::arg("h"), py::arg("tokens") = py::none(),
+           py::arg("position") = py::none(), py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("heard", &Listener::heard)
       .def("sums", &Listener::sums, py::call_guard<py::gil_scoped_release>())
       .def("forget", &Listener::forget, py::call_guard<py::gil_scoped_release>());

@@ -24,11 +24,12 @@ void Listener::hear(const Tensor& h, const OptTensor& tokens, const OptTensor& p
   const OptTensor counted = counts ? tokens : std::nullopt;
   Tensor absolute = sums_of(h, counted, position, false);
   Tensor with_sign = is_signed_ ? sums_of(h, counted, position, true) : Tensor();
-  h.register_hook([self = shared_from_this(), absolute, with_sign, counted, position](const Tensor& gradient) {
-    std::vector<Tensor> found{absolute, sums_of(gradient, counted, position, false)};
-    if (with_sign.defined()) found.push_back(with_sign);
-    self->add(std::move(found));
-  });
+  h.register_hook(
+      [self = shared_from_this(), absolute, with_sign, counted, position](const Tensor& gradient) {
+        std::vector<Tensor> found{absolute, sums_of(gradient, counted, position, false)};
+        if (with_sign.defined()) found.push_back(with_sign);
+        self->add(std::move(found));
+      });
 }
 
 void Listener::add(std::vector<Tensor> found) {

@@ -12,14 +12,15 @@ namespace apt {
 using at::Tensor;
 
 // What salience hears at one place of a model: sums over tokens, [channels] each, of |h|, of |dL/dh| and, if
-// asked for, of h with its sign. An activation counts when its gradient arrives, and only its sums wait for it.
+// asked for, of h with its sign. An activation counts when its gradient arrives, and only its sums wait for
+// it.
 class Listener : public std::enable_shared_from_this<Listener> {
  public:
   explicit Listener(bool is_signed) : is_signed_(is_signed) {}
 
   // h [..., channels] has come; without gradients it is passed over. tokens [...] (bool): those that count;
-  // where the shape is another, all do. position [all channels] (int32): where in h a channel lies, below 0: not
-  // there, a zero; for neighbours that hand over kept lanes alone.
+  // where the shape is another, all do. position [all channels] (int32): where in h a channel lies, below 0:
+  // not there, a zero; for neighbours that hand over kept lanes alone.
   void hear(const Tensor& h, const std::optional<Tensor>& tokens, const std::optional<Tensor>& position);
 
   // Since the last `forget`, of all whose gradient has come; empty if none has.

@@ -222,7 +222,7 @@ def test_nothing_is_chosen_by_scores_that_say_nothing(value, words):
     controller.observe()
     optimizer.step()
     optimizer.zero_grad()
-    for sums in controller.scores.salience._sums.values():
+    for sums in controller.scores.salience.sums().values():
         sums[0].fill_(value)
     if value == 0:
         for score in controller.scores.salience.scores.values():

@@ -31,7 +31,7 @@ class AdapterImportance:
         self.signed = signed
         self._averages = Averages(decay)  # of all rows of a factor, those that no rank uses yet among them
         self._alike: list[dict[str, int]] = []  # {adapter: rows}, for each number of columns
-        self._seen: list[Tensor] = []  # the products of the last observe, end to end, for each of those
+        self._seen: list[tuple[dict[str, int], Tensor]] = []  # each of those with its products of the last observe, end to end
         self.restart()
 
     @property
@@ -63,7 +63,7 @@ class AdapterImportance:
     @torch.no_grad()
     def observe(self) -> None:
         """Read the gradients (accumulated over micro-batches); an adapter without a gradient counts 0."""
-        self._seen = [self._products([self._factor(name) for name in names]) for names in self._alike]
+        self._seen = [(names, self._products([self._factor(name) for name in names])) for names in self._alike]
 
     def _products(self, factors: list[Tensor]) -> Tensor:
         """What every row of these factors matters, end to end; a few launches for all of them."""
@@ -80,7 +80,7 @@ class AdapterImportance:
     @torch.no_grad()
     def update(self) -> None:
         """The step was made: what was observed enters the averages."""
-        for names, seen in zip(self._alike, self._seen):
+        for names, seen in self._seen:
             self._averages.add(names, seen)
         self._seen = []
 

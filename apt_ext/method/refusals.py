@@ -56,7 +56,7 @@ def gradients_came(adapters: Collection[APTAdapter], listened: bool, heard: bool
     """
     when = "call observe() after backward(), before the optimizer's step and before zero_grad()"
     factors = (factor for adapter in adapters for factor in (adapter.lora_A, adapter.lora_B) if factor.requires_grad)
-    without = []  # up to the first that has one, as a rule none: every step comes here
+    without: list[Tensor] = []  # up to the first that has one, as a rule none: every step comes here
     for factor in factors:
         if factor.grad is not None:
             without.clear()

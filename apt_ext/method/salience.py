@@ -47,7 +47,7 @@ class Salience:
         self._signed, self._decoder = frozenset(signed), frozenset(decoder)
         self._listeners = {name: _C.Listener(name in self._signed) for name in sites}
         self._tokens: dict[str, Tensor] = {}  # the masks of the last pass with gradients
-        self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(self._note_tokens, with_kwargs=True)]
+        self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(self._reader_of_tokens(), with_kwargs=True)]
         for name, (module, _) in sites.items():
             self._handles.append(module.register_forward_pre_hook(self._collector(name)))
         _forget_compiled()
@@ -62,10 +62,15 @@ class Salience:
         """[channels] each, of H up to one factor; to be read only."""
         return self._means.named
 
-    def _note_tokens(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled():
-            given = {name: kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask")}
-            self._tokens = {name: mask != 0 for name, mask in given.items() if isinstance(mask, Tensor) and mask.dim() == 2}
+    # Hooks are functions, which a deepcopy of the model does not go into.
+
+    def _reader_of_tokens(self) -> Any:
+        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if torch.is_grad_enabled():
+                given = {name: kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask")}
+                self._tokens = {name: mask != 0 for name, mask in given.items() if isinstance(mask, Tensor) and mask.dim() == 2}
+
+        return note
 
     def _collector(self, name: str) -> Any:
         hear, tokens = self._listeners[name].hear, "decoder_attention_mask" if name in self._decoder else "attention_mask"
