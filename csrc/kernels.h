@@ -142,6 +142,21 @@ struct ChannelSumArgs {
   bool is_signed;
 };
 
+// half = wide / inverse rounded to float16, with the smallest power of two >= 1 that brings every entry to at
+// most 2^15 (1 where one is Inf or NaN); multiplier = scaling * inverse; grown = factor * inverse, float16,
+// which is exact, or so large that a product with it could not be represented anyway.
+struct ToHalfArgs {
+  int64_t count;
+  const float* wide;  // [count]
+  void* half;         // [count]
+  uint32_t* largest;  // [1], scratch
+  float* multiplier;  // [1]
+  double scaling;
+  int64_t factor_count;
+  const void* factor;  // [factor_count]
+  void* grown;         // [factor_count]
+};
+
 // The kept lanes of a matrix side by side (cuda/gather.cu), the first end of a compacted layer:
 // gathered[m, j] = mask[index[j]] * x[row_index[m], index[j]], zeros selected; an index of -1 is a zero that
 // pads.
@@ -197,6 +212,7 @@ struct Kernels {
   void (*low_rank)(const LowRankArgs&, Stream) = nullptr;
   void (*token_sums)(const TokenSumArgs&, Stream) = nullptr;
   void (*add_spans)(const FactorGradPair&, Stream) = nullptr;
+  void (*to_half)(const ToHalfArgs&, Stream) = nullptr;
 };
 
 extern const Kernels kCpuKernels;

@@ -11,28 +11,6 @@
 namespace apt {
 namespace {
 
-// A matrix whose true value is value * inverse[0]: float16 factors kept inside float16's range.
-struct Scaled {
-  Tensor value;
-  OptTensor inverse;  // a power of two >= 1 on the device, or none for 1
-};
-
-// Rounds a float32 low-rank activation to float16 without overflow: divided by the power of two that brings
-// its largest entry to 2^15. Almost always that is 1. Decided on the device, so nothing synchronises.
-Scaled to_half(const Tensor& wide) {
-  if (wide.numel() == 0) return {wide.to(at::kHalf), std::nullopt};
-  Tensor largest = at::linalg_vector_norm(wide, INFINITY);
-  Tensor inverse = at::exp2(at::ceil(at::log2(largest / 32768.0))).clamp_min_(1.0);
-  inverse =
-      at::where(at::isfinite(inverse), inverse, at::ones_like(inverse));  // a NaN or Inf stays where it is
-  return {(wide / inverse).to(at::kHalf), inverse};
-}
-
-// factor * inverse, rounded to float16: exact, or so large that the product could not be represented anyway.
-Tensor absorb(const Tensor& factor, const OptTensor& inverse) {
-  return inverse.has_value() ? (factor.to(at::kFloat) * *inverse).to(at::kHalf) : factor;
-}
-
 // A conversion that changes nothing is a dispatched call all the same.
 Tensor as(const Tensor& tensor, at::ScalarType dtype) {
   return tensor.scalar_type() == dtype ? tensor : tensor.to(dtype);
@@ -46,6 +24,38 @@ Tensor down(const Tensor& lhs, const Tensor& rhs) {
   return dtype == lhs.scalar_type() ? at::mm(lhs, rhs) : at::mm(lhs, rhs, dtype);
 }
 
+// A skinny activation [M, R] and the factor [R, C] that it is multiplied with, in one dtype.
+struct Skinny {
+  Tensor low, factor;
+  // float16 alone: low is smaller than it should be by a power of two, nearly always 1, and the factor larger
+  // by the same, so that neither overflows; that power times the scaling, float32 on the device.
+  OptTensor multiplier;
+};
+
+// `low` is of the dtype given, or float32 over float16 (CUDA only; see widened below). An undefined factor
+// stays so.
+Skinny skinny_of(const Tensor& low, const Tensor& factor, at::ScalarType dtype, double scaling) {
+  if (low.scalar_type() == dtype || low.numel() == 0) return {as(low, dtype), factor, std::nullopt};
+  Tensor wide = low.contiguous(), used = factor.defined() ? factor : Tensor();
+  if (used.defined() && !used.is_non_overlapping_and_dense()) used = used.contiguous();
+  Skinny out{at::empty(wide.sizes(), wide.options().dtype(dtype)),
+             used.defined() ? at::empty_like(used) : Tensor(), at::empty({1}, wide.options())};
+  Tensor largest = at::empty({1}, wide.options().dtype(at::kInt));
+  ToHalfArgs args{.count = wide.numel(),
+                  .wide = wide.const_data_ptr<float>(),
+                  .half = out.low.mutable_data_ptr(),
+                  .largest = reinterpret_cast<uint32_t*>(largest.mutable_data_ptr<int32_t>()),
+                  .multiplier = out.multiplier->mutable_data_ptr<float>(),
+                  .scaling = scaling};
+  if (used.defined()) {
+    args.factor_count = used.numel();
+    args.factor = used.const_data_ptr();
+    args.grown = out.factor.mutable_data_ptr();
+  }
+  kernels_for(wide).to_half(args, current_stream(wide));
+  return out;
+}
+
 // Where oneDNN multiplies bfloat16, an alpha other than 1 makes a skinny product slower; a power of two
 // scales the small side exactly instead.
 bool scales_exactly(const Tensor& low, double scaling) {
@@ -54,45 +64,41 @@ bool scales_exactly(const Tensor& low, double scaling) {
          scaling > 1.0 && scaling <= 256.0;
 }
 
-// out = beta out + scaling low factor in place; low may be float32 over float16. With beta 0, out is not
-// read.
-void up_(Tensor& out, const Tensor& low, const Tensor& factor, double scaling, int beta) {
-  if (out.scalar_type() == at::kHalf && low.scalar_type() == at::kFloat) {
-    Scaled half = to_half(low);
-    out.addmm_(half.value, absorb(factor, half.inverse), beta, scaling);
-  } else if (scales_exactly(low, scaling)) {
-    out.addmm_(low.mul(scaling), factor, beta, 1);
+// out = beta out + scaling low factor in place. With beta 0, out is not read.
+void up_(Tensor& out, const Skinny& skinny, double scaling, int beta) {
+  if (scales_exactly(skinny.low, scaling)) {
+    out.addmm_(skinny.low.mul(scaling), skinny.factor, beta, 1);
   } else {
-    out.addmm_(low, factor, beta, scaling);
+    out.addmm_(skinny.low, skinny.factor, beta, scaling);
   }
 }
 
 // x matrix + scaling low factor, without a temporary. On CUDA the low-rank part goes first: the dense product
 // that adds to it costs nothing more, while a low-rank product that adds to the dense one reads and writes
 // all of it once more.
-Tensor dense_and_low(const Tensor& x, const Tensor& matrix, const Tensor& low, const Tensor& factor,
-                     double scaling) {
-  if (low.size(1) == 0) return at::mm(x, matrix);
+Tensor dense_and_low(const Tensor& x, const Tensor& matrix, const Skinny& skinny, double scaling) {
+  if (skinny.low.size(1) == 0) return at::mm(x, matrix);
   if (!x.is_cuda()) {
     Tensor out = at::mm(x, matrix);
-    up_(out, low, factor, scaling, 1);
+    up_(out, skinny, scaling, 1);
     return out;
   }
   Tensor out = at::empty({x.size(0), matrix.size(1)}, x.options());
-  up_(out, low, factor, scaling, 0);
+  up_(out, skinny, scaling, 0);
   return out.addmm_(x, matrix);
 }
 
-// scaling * inverse * lhs rhs, the sum over tokens that is the gradient of a factor, in the factor's dtype.
-Tensor factor_grad(const Tensor& lhs, const Tensor& rhs, double scaling, at::ScalarType dtype,
-                   const OptTensor& inverse) {
+// multiplier (or else scaling) * lhs rhs, the sum over tokens that is the gradient of a factor, in the
+// factor's dtype.
+Tensor factor_grad(const Tensor& lhs, const Tensor& rhs, double scaling, const OptTensor& multiplier,
+                   at::ScalarType dtype) {
   if (lhs.numel() == 0 || rhs.numel() == 0)
     return at::zeros({lhs.size(0), rhs.size(1)}, rhs.options().dtype(dtype));
   bool sixteen = rhs.scalar_type() == at::kHalf || rhs.scalar_type() == at::kBFloat16;
-  if (sixteen && rhs.is_cuda() && (dtype == at::kFloat || inverse.has_value())) {
-    Tensor wide = at::mm(lhs, rhs, at::kFloat).mul_(scaling);
-    if (inverse.has_value()) wide.mul_(*inverse);
-    return wide.to(dtype);
+  if (sixteen && rhs.is_cuda() && (dtype == at::kFloat || multiplier.has_value())) {
+    Tensor wide = at::mm(lhs, rhs, at::kFloat);
+    multiplier.has_value() ? wide.mul_(*multiplier) : wide.mul_(scaling);
+    return as(wide, dtype);
   }
   // beta = 0: the fresh memory is not read
   Tensor grad = at::empty({lhs.size(0), rhs.size(1)}, rhs.options());
@@ -149,19 +155,19 @@ OptTensor rows_of(const OptTensor& tensor, int64_t start, int64_t length,
 
 // y = mask_out * (x W^T + s t B^T + b) for x already masked and t already computed
 Tensor output_of(const Tensor& x, const Tensor& t, const Layer& layer) {
-  Tensor factor = as(layer.lora_B, x.scalar_type()).t();
+  Skinny skinny = skinny_of(t, as(layer.lora_B, x.scalar_type()).t(), x.scalar_type(), layer.scaling);
   Tensor y;
   if (layer.weight.has_value() && !layer.bias.has_value()) {
-    y = dense_and_low(x, layer.weight->t(), t, factor, layer.scaling);
+    y = dense_and_low(x, layer.weight->t(), skinny, layer.scaling);
   } else {
     if (layer.weight.has_value()) {
       y = at::linear(x, *layer.weight, layer.bias);
     } else if (layer.bias.has_value()) {
       y = layer.bias->expand({x.size(0), -1}).contiguous();
     } else {
-      y = at::zeros({x.size(0), factor.size(1)}, x.options());
+      y = at::zeros({x.size(0), layer.lora_B.size(0)}, x.options());
     }
-    if (t.size(1) > 0) up_(y, t, factor, layer.scaling, 1);
+    if (t.size(1) > 0) up_(y, skinny, layer.scaling, 1);
   }
   lanes_(y, layer.mask_out, 1, false);
   return y;
@@ -236,31 +242,30 @@ std::array<Tensor, 4> library_backward(const Tensor& grad, const Tensor& x, cons
   at::ScalarType dtype = grad.scalar_type();
   std::array<Tensor, 4> out;
   Tensor g = lanes(grad, layer.mask_out, 1, false);
-  Tensor u;  // [M, R] = g B
-  if (need_x || need_A) u = down(g, lanes(as(layer.lora_B, dtype), layer.mask_out, 0, true));
+  Skinny u;  // g B [M, R], and A
+  if (need_x || need_A) {
+    Tensor low = down(g, lanes(as(layer.lora_B, dtype), layer.mask_out, 0, true));
+    u = skinny_of(low, need_x ? as(layer.lora_A, dtype) : Tensor(), dtype, layer.scaling);
+  }
   if (need_x) {
-    Tensor dx, factor = as(layer.lora_A, dtype);
+    Tensor dx;
     if (layer.weight.has_value()) {
-      dx = dense_and_low(g, *layer.weight, u, factor, layer.scaling);
+      dx = dense_and_low(g, *layer.weight, u, layer.scaling);
     } else {
-      dx = at::zeros({g.size(0), factor.size(1)}, g.options());
-      if (u.size(1) > 0) up_(dx, u, factor, layer.scaling, 1);
+      dx = at::zeros({g.size(0), layer.lora_A.size(1)}, g.options());
+      if (u.low.size(1) > 0) up_(dx, u, layer.scaling, 1);
     }
     lanes_(dx, layer.mask_in, 1, false);
     out[0] = dx;
   }
-  auto skinny = [&](const Tensor& low) {
-    return low.scalar_type() == dtype ? Scaled{low, std::nullopt} : to_half(low);
-  };
   if (need_A) {
     // From the unmasked x: the mask is the store factor, so a NaN in a pruned lane ends in a pruned column.
-    Scaled low = skinny(u);
-    out[1] = factor_grad(low.value.t(), x, layer.scaling, layer.lora_A.scalar_type(), low.inverse);
+    out[1] = factor_grad(u.low.t(), x, layer.scaling, u.multiplier, layer.lora_A.scalar_type());
     lanes_(out[1], layer.mask_in, 1, false);
   }
   if (need_B) {
-    Scaled low = skinny(t);
-    out[2] = factor_grad(g.t(), low.value, layer.scaling, layer.lora_B.scalar_type(), low.inverse);
+    Skinny narrow = skinny_of(t, Tensor(), dtype, layer.scaling);
+    out[2] = factor_grad(g.t(), narrow.low, layer.scaling, narrow.multiplier, layer.lora_B.scalar_type());
     lanes_(out[2], layer.mask_out, 0, true);
   }
   if (need_bias) out[3] = g.sum(0);

@@ -32,6 +32,7 @@ const Kernels kCudaKernels{.lanes = &cuda::lanes,
                            .channel_sums = &cuda::channel_sums,
                            .low_rank = &cuda::low_rank,
                            .token_sums = &cuda::token_sums,
-                           .add_spans = &cuda::add_spans};
+                           .add_spans = &cuda::add_spans,
+                           .to_half = &cuda::to_half};
 
 }  // namespace apt

@@ -14,5 +14,6 @@ void channel_sums(const ChannelSumArgs& args, Stream stream);
 void low_rank(const LowRankArgs& args, Stream stream);
 void token_sums(const TokenSumArgs& args, Stream stream);
 void add_spans(const FactorGradPair& pair, Stream stream);
+void to_half(const ToHalfArgs& args, Stream stream);
 
 }  // namespace apt::cuda
