@@ -110,19 +110,38 @@ def test_expanded_gradient_and_input(device):
         torch.testing.assert_close(g, w)
 
 
-def test_half_range_of_the_low_rank_path(device):
-    """x A^T leaves float16's range although s times it, or the result, fits."""
-    x = torch.ones(3, 4096, dtype=torch.float16, device=device)
-    A = torch.full((1, 4096), 64.0, dtype=torch.float16, device=device)  # x A^T = 262144
-    for scaling, b in ((0.1, 0.5), (2.0, 0.01)):
-        B = torch.full((8, 1), b, dtype=torch.float16, device=device)
-        A_, B_ = A.clone().requires_grad_(), B.clone().requires_grad_()
-        y = ops.apt_linear(x, None, None, A_, B_, None, None, scaling)
-        expected = scaling * 262144 * B.double().T.expand(3, 8)
-        assert_accurate(y, expected, expected, torch.float16)
-        y.backward(torch.full_like(y, 1e-3))
-        want = 3 * float(torch.tensor(1e-3).half()) * scaling * 262144
-        torch.testing.assert_close(B_.grad.double(), torch.full_like(B_.grad, 0).double() + want, rtol=3e-3, atol=0)
+@pytest.mark.parametrize("rank", [1, 24])  # on a GPU by passes of our own, and by the library
+@pytest.mark.parametrize("scaling, small", [(0.1, 0.5), (2.0, 0.01)])
+def test_half_range_of_the_low_rank_path(device, rank, scaling, small):
+    """x A^T, and dy B, leave float16's range although s times it, or the result, fits."""
+
+    def full(*shape, value):
+        return torch.full(shape, value, dtype=torch.float16, device=device).requires_grad_()
+
+    x, A, B = full(3, 4096, value=1.0), full(rank, 4096, value=64.0), full(8, rank, value=small / rank)  # x A^T = 262144
+    y = ops.apt_linear(x, None, None, A, B, None, None, scaling)
+    expected = scaling * 262144 * B.detach().double().sum(1).expand(3, 8)
+    assert_accurate(y.detach(), expected, expected, torch.float16)
+    y.backward(torch.full_like(y, 1e-3))
+    want = 3 * float(torch.tensor(1e-3).half()) * scaling * 262144
+    torch.testing.assert_close(B.grad.double(), torch.full_like(B.grad, want, dtype=torch.float64), rtol=3e-3, atol=0)
+
+    x, A, B = full(3, 8, value=1e-3), full(rank, 8, value=small / rank), full(4096, rank, value=64.0)
+    ops.apt_linear(x, None, None, A, B, None, None, scaling).backward(torch.ones(3, 4096, dtype=torch.float16, device=device))
+    expected = scaling * 262144 * A.detach().double().sum(0).expand(3, 8)
+    assert_accurate(x.grad, expected, expected, torch.float16)
+    torch.testing.assert_close(A.grad.double(), torch.full_like(A.grad, want, dtype=torch.float64), rtol=3e-3, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_token_that_is_not_finite_leaves_the_others_alone(device, bad):
+    """In float16 above rank 16 all tokens share a scale."""
+    problem = Problem((9,), 16, 24, 20, torch.float16, device, "none")
+    good = problem.run(ops.apt_linear)["y"]
+    problem.x[4, 3] = bad
+    y = problem.run(ops.apt_linear)["y"]
+    assert not y[4].isfinite().any()
+    assert torch.equal(y[torch.arange(9) != 4], good[torch.arange(9) != 4])
 
 
 def test_bitwise_the_same_twice(device, dtype):
