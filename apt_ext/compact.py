@@ -134,7 +134,10 @@ class Compacting(Merging):
             return
         with torch.inference_mode(False), torch.no_grad():
             value = self._whole()
-            value = torch.empty(value.shape, dtype=weight.dtype, device=weight.device) if value.is_meta else value.to(weight.device)
+            if value.is_meta:
+                value = torch.empty(value.shape, dtype=weight.dtype, device=weight.device)
+            else:
+                value = value.to(weight.device, copy=value is self._host)  # which a teacher may share
             weight.set_(value)  # type: ignore[call-overload]
         self._away, self._host = False, None
 
@@ -145,6 +148,12 @@ class Compacting(Merging):
         assert self._compaction is not None
         whole = self._compaction.full()
         return whole.t().contiguous() if self._transposed else whole
+
+    def _stored_elsewhere(self) -> Tensor | None:
+        """What holds the weight that is away: the host's copy, or of "release" the kept part. It is replaced, never written."""
+        if not self._away or self._host is not None:
+            return self._host
+        return None if self._compaction is None else self._compaction.packed
 
     def _refuse_away(self, what: str) -> None:
         if self._away:
@@ -254,7 +263,9 @@ class Compacting(Merging):
         if weight is None or self._seen is None:
             return False
         memory, version = self._seen
-        return weight.data_ptr() != memory.data_ptr() or _version(weight) != version
+        if weight.data_ptr() != memory.data_ptr():
+            return True
+        return not self._away and _version(weight) != version  # nobody writes into a placeholder, whose counter an alias may share
 
     def _is_gathered(self) -> bool:
         """Whether FSDP2 may have put tensors of its own, of the same values, in the place of the adapter's."""

@@ -79,6 +79,25 @@ def test_nothing_holds_the_memory_of_a_weight_that_is_away(dense):
 
 
 @AWAY
+def test_a_placeholder_that_shares_a_version_counter_is_no_other_weight(dense):
+    """As a teacher's Parameter does: what becomes of one does not reach the other."""
+    adapter, twin = put_away(dense)
+    x = torch.randn(4, 10, dtype=torch.float64)
+    alias = adapter.weight.detach()
+    with torch.no_grad():
+        alias.set_(torch.zeros(3, 3, dtype=torch.float64))
+    torch.testing.assert_close(adapter(x), twin(x))
+    whole = make()
+    other = copy.deepcopy(whole, {id(whole.weight): torch.nn.Parameter(whole.weight.detach(), requires_grad=False)})
+    want = other(x)
+    other.compact(dense=dense)
+    whole.merge_weights()
+    whole.unmerge_weights()
+    torch.testing.assert_close(other(x), want)
+    torch.testing.assert_close(whole(x), want)
+
+
+@AWAY
 @pytest.mark.parametrize("way", ["state_dict", "into it", "deepcopy", "pickle", "merge", "move", "grow", "Conv1D"])
 def test_what_needs_the_whole_weight_gets_it(device, dense, way):
     adapter, twin = put_away(dense, device)

@@ -414,6 +414,69 @@ def test_a_compacted_student_becomes_a_teacher_that_stays_what_it_is():
     assert all(torch.equal(a, b) for a, b in zip(taught(distiller, batch), before, strict=True))
 
 
+@pytest.mark.parametrize("chain", [False, True])
+@pytest.mark.parametrize("dense", ["cpu", "release"])
+def test_a_student_whose_weights_are_away_becomes_a_teacher_and_works_on(dense, chain):
+    apt, batch, _ = student()
+    earlier = Distiller(apt, "self")
+    keep_first(apt, heads=2, neurons=9)
+    expected = apt(**batch).logits
+    twin = copy.deepcopy(apt)
+    apt.compact(dense=dense, chain=chain)
+    optimizer = torch.optim.SGD(adapter_parameters(apt), lr=0.0)
+    for distiller in (Distiller(apt, "self"), earlier):
+        distiller.refresh()
+        distiller.refresh()
+        torch.testing.assert_close(apt(**batch).logits, expected)
+        torch.testing.assert_close(taught(distiller, batch)[0], expected.detach())
+        assert passed(apt, distiller, batch).item() == 0
+    held = {name: adapter._stored_elsewhere() for name, adapter in adapters(apt)}
+    for name, adapter in adapters(distiller.teacher):  # neither a second W nor a second kept part of it
+        assert adapter._stored_elsewhere() is held[name] and (adapter.weight is None or torch.isnan(adapter.weight).all() == adapter._away)
+    before, stored = taught(distiller, batch), {name: value.clone() for name, value in held.items() if value is not None}
+
+    def same():
+        return all(torch.equal(a, b) for a, b in zip(taught(distiller, batch), before, strict=True))
+
+    for model in (apt, twin):
+        keep_first(model, heads=1, neurons=5)
+    passed(apt, distiller, batch, 0.5).backward()
+    optimizer.step()
+    torch.testing.assert_close(apt(**batch).logits, twin(**batch).logits)
+    assert same(), "masks"
+    for _, adapter in adapters(apt):
+        adapter.merge_weights()
+    assert stored and all(torch.equal(held[name], value) for name, value in stored.items()), "merging"
+    for _, adapter in adapters(apt):
+        adapter.unmerge_weights()
+    assert same(), "merged and unmerged"
+    apt.to(torch.float32).to(torch.float64)
+    assert same(), "moved"
+    apt.compact(False)
+    assert same(), "compact(False)"
+    apt.cut()
+    apt(**batch).loss.backward()
+    assert same(), "cut"
+
+
+def test_a_released_teachers_masks_do_not_rise_and_nothing_changes():
+    apt, _, _ = student()
+    distiller = Distiller(apt, "self")
+    with torch.no_grad():
+        distiller.transform.lora_B.normal_()
+    wide = distiller.state_dict()
+    keep_first(apt, neurons=9)
+    apt.compact(dense="release")
+    distiller.refresh()
+    with torch.no_grad():
+        distiller.transform.lora_B.zero_()
+    before = distiller.state_dict()
+    with pytest.raises(RuntimeError, match=r"load_state_dict: .*dense: mask_(in|out) must not rise from 0"):
+        distiller.load_state_dict(wide)
+    assert all(torch.equal(value, before[key]) for key, value in distiller.state_dict().items())
+    distiller.load_state_dict(before)
+
+
 def test_growing_within_max_rank_leaves_the_teacher_alone():
     """There the Parameter keeps its memory, so it must not be the teacher's."""
     apt = get_apt_model(FAMILIES["bert"].model(), APTConfig(r=2, max_rank=4)).eval()

@@ -245,7 +245,10 @@ class Distiller:
         return {**transform, **teacher, "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Into a Distiller made alike, of a model of the sizes that it had at the last refresh. ValueError for other keys or sizes."""
+        """Into a Distiller made alike, of a model of the sizes that it had at the last refresh. ValueError for other keys or sizes.
+
+        RuntimeError where masks would rise in a teacher that is compacted with dense="release". Nothing has then changed.
+        """
         expected, got = self.state_dict(), dict(checked_mapping("state", state))
         if expected.keys() != got.keys():
             odd = sorted(expected.keys() ^ got.keys())
@@ -261,6 +264,9 @@ class Distiller:
         def part(prefix: str) -> dict[str, Any]:
             return {key.removeprefix(prefix): value for key, value in got.items() if key.startswith(prefix)}
 
+        for name, adapter in adapters(self.teacher) if self.own and self.teacher is not None else ():
+            masks = {mask: got[f"teacher.{name}.{mask}"] for mask in ("mask_in", "mask_out")}
+            adapter._refuse_rising(f"load_state_dict: {name}", masks)
         if self.transform is not None:
             self.transform.load_state_dict(part("transform."))
         if self.own and isinstance(self.teacher, APTModel):
@@ -271,12 +277,16 @@ class Distiller:
 def frozen_copy(model: APTModel) -> APTModel:
     """A copy in evaluation mode: frozen Parameters lie in the same memory, all else is its own; no gradients, no hooks but the stock ones.
 
-    A Parameter of `model` that changes size later (growth, cut) takes new memory, so the copy stays what it is; a merge reaches it.
+    A Parameter of `model` that changes size later (growth, cut) takes new memory, so the copy stays what it is; a merge reaches it. Where
+    `compact` has put weights away, the copy is compacted alike and reads the same host memory, or the same kept parts.
     """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         value = parameter.detach()
         memo[id(parameter)] = nn.Parameter(value.clone() if parameter.requires_grad else value, requires_grad=False)
+    for stored in (adapter._stored_elsewhere() for _, adapter in adapters(model)):
+        if stored is not None:
+            memo[id(stored)] = stored
     for module in model.modules():
         for hooks in (getattr(module, name) for name in _HOOKS):
             own = {key: hook for key, hook in hooks.items() if getattr(hook, "__module__", "").startswith("transformers.")}
