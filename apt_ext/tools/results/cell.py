@@ -5,12 +5,13 @@ A trial is a cell on one learning rate that reads validation alone; the best of 
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
 import statistics
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,9 @@ def run_cell(place: Place, cell: Cell) -> dict[str, Any]:
     if row.teacher == "lora":
         lora = Cell(cell.task, "lora", cell.seed)
         teacher, teacher_seconds = _teacher(place, lora, data)
+    warmed = place.alone and cell.rate is None
+    if warmed:
+        _warm_up(place, cell, rate, data, teacher)
     torch.manual_seed(cell.seed)
     stock = load_model(place.pack, task, device)
     dense = layer_weights(stock)
@@ -115,6 +119,7 @@ def run_cell(place: Place, cell: Cell) -> dict[str, Any]:
         else platform.machine() + f", {torch.get_num_threads()} threads",
         "precision": precision(device),
         "alone": place.alone,
+        "warmed": warmed,
         "config": _config(task, row, cell, rate),
         "steps": task.steps,
         "measure": task.measure,
@@ -160,12 +165,61 @@ def trials(task: Task, row: str) -> list[Cell]:
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """A cell's file; None where there is none, or one of another format."""
+    """A cell's file; None where there is none. Missing in words where the file of that name is no such cell, whole."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except FileNotFoundError:
         return None
-    return found if isinstance(found, dict) and found.get("format") == FORMAT else None
+    except (OSError, ValueError) as error:
+        raise Missing(f"{path}: expected a cell, got a file that cannot be read: {error}") from error
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise Missing(f"{path}: expected a cell of format {FORMAT}, got another file")
+    lacking = _lacking(found, _TRIED if found.get("trial") is True else _FINISHED)
+    if lacking:
+        raise Missing(f"{path}: expected a whole cell, got one without its {lacking}")
+    if found["task"] not in TASKS or found["row"] not in rows_of(TASKS[found["task"]]):
+        raise Missing(f"{path}: expected a task and a row of this version, got {found['task']}, {found['row']}")
+    one = Cell(found["task"], found["row"], found["seed"], found["density"], found["config"]["rate"] if found["trial"] else None)
+    if f"{one.name}.json" != path.name:
+        raise Missing(f"{path}: expected the cell that the file's name says, got {one.name}")
+    return found
+
+
+_NUMBER = (int, float)
+_TRIED: dict[str, Any] = {
+    "task": str,
+    "row": str,
+    "seed": int,
+    "density": (float, type(None)),
+    "trial": bool,
+    "quick": bool,
+    "commit": str,
+    "versions": {"torch": str},
+    "device": str,
+    "precision": str,
+    "alone": bool,
+    "config": {"rate": float},
+    "scores": {"validation": _NUMBER},
+    "kept": {"weights": _NUMBER},
+    "history": [{"seconds": _NUMBER, "validation": _NUMBER}],
+    "seconds": {"training": _NUMBER},
+    "peak_memory_bytes": int,
+}
+_FINISHED = {**_TRIED, "scores": {"validation": _NUMBER, "test": _NUMBER}}
+_OPTIONAL = {"inference": {"speedup": _NUMBER, "batch": int, "length": int, "dtype": str}}
+
+
+def _lacking(found: dict[str, Any], shape: dict[str, Any]) -> str | None:
+    """The first key that is not there, or not of its kind."""
+    for key, kind in {**shape, **{key: kind for key, kind in _OPTIONAL.items() if key in found}}.items():
+        value = found.get(key, ...)
+        nested = next(iter(kind)) if isinstance(kind, list) else kind
+        if not isinstance(value, type(kind) if isinstance(kind, (dict, list)) else kind):
+            return key
+        for part in value if isinstance(kind, list) else [value]:
+            if isinstance(nested, dict) and (not isinstance(part, dict) or _lacking(part, nested)):
+                return key
+    return None
 
 
 def write(path: Path, result: Any) -> None:
@@ -207,10 +261,13 @@ def _teacher(place: Place, lora: Cell, data: Data) -> tuple[Any, float]:
     task, row = place.task(lora), lora.of()[1]
     rate = chosen_rate(place, lora)
     directory = _teacher_directory(place, lora, rate)
+    kept = directory / "seconds.json"
+    if place.alone and not kept.is_file():
+        _warm_up(place, lora, rate, data)
     torch.manual_seed(lora.seed)
     stock = load_model(place.pack, task, data.on)
-    if (directory / "seconds.json").is_file():
-        seconds = float(json.loads((directory / "seconds.json").read_text(encoding="utf-8")))
+    if kept.is_file():
+        seconds = float(json.loads(kept.read_text(encoding="utf-8")))
         return apt_ext.APTModel.from_pretrained(stock, directory).eval().requires_grad_(False), seconds
     trained = train(task, row, stock, data, 1.0, rate, lora.seed)
     _keep_teacher(place, lora, rate, trained)
@@ -228,6 +285,19 @@ def _keep_teacher(place: Place, lora: Cell, rate: float, trained: Trained) -> No
 
 
 # -- time and memory ---------------------------------------------------------------------------------------------------
+
+
+def _warm_up(place: Place, cell: Cell, rate: float, data: Data, teacher: Any = None) -> None:
+    """The row in a few steps on a model that is thrown away: the first use of a kernel in a process is no row's time.
+
+    Whatever random state it leaves, the caller sets its own afterwards.
+    """
+    task = place.task(cell)
+    few = replace(task, steps=task.quick().steps)  # in batches of the task's size, which choose the kernels
+    held = {"validation": data.parts["validation"][: task.batch]}
+    less = replace(data, task=few, parts={**data.parts, **held})
+    train(few, cell.of()[1], load_model(place.pack, few, data.on), less, cell.density or 1.0, rate, cell.seed, teacher)
+    gc.collect()  # its hooks are cycles, and its memory would count as the cell's
 
 
 def _inference(place: Place, task: Task, small: Any, device: torch.device) -> dict[str, Any]:

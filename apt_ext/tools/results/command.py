@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..data import ARCHIVE, Missing
+from ..data import ARCHIVE, Missing, joined
 from ..measuring import commit_here
 from .cell import Cell, Place
 from .packing import Sources, prepare
@@ -20,6 +20,7 @@ from .runner import run_cells, wanted
 from .tasks import TASKS
 
 _PACK, _VARIABLE = Path(".data/results"), "APT_RESULTS_DATA"
+_MOST_SEEDS = 1000
 
 
 def add_command(commands: Any) -> None:
@@ -66,7 +67,7 @@ def _results(options: argparse.Namespace) -> None:
     else:
         said = run_cells(_place(options), cells_of(options), options.jobs, options.minutes)
     if said:
-        raise Missing("; ".join(said))
+        raise Missing(joined(said))
 
 
 def cells_of(options: argparse.Namespace) -> list[Cell]:
@@ -84,6 +85,8 @@ def _place(options: argparse.Namespace) -> Place:
         raise Missing("device: expected a CUDA device, found none")
     if options.jobs < 1:
         raise Missing(f"jobs: expected at least 1, got {options.jobs}")
+    if options.minutes is not None and not options.minutes > 0:
+        raise Missing(f"minutes: expected more than 0, got {options.minutes:g}")
     pack = options.data or Path(os.environ.get(_VARIABLE) or _PACK)
     return Place(pack, options.output, device, options.commit or commit_here(), options.jobs == 1, options.quick)
 
@@ -93,7 +96,7 @@ def _named(what: str, text: str, known: list[str]) -> list[str]:
     for name in names:
         if name not in known:
             raise Missing(f"{what}: expected all or some of {', '.join(known)}, got {name!r}")
-    return names
+    return list(dict.fromkeys(names))
 
 
 def _numbers(text: str) -> list[int]:
@@ -102,7 +105,10 @@ def _numbers(text: str) -> list[int]:
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if not match:
             raise Missing(f"seed: expected numbers such as 0, 0-4 or 0,2, got {text!r}")
-        found += range(int(match[1]), int(match[2] or match[1]) + 1)
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first or last - first >= _MOST_SEEDS or last >= 1 << 63:
+            raise Missing(f"seed: expected at most {_MOST_SEEDS} numbers below 2^63, the first of a range first, got {text!r}")
+        found += range(first, last + 1)
     return list(dict.fromkeys(found))
 
 
@@ -114,4 +120,4 @@ def _shares(text: str | None) -> list[float] | None:
         if not re.fullmatch(r"\d+(\.\d+)?", part) or not 0 < float(part) < 100:
             raise Missing(f"densities: expected percents between 0 and 100 such as 40,20,10, got {text!r}")
         found.append(float(part) / 100)
-    return found
+    return list(dict.fromkeys(found))

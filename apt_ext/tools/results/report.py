@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ..data import Missing
+from ..data import Missing, joined
+from ..places import directory_of
 from ..report import figure_class
 from .cell import TRIAL_SEED, read
 from .rows import rows_of
@@ -36,7 +37,9 @@ Made by `apt-ext results` from the files in `{folder}`; each has its commit, con
 - "kept" are the layers' weights; embeddings, pooler and head are left out. Heads and neurons go, at least one head and 8 neurons of a
   layer stay. On MiniLM each layer keeps its own number, on SmolLM2 all the same, which a stock config can say.
 - A score is the mean over the seeds, with its range. A difference is paired by seed, with its 95 % bootstrap interval over the seeds;
-  with so few seeds such intervals are too narrow. Times are of cells that ran alone on their machine, n of them.
+  with so few seeds such intervals are too narrow.
+- Times are of cells that ran alone on their machine, n of them, after the same row had run in a few steps on a model that was thrown
+  away, so that they do not hold the first use of each kernel ("warmed" in the cell; a line below the times names the rows with others).
 - MiniLM's weights are rounded to float16 once, and its word embeddings are those of the tokens that its tasks use. SmolLM2 is the 4-bit
   file of its package widened to float32; perplexity is over its whole vocabulary, on windows of 256 tokens.
 """
@@ -67,34 +70,47 @@ class Cells:
 
 
 def write_report(folder: Path, report: Path) -> list[str]:
-    """Write the Markdown file and a picture beside it for each task with cells; returns what could not be made, in a sentence each."""
+    """Write the Markdown file and a picture beside it for each task with cells; returns what could not be made, in a sentence each.
+
+    Missing, and nothing is written, where there are no cells or a file among them is none.
+    """
     said: list[str] = []
-    report.parent.mkdir(parents=True, exist_ok=True)
-    every = {name: load_cells(folder, task) for name, task in TASKS.items()}
+    every = load_cells(folder)
+    if not any(cells.found for cells in every.values()):
+        raise Missing(f"output: expected a directory with cells (trials and quick ones are not counted), found none in {str(folder)!r}")
     parts = [_HEAD.format(folder=folder, trial=TRIAL_SEED, scored=TASKS["shakespeare"].scored)]
-    for name, cells in every.items():
-        parts.append(_section(cells))
-        if cells.found:
-            picture = report.with_name(f"{report.stem}-{name}.png")
-            try:
-                _plot(cells, picture)
-                parts.append(f"![{cells.task.title}: score against kept weights and against time]({picture.name})\n")
-            except Missing as error:
-                said.append(str(error))
-    parts.append(_aims(every))
-    parts.append(_making(every))
-    report.write_text("\n".join(parts), encoding="utf-8")
+    with directory_of("report", report):
+        for name, cells in every.items():
+            parts.append(_section(cells))
+            if cells.found:
+                picture = report.with_name(f"{report.stem}-{name}.png")
+                try:
+                    _plot(cells, picture)
+                    parts.append(f"![{cells.task.title}: score against kept weights and against time]({picture.name})\n")
+                except Missing as error:
+                    said.append(str(error))
+        parts.append(_aims(every))
+        parts.append(_making(every))
+        report.write_text("\n".join(parts), encoding="utf-8")
     return said
 
 
-def load_cells(folder: Path, task: Task) -> Cells:
-    """Trials and quick cells are no results."""
-    cells = Cells(task)
-    for file in sorted(folder.glob(f"{task.name}.*.json")):
-        result = read(file)
+def load_cells(folder: Path) -> dict[str, Cells]:
+    """{task: its cells}, of every task; trials and quick cells are no results. Missing names the files that are no cells."""
+    every = {name: Cells(task) for name, task in TASKS.items()}
+    damaged: list[str] = []
+    for file in sorted(folder.glob("*.json")):
+        try:
+            result = read(file)
+        except Missing as error:
+            damaged.append(str(error))
+            continue
         if result is not None and not result["trial"] and not result["quick"]:
-            cells.found.setdefault((result["row"], result["density"]), {})[result["seed"]] = result
-    return cells
+            found = every[result["task"]].found
+            found.setdefault((result["row"], result["density"]), {})[result["seed"]] = result
+    if damaged:
+        raise Missing(joined(damaged))
+    return every
 
 
 # -- numbers -----------------------------------------------------------------------------------------------------------
@@ -152,7 +168,7 @@ def _section(cells: Cells) -> str:
         kept = [100 * result["kept"]["weights"] for result in found.values()]
         rows.append(
             [
-                rows_of(task)[name].title + ("" if density is None else f", {100 * density:g} %"),
+                _titled(task, name, density),
                 f"{statistics.fmean(kept):.1f} %" if kept else _NONE,
                 str(len(tests)),
                 _spread(list(tests.values())),
@@ -167,19 +183,26 @@ def _section(cells: Cells) -> str:
 
 
 def _times(cells: Cells) -> str:
-    """Seconds and bytes of the cells that ran alone."""
+    """Seconds and bytes of the cells that ran alone; the rows that have none, in a line."""
     task = cells.task
     reference = [result["scores"]["validation"] for result in cells.of("lora").values()]
     head = ["row", "n", "training, s", f"s to {100 * _OF_DENSE:g} % of dense LoRA's validation", "peak memory, MB", "inference, x dense"]
-    rows = []
+    rows: list[list[str]] = []
+    without: list[tuple[str, float | None]] = []
+    cold: list[tuple[str, float | None]] = []
     for name, density in cells.lines():
         alone = [result for result in cells.of(name, density).values() if result["alone"]]
+        if not alone:
+            without.append((name, density))
+            continue
+        if not all(result.get("warmed") for result in alone):
+            cold.append((name, density))
         times = [time_to(task, result, statistics.fmean(reference)) for result in alone] if reference else []
         reached = [value for value in times if value is not None]
         ratios = [result["inference"]["speedup"] for result in alone if "inference" in result]
         rows.append(
             [
-                rows_of(task)[name].title + ("" if density is None else f", {100 * density:g} %"),
+                _titled(task, name, density),
                 str(len(alone)),
                 _spread([result["seconds"]["training"] for result in alone]),
                 _spread(reached) if len(reached) == len(times) else f"not reached in {len(times) - len(reached)} of {len(times)}",
@@ -188,10 +211,24 @@ def _times(cells: Cells) -> str:
             ]
         )
     devices = sorted({f"{r['device']}, {r['precision']}" for found in cells.found.values() for r in found.values() if r["alone"]})
-    note = f"Measured on: {'; '.join(devices) or _NONE}. Inference: the cut model against the dense stock one, in turn"
+    note = f"Measured on: {'; '.join(devices)}. Inference: the cut model against the dense stock one, in turn"
     measured = [r["inference"] for found in cells.found.values() for r in found.values() if "inference" in r]
     sizes = sorted({f"{one['batch']} x {one['length']} {one['dtype']}" for one in measured})
-    return _table(head, rows) + f"\n\n{note}{', ' + ', '.join(sizes) if sizes else ''}.\n"
+    parts = [_table(head, rows), f"{note}{', ' + ', '.join(sizes) if sizes else ''}."] if rows else []
+    parts += [f"The first use of each kernel is within the times of: {_listed(task, cold)}."] if cold else []
+    parts += [f"Not measured alone: {_listed(task, without)}."] if without else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _titled(task: Task, row: str, *densities: float | None) -> str:
+    shares = ", ".join(f"{100 * density:g}" for density in densities if density is not None)
+    return rows_of(task)[row].title + (f", {shares} %" if shares else "")
+
+
+def _listed(task: Task, lines: list[tuple[str, float | None]]) -> str:
+    """Lines of the tables in one, each row once with its densities."""
+    shares = {row: [density for name, density in lines if name == row] for row in rows_of(task)}
+    return "; ".join(_titled(task, row, *found) for row, found in shares.items() if found)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

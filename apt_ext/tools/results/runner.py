@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from ..data import Missing
+from ..places import directory_for
 from .cell import Cell, Place, read, run_cell, trials
 from .rows import rows_of
-from .tasks import Task
+from .tasks import TASKS, Task, check_pack
 
 _number = 0  # of this worker process
 
@@ -47,35 +50,52 @@ def stages(place: Place, cells: Sequence[Cell]) -> list[list[Cell]]:
     second = [trial for task, row in rows if rows_of(tasks[task])[row].teacher == "lora" for trial in trials(tasks[task], row)]
     dense = [cell for cell in cells if cell.row == "lora" and cell.task in teachers]
     last = [cell for cell in cells if cell not in dense]
-    found = [[cell for cell in stage if read(place.file(cell)) is None] for stage in (first, [*dense, *second], last)]
+    found = [[cell for cell in stage if not _there(place, cell)] for stage in (first, [*dense, *second], last)]
     return [stage for stage in found if stage]
+
+
+def _there(place: Place, cell: Cell) -> bool:
+    """Whether the cell's file is there, whole; of one that cannot stand for it, a line says that it is made anew."""
+    try:
+        found = read(place.file(cell))
+    except Missing as error:
+        tqdm.write(f"{error}; it is made anew", file=sys.stderr)
+        return False
+    if found is not None and found["quick"] and not place.quick:
+        tqdm.write(f"{place.file(cell)}: of a quick run; it is made anew", file=sys.stderr)
+        return False
+    return found is not None
 
 
 def run_cells(place: Place, cells: Sequence[Cell], jobs: int = 1, minutes: float | None = None) -> list[str]:
     """Run what is missing of the cells, with a progress bar; returns a line for each that failed or was left for lack of time.
 
+    Missing where data of one is, before anything is run.
+
     jobs     processes that run cells at the same time, spread over the GPUs; 1: this process, and only then times are kept
     minutes  no cell is started that would probably not be done by then
     """
-    place.output.mkdir(parents=True, exist_ok=True)
-    work = stages(place, cells)
     started, longest = time.monotonic(), 0.0
     said: list[str] = []
 
     def late() -> bool:
         return minutes is not None and time.monotonic() - started + longest > 60 * minutes
 
-    with _Workers(jobs) as workers, tqdm(total=sum(map(len, work)), desc="cells", unit="cell", smoothing=0) as bar:
-        for stage in work:
-            runs = _in_turn(place, stage, late) if jobs == 1 else workers.run(replace(place, alone=False), stage, late)
-            for cell, outcome in runs:
-                if isinstance(outcome, str):
-                    said.append(f"{cell.name}: {outcome}")
-                    bar.write(said[-1])
-                else:
-                    longest = max(longest, outcome["seconds"]["total"])
-                    bar.write(_line(cell, outcome))
-                bar.update()
+    with directory_for("output", place.output):
+        work = stages(place, cells)
+        for task in dict.fromkeys(cell.task for stage in work for cell in stage):
+            check_pack(place.pack, TASKS[task])
+        with _Workers(jobs) as workers, tqdm(total=sum(map(len, work)), desc="cells", unit="cell", smoothing=0) as bar:
+            for stage in work:
+                runs = _in_turn(place, stage, late) if jobs == 1 else workers.run(replace(place, alone=False), stage, late)
+                for cell, outcome in runs:
+                    if isinstance(outcome, str):
+                        said.append(f"{cell.name}: {outcome}")
+                        bar.write(said[-1])
+                    else:
+                        longest = max(longest, outcome["seconds"]["total"])
+                        bar.write(_line(cell, outcome))
+                    bar.update()
     return said
 
 

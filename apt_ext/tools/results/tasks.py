@@ -197,17 +197,34 @@ def _state(pack: Path, model: str) -> dict[str, Tensor]:
     return dequantised(found)
 
 
+def check_pack(pack: Path, task: Task) -> None:
+    """Missing in words where a packed directory lacks what the task needs, or holds it damaged."""
+    _packed(pack, f"{task.name}.safetensors")
+    if not (pack / task.model / "config.json").is_file():
+        raise Missing(f"data: expected {task.model}/config.json in {pack}; run: apt-ext results --prepare {pack}")
+    weights = [name for name in _listed(pack) if name.startswith(f"{task.model}/") and name.endswith(".safetensors")]
+    if not weights:
+        raise Missing(f"data: expected {task.model}/*.safetensors in {pack}; run: apt-ext results --prepare {pack}")
+    for name in weights:
+        _packed(pack, name)
+
+
 def _read(pack: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of one packed file, which must be the one that its list names."""
+    """The tensors of one packed file."""
     from safetensors.torch import load
 
+    return load(_packed(pack, name))
+
+
+def _packed(pack: Path, name: str) -> bytes:
+    """One packed file, which must be the one that its list names."""
     listed = _listed(pack)
     if name not in listed or not (pack / name).is_file():
         raise Missing(f"data: expected {name} in {pack}; run: apt-ext results --prepare {pack}")
     content = (pack / name).read_bytes()
     if hashlib.sha256(content).hexdigest() != listed[name]:
         raise Missing(f"data: {pack / name} is not the file that {PACK} lists; run: apt-ext results --prepare {pack}")
-    return load(content)
+    return content
 
 
 def _listed(pack: Path) -> dict[str, str]:
