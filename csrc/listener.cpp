@@ -2,6 +2,8 @@
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/variable.h>
 
 #include "sums.h"
 
@@ -18,18 +20,32 @@ Tensor sums_of(const Tensor& values, const OptTensor& tokens, const OptTensor& p
 
 }  // namespace
 
-void Listener::hear(const Tensor& h, const OptTensor& tokens, const OptTensor& position) {
-  if (!at::GradMode::is_enabled() || !h.requires_grad()) return;
+bool Listener::hear(const Tensor& h, const OptTensor& tokens, const OptTensor& position) {
   const bool counts = tokens.has_value() && tokens->sizes() == h.sizes().slice(0, h.dim() - 1);
+  if (!at::GradMode::is_enabled() || !h.requires_grad() || !is_new(h)) return counts;
   const OptTensor counted = counts ? tokens : std::nullopt;
   Tensor absolute = sums_of(h, counted, position, false);
   Tensor with_sign = is_signed_ ? sums_of(h, counted, position, true) : Tensor();
   h.register_hook(
       [self = shared_from_this(), absolute, with_sign, counted, position](const Tensor& gradient) {
+        if (!gradient.defined()) return;  // a sibling of h has one
         std::vector<Tensor> found{absolute, sums_of(gradient, counted, position, false)};
         if (with_sign.defined()) found.push_back(with_sign);
         self->add(std::move(found));
       });
+  return counts;
+}
+
+bool Listener::is_new(const Tensor& h) {
+  const void* node = torch::autograd::impl::gradient_edge(h).function.get();
+  const bool is_repeated = static_cast<bool>(torch::autograd::get_current_node());  // in a backward
+  const std::lock_guard lock(mutex_);
+  std::erase_if(known_, [](const Known& one) { return one.tensor.expired(); });
+  for (const Known& one : known_)
+    if (is_repeated && one.tensor._unsafe_get_target() == h.unsafeGetTensorImpl() && one.node == node)
+      return false;
+  known_.push_back({c10::weak_intrusive_ptr<at::TensorImpl>(h.getIntrusivePtr()), node});
+  return true;
 }
 
 void Listener::add(std::vector<Tensor> found) {

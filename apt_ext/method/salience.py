@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import warnings
+import weakref
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -11,8 +13,9 @@ from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from .. import _C, agreement
-from ..arguments import FLOATING, checked_keys, checked_mapping
+from ..arguments import FLOATING, checked_int, checked_keys, checked_mapping
 from .averages import Averages
+from .padding import Passes
 
 
 class Salience:
@@ -24,10 +27,11 @@ class Salience:
     recomputation of gradient checkpointing leave the state unchanged.
 
     Tokens that the model's `attention_mask` [batch, length] marks 0 (padding) count on neither side, where H is [batch, length, channels];
-    at the sites of a decoder behind an encoder it is `decoder_attention_mask`. The ranks of a process group add up their sums, and all have
-    the scores of the joint batch.
+    elsewhere (a feed-forward in chunks) all count, with a warning. At the sites of a decoder behind an encoder it is
+    `decoder_attention_mask`. The ranks of a process group add up their sums, and all have the scores of the joint batch. A deepcopy of
+    the model is not listened to.
 
-    model    the module that is called with the batch; only these masks are looked at
+    model    the module that is given the masks, by name or in the order of its forward; only they are looked at
     sites    for each block family's name: the module whose input is H, and the number of blocks in it; channels of one block are adjacent
     decay    S <- decay * S + (1 - decay) * S_now at each update (0.85 in the paper), started at 0, no bias correction
     signed   the names of sites whose sum of H with its sign is averaged as well, in `means`
@@ -42,14 +46,21 @@ class Salience:
         signed: Collection[str] = (),
         decoder: Collection[str] = (),
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a Module, got {type(model).__name__}")
+        for name, site in checked_mapping("sites", sites).items():
+            if not (isinstance(site, tuple) and len(site) == 2 and isinstance(site[0], nn.Module)):
+                raise TypeError(f"sites[{name!r}] must be (the module that reads H, the number of blocks in it), got {site!r:.80}")
+            checked_int(f"sites[{name!r}][1]", site[1], 0)
         self._scores, self._means = Averages(decay), Averages(decay)
         self._counts = {name: count for name, (_, count) in sites.items()}
         self._signed, self._decoder = frozenset(signed), frozenset(decoder)
         self._listeners = {name: _C.Listener(name in self._signed) for name in sites}
-        self._tokens: dict[str, Tensor] = {}  # the masks of the last pass with gradients
-        self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(self._reader_of_tokens(), with_kwargs=True)]
+        self._passes = Passes(model)
+        self._unmasked: set[str] = set()  # sites whose activations are not [batch, length, channels]
+        self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(_only_of(model, self._note), with_kwargs=True)]
         for name, (module, _) in sites.items():
-            self._handles.append(module.register_forward_pre_hook(self._collector(name)))
+            self._handles.append(module.register_forward_pre_hook(_only_of(module, self._hearer(name))))
         _forget_compiled()
 
     @property
@@ -62,25 +73,31 @@ class Salience:
         """[channels] each, of H up to one factor; to be read only."""
         return self._means.named
 
-    # Hooks are functions, which a deepcopy of the model does not go into.
+    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            self._passes.note(args, kwargs)
 
-    def _reader_of_tokens(self) -> Any:
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if torch.is_grad_enabled():
-                given = {name: kwargs.get(name) for name in ("attention_mask", "decoder_attention_mask")}
-                self._tokens = {name: mask != 0 for name, mask in given.items() if isinstance(mask, Tensor) and mask.dim() == 2}
-
-        return note
-
-    def _collector(self, name: str) -> Any:
-        hear, tokens = self._listeners[name].hear, "decoder_attention_mask" if name in self._decoder else "attention_mask"
-        between_graphs = torch.compiler.disable(hear)  # type: ignore[no-untyped-call]
+    def _hearer(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        hear, mask = self._listeners[name].hear, "decoder_attention_mask" if name in self._decoder else "attention_mask"
 
         def collect(module: nn.Module, args: tuple[Any, ...]) -> None:
-            call = between_graphs if is_compiling() else hear  # the wrapper takes as long as the call
-            call(args[0], self._tokens.get(tokens), getattr(module, "handed_over", None))
+            if not torch.is_grad_enabled():
+                return
+            if not args:
+                raise TypeError(f"site {name!r}: expected H as the first positional argument of {type(module).__name__}")
+            tokens = self._passes.mask(mask)
+            if not hear(args[0], tokens, getattr(module, "handed_over", None)) and tokens is not None:
+                self._warn_of_padding(name, args[0], mask, tokens)
 
         return collect
+
+    def _warn_of_padding(self, name: str, h: Tensor, mask: str, tokens: Tensor) -> None:
+        if name not in self._unmasked:
+            self._unmasked.add(name)
+            warnings.warn(
+                f"Salience: padding counts at site {name!r}, whose activation is {list(h.shape)} where {mask} is {list(tokens.shape)}",
+                stacklevel=4,
+            )
 
     def sums(self) -> dict[str, list[Tensor]]:
         """Of |H|, |dL/dH| and, if signed, H, [channels] each, of the sites where a gradient has come since the last update."""
@@ -91,7 +108,7 @@ class Salience:
         """What came since the last update does not count."""
         for listener in self._listeners.values():
             listener.forget()
-        self._tokens = {}
+        self._passes.forget()
 
     @torch.no_grad()
     def update(self) -> None:
@@ -103,7 +120,10 @@ class Salience:
         # Together in a few launches: sites of one number of channels a block.
         alike: dict[tuple[int, torch.device, torch.dtype], list[str]] = {}
         for name, (absolute, *_) in sums.items():
-            alike.setdefault((len(absolute) // max(self._counts[name], 1), absolute.device, absolute.dtype), []).append(name)
+            channels, over = divmod(len(absolute), max(self._counts[name], 1))
+            if over:
+                raise ValueError(f"sites[{name!r}]: expected a multiple of {self._counts[name]} channels, got {len(absolute)}")
+            alike.setdefault((channels, absolute.device, absolute.dtype), []).append(name)
         for (channels, _, _), names in alike.items():
             now = torch.cat([sums[name][0] for name in names]).mul_(torch.cat([sums[name][1] for name in names]))
             self._scores.add({name: self._counts[name] for name in names}, now if channels == 1 else now.view(-1, channels).sum(1))
@@ -160,6 +180,22 @@ class Salience:
         self._scores.replace(state["scores"])
         self._means.replace(state["means"])
         self.forget()
+
+
+def _only_of(module: nn.Module, call: Callable[..., None]) -> Callable[..., None]:
+    """A hook of `module` that its deepcopies, which take it along, do not call; between compiled graphs, not in them."""
+    own = weakref.ref(module)
+
+    def take(module: nn.Module, *inputs: Any) -> None:
+        if module is own():
+            call(module, *inputs)
+
+    between_graphs = torch.compiler.disable(take)  # type: ignore[no-untyped-call]
+
+    def hook(module: nn.Module, *inputs: Any) -> None:
+        (between_graphs if is_compiling() else take)(module, *inputs)  # the wrapper takes as long as the call
+
+    return hook
 
 
 def _forget_compiled() -> None:

@@ -45,7 +45,7 @@ class BlockScores:
         signed = [name for name in self._readers if name in sites and (apt.blocks[name].kind == "heads" or "hidden" in self.blocks)]
         behind = [site for site in sites if site.removeprefix("hidden ").startswith(("decoder.", "model.decoder."))]
         encoder_decoder = bool(getattr(getattr(apt.model, "config", None), "is_encoder_decoder", False))
-        self.salience = Salience(apt, sites, decay, signed if kurtosis else (), behind if encoder_decoder else ())
+        self.salience = Salience(apt.model, sites, decay, signed if kurtosis else (), behind if encoder_decoder else ())
         self._outliers: dict[str, Tensor] = {}  # of the weights at the last look
 
     def _module(self, name: str) -> nn.Module:
