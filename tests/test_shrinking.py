@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES
+from small_source import command, letters
 
 from apt_ext.tools import measuring, processes, shrinking
 from apt_ext.tools.cli import main
 
 transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
 pytestmark = pytest.mark.usefixtures("loaded_here", "quick")
 
 
@@ -27,22 +27,7 @@ def quick(monkeypatch, request):
 
 @pytest.fixture
 def source(tmp_path):
-    """A tiny LLaMA with a tokenizer of letters, and a text."""
-    directory = tmp_path / "source"
-    vocabulary = {"[UNK]": 0, "[END]": 1, **{chr(97 + i): i + 2 for i in range(26)}, " ": 28}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))  # noqa: S106
-    words.pre_tokenizer = tokenizers.pre_tokenizers.Split("", "isolated")
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", eos_token="[END]")  # noqa: S106
-    tokenizer.save_pretrained(directory)
-    FAMILIES["llama"].model(torch.float32).save_pretrained(directory)
-    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog " * 100)
-    return directory
-
-
-def command(source, output, *more):
-    text = str(source.parent / "text.txt")
-    numbers = ["--batch", "2", "--length", "16", "--score", "2", "--test", "2", "--rounds", "3", "--device", "cpu"]
-    return main(["shrink", str(source), "--text", text, "--output", str(output), *numbers, *more])
+    return letters(tmp_path)
 
 
 def test_a_directory_becomes_a_smaller_one(source, tmp_path, capsys):

@@ -8,6 +8,7 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from ..config import APTConfig
@@ -15,6 +16,7 @@ from ..structure.planner import plan
 from .data import ARCHIVE, Missing
 from .demo import QUICK_STEPS, STEPS, CheckFailed, demo
 from .models import empty_model
+from .places import directory_for, directory_of
 from .results.command import add_command as add_results
 from .shrinking import Settings, shrink_model, shrink_random, table
 
@@ -32,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _demo(options: argparse.Namespace) -> None:
-    demo(options.output, seed=options.seed, steps=options.steps, archive=options.data, quick=options.quick)
+    with directory_for("output", options.output):
+        demo(options.output, seed=options.seed, steps=options.steps, archive=options.data, quick=options.quick)
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -60,14 +63,18 @@ def _shrink(options: argparse.Namespace) -> None:
     )
     if options.random and (options.steps or options.recover):
         raise Missing("random: expected no --steps and no --recover, which random Parameters do not need")
-    try:
-        if options.random:
-            report = shrink_random(Path(options.model), options.output, settings, devices=options.device)
-        else:
-            text = [path for given in options.text or [] for path in _matching(given)]
-            report = shrink_model(options.model, options.output, settings, text=text, reviews=options.reviews, devices=options.device)
-    except ValueError as error:
-        raise Missing(str(error)) from error
+    with ExitStack() as stack:
+        stack.enter_context(directory_for("output", options.output))
+        if options.json:
+            stack.enter_context(directory_of("json", options.json))
+        try:
+            if options.random:
+                report = shrink_random(Path(options.model), options.output, settings, devices=options.device)
+            else:
+                text = [path for given in options.text or [] for path in _matching(given)]
+                report = shrink_model(options.model, options.output, settings, text=text, reviews=options.reviews, devices=options.device)
+        except ValueError as error:
+            raise Missing(str(error)) from error
     print(table(report))
     if options.json:
         kept = {"command": _without_places(options.argv), **report}
@@ -100,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--output", type=Path, default=Path("demo-output"), metavar="DIR", help="models, report.json and report.png (%(default)s)"
     )
-    command.add_argument("--seed", type=int, default=0, help="of head, adapters, dropout, batches (%(default)s); the split stays")
+    command.add_argument("--seed", type=_seed, default=0, help="of head, adapters, dropout, batches (%(default)s); the split stays")
     command.add_argument("--steps", type=_positive, help=f"optimizer steps of each run ({STEPS})")
     command.add_argument("--data", type=Path, default=ARCHIVE, metavar="PATH", help="vaderSentiment's source archive (%(default)s)")
     command.set_defaults(run=_demo)
@@ -151,7 +158,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(f"--{name}", type=_positive, default=default, help=f"{text} (%(default)s)")
     command.add_argument("--steps", type=_steps, default=0, help="fine-tuning steps before (%(default)s)")
     command.add_argument("--recover", type=_steps, default=0, help="fine-tuning steps after the cut (%(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="of adapters and batches (%(default)s)")
+    command.add_argument("--seed", type=_seed, default=0, help="of adapters and batches (%(default)s)")
     command.set_defaults(run=_shrink)
     add_results(commands)
     return parser
@@ -179,6 +186,13 @@ def _positive(text: str) -> int:
 
 def _steps(text: str) -> int:
     return _at_least(0, text)
+
+
+def _seed(text: str) -> int:
+    """Of those that torch takes, all after which the next few are too."""
+    if not text.removeprefix("-").isdecimal() or not -(1 << 63) <= int(text) < 1 << 63:
+        raise argparse.ArgumentTypeError(f"expected a whole number from -2^63 to 2^63 - 1, got {text!r}")
+    return int(text)
 
 
 def _at_least(least: int, text: str) -> int:

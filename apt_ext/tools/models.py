@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,26 +34,55 @@ def class_of(directory: Path) -> tuple[Any, Any]:
     transformers = transformers_offline()
     if not (directory / "config.json").is_file():
         raise Missing(f"model: expected a directory with a config.json, found none at {directory}")
-    try:
+    with _worded(directory / "config.json"):
         config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-    except (ValueError, OSError) as error:
-        raise Missing(f"model: {directory / 'config.json'}: {error}") from error
-    names = config.architectures or []
-    kind = getattr(transformers, names[0], None) if names else None
-    return kind or transformers.AutoModel, config
+        names = config.architectures or []
+        kind = getattr(transformers, names[0], None) if names else None
+    known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    return kind if known else transformers.AutoModel, config
+
+
+@contextmanager
+def _worded(config: Path) -> Iterator[None]:
+    """Missing for whatever transformers raises at values that it does not expect, which it may only meet while it builds the model."""
+    try:
+        yield
+    except Exception as error:
+        raise Missing(f"model: {config}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+def _built(directory: Path) -> Any:
+    kind, config = class_of(directory)
+    with _worded(directory / "config.json"):
+        return kind.from_config(config) if kind.__name__.startswith("Auto") else kind(config)
 
 
 def empty_model(directory: Path) -> Any:
     """The model that config.json describes, on meta: shapes and no values."""
-    kind, config = class_of(directory)
     with torch.device("meta"):
-        return kind.from_config(config) if kind.__name__.startswith("Auto") else kind(config)
+        return _built(directory)
 
 
 def random_model(directory: Path) -> Any:
     """The model that config.json describes, float32, its Parameters drawn by torch's generator."""
-    kind, config = class_of(directory)
-    return (kind.from_config(config) if kind.__name__.startswith("Auto") else kind(config)).float().eval()
+    return _built(directory).float().eval()
+
+
+def positions(model: Any) -> int | None:
+    """The longest sequence that the model has positions for; None where its config names no most."""
+    most = getattr(model.config, "max_position_embeddings", None)
+    if not isinstance(most, int):
+        return None
+    tables = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "position_embeddings"]
+    taken = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]  # RoBERTa's begin behind it
+    return most - max(taken, default=0)
+
+
+def check_length(model: Any, length: int) -> None:
+    """Missing where the model has fewer positions."""
+    most = positions(model)
+    if most is not None and length > most:
+        raise Missing(f"length: expected at most the {most} positions of {type(model).__name__}, got {length}")
 
 
 def load_stock(directory: Path, dtype: torch.dtype) -> Any:
@@ -77,8 +108,11 @@ def package_file(source: str) -> Path:
     raise Missing(f"model: expected a directory, a .gguf file or an installed package that holds one, got {source}")
 
 
-def load(path: Path, kind: Any) -> tuple[Any, Any]:
-    """(the model in float32, its tokenizer) from a directory or a .gguf file. Missing in words."""
+def load(path: Path, kind: Any, head: bool = False) -> tuple[Any, Any]:
+    """(the model in float32, its tokenizer) from a directory or a .gguf file. Missing in words, also where weights are not of the model.
+
+    head: the task's head and the pooler may be new; every other Parameter has to be there.
+    """
     transformers = transformers_offline()
     from safetensors import SafetensorError
 
@@ -91,12 +125,26 @@ def load(path: Path, kind: Any) -> tuple[Any, Any]:
         if not any((path / f"{name}{end}").is_file() for name in _WEIGHTS for end in ("", ".index.json")):
             raise Missing(f"model: expected {' or '.join(_WEIGHTS)} beside config.json, found none in {path}")
     try:
-        model = kind.from_pretrained(path, dtype=torch.float32, **where)
+        more = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, found = kind.from_pretrained(path, dtype=torch.float32, **where, **more)
+        _check_loaded(source, model, found, head)
         if "gguf_file" in where:
             model = _plain(model)
         return model.eval(), transformers.AutoTokenizer.from_pretrained(path, **where)
     except (ValueError, OSError, ImportError, SafetensorError) as error:
         raise Missing(f"model: {source}: {error}") from error
+
+
+def _check_loaded(source: Path, model: Any, found: dict[str, Any], head: bool) -> None:
+    inner = f"{model.base_model_prefix}."
+    lost = [key for key in sorted(found["missing_keys"]) if not head or (key.startswith(inner) and ".pooler." not in key)]
+    if lost:
+        names = ", ".join(lost[:3])
+        other = f"; it holds {sorted(found['unexpected_keys'])[0]}" if found["unexpected_keys"] else ""
+        raise Missing(f"model: {source}: expected the weights of {type(model).__name__}, found none for {len(lost)} ({names}...){other}")
+    if found["mismatched_keys"]:
+        key, there, expected = sorted(found["mismatched_keys"])[0]
+        raise Missing(f"model: {source}: expected {key} of shape {list(expected)}, which config.json says, got {list(there)}")
 
 
 def _plain(model: Any) -> Any:

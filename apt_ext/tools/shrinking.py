@@ -22,7 +22,7 @@ from ..method.oneshot import check_keep
 from ..structure.export import expressed
 from .data import Batch, Missing, encode, load_reviews, sorted_batches, split_reviews, training_batches
 from .measuring import commit_here, compared, disk_bytes
-from .models import load, load_stock, package_file, random_model, transformers_offline
+from .models import check_length, load, load_stock, package_file, positions, random_model, transformers_offline
 from .recipe import Recipe, accuracy, fit
 
 _HELD_OUT = 0.1  # of a text, at its end
@@ -99,9 +99,9 @@ class Reviews:
 
     measure = "accuracy"
 
-    def __init__(self, archive: Path, tokenizer: Any, settings: Settings) -> None:
-        split = split_reviews(load_reviews(archive))
-        self._train, self._test = encode(tokenizer, split.train), encode(tokenizer, split.test)
+    def __init__(self, archive: Path, tokenizer: Any, settings: Settings, positions: int | None = None) -> None:
+        split, most = split_reviews(load_reviews(archive)), min(64, positions or 64)
+        self._train, self._test = encode(tokenizer, split.train, most), encode(tokenizer, split.test, most)
         self._pad, self._settings = tokenizer.pad_token_id, settings
 
     def batches(self, seed: int) -> Iterator[Batch]:
@@ -130,24 +130,22 @@ def shrink_model(
     text     files to model; none: `reviews`, vaderSentiment's archive, to classify
     devices  where speed and memory are measured; None: on the CPU, and on CUDA where there is a GPU
 
-    Raises Missing in words. The report is also in output/report.json, the models are in output/dense and output/model.
+    Raises Missing in words. The report is also in `output`/report.json, the models are in `output`, which is there, as dense and model.
     """
     devices = _present(devices)
     transformers = transformers_offline()
     torch.manual_seed(settings.seed)
     kind = transformers.AutoModelForCausalLM if text else transformers.AutoModelForSequenceClassification
     path = package_file(source)
-    model, tokenizer = load(path, kind)
-    task = Text(text, tokenizer, settings) if text else Reviews(reviews, tokenizer, settings)
+    model, tokenizer = load(path, kind, head=not text)
+    task = Text(text, tokenizer, settings) if text else Reviews(reviews, tokenizer, settings, positions(model))
     apt = apt_ext.get_apt_model(model, apt_ext.APTConfig(r=8, modules_to_save=None if text else ["classifier", "pooler.dense"]))
-    most = getattr(model.config, "max_position_embeddings", None)
-    if text and isinstance(most, int) and settings.length > most:
-        raise Missing(f"length: expected at most the {most} positions of {type(model).__name__}, got {settings.length}")
+    if text:
+        check_length(model, settings.length)
     check_keep(apt, settings.keep)  # before anything that takes long
     if settings.steps:
         fit(apt, task.batches(settings.seed), Recipe(steps=settings.steps), "train")
     apt.eval()
-    output.mkdir(parents=True, exist_ok=True)
     apt_ext.export(apt, output / "dense", tokenizer=tokenizer)  # nothing is masked: the fine-tuned model, merged
     before = task.quality(load_stock(output / "dense", torch.float32))
     scored = task.batches(settings.seed + 1)
@@ -173,14 +171,15 @@ def shrink_random(source: Path, output: Path, settings: Settings, *, devices: li
     devices = _present(devices)
     transformers_offline()
     torch.manual_seed(settings.seed)
-    apt = apt_ext.get_apt_model(random_model(source), apt_ext.APTConfig(r=1)).eval()
+    model = random_model(source)
+    check_length(model, settings.length)
+    apt = apt_ext.get_apt_model(model, apt_ext.APTConfig(r=1)).eval()
     check_keep(apt, settings.keep)
     dense: Any = apt_ext.shrink(apt)
     for name, block in apt.blocks.items():
         if block.kind in settings.keep:
             apt.set_block_mask(name, (torch.arange(block.count) < settings.keep[block.kind]).float())
     small, loader = expressed(apt_ext.shrink(apt), per_layer=False)  # before anything is written
-    output.mkdir(parents=True, exist_ok=True)
     dense.save_pretrained(output / "dense")
     small.save_pretrained(output / "model")
     tokens = torch.randint(1, apt.config.vocab_size, (settings.batch, settings.length))
