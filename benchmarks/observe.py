@@ -15,7 +15,7 @@ import torch
 import transformers
 
 import apt_ext
-from apt_ext.tools.measuring import in_turn, spread
+from apt_ext.tools.measuring import commit_here, in_turn, spread
 
 
 def arguments():
@@ -78,7 +78,14 @@ def main():
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(
-                {"settings": vars(options), "device": where, "torch": torch.__version__, "seconds": seconds, "ratio": ratios},
+                {
+                    "commit": commit_here(),
+                    "settings": vars(options) | {"json": None},
+                    "device": where,
+                    "torch": torch.__version__,
+                    "seconds": seconds,
+                    "ratio": ratios,
+                },
                 file,
                 indent=1,
             )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 import aims
@@ -87,7 +88,19 @@ def short(rows):
     return table(["(N, K)", "", *peers.values()], lines)
 
 
-RUNS = {"quality": shrunk.quality, "speed": shrunk.speed}  # of all files that match
+def observing(runs):
+    """What a Controller's listening costs, one line a kept run."""
+    lines = []
+    for run in runs:
+        of = run["settings"]
+        shape = f"{of['layers']} x {of['hidden']}, {of['neurons']} neurons; {of['batch']} x {of['length']} tokens"
+        plain = f"{1e3 * statistics.median(run['seconds']['plain']):.1f}"
+        ratio = "{median:.3f} ({low:.3f} to {high:.3f})".format(**run["ratio"])
+        lines.append([f"{run['device']}, {of['dtype']}", shape, plain, ratio, run["commit"]])
+    return ["on", "encoder", "a step, ms", "with a Controller (quartiles), aim 1.03", "commit"], lines
+
+
+RUNS = {"observing": observing, "quality": shrunk.quality, "speed": shrunk.speed}  # of all files that match
 PARTS = {
     "short": short,
     "aims": lambda rows: table(*aims.layers(rows)),
