@@ -96,7 +96,7 @@ def observing(runs):
         shape = f"{of['layers']} x {of['hidden']}, {of['neurons']} neurons; {of['batch']} x {of['length']} tokens"
         plain = f"{1e3 * statistics.median(run['seconds']['plain']):.1f}"
         ratio = "{median:.3f} ({low:.3f} to {high:.3f})".format(**run["ratio"])
-        lines.append([f"{run['device']}, {of['dtype']}", shape, plain, ratio, run["commit"]])
+        lines.append([f"{run['device']}, {of['dtype']}", shape, plain, ratio, run["commit"][:7]])
     return ["on", "encoder", "a step, ms", "with a Controller (quartiles), aim 1.03", "commit"], lines
 
 
