@@ -109,6 +109,24 @@ def test_a_step_after_a_refused_observe_is_an_error_and_counts_nothing():
     assert str(controller.state_dict()) == str(before)
 
 
+def test_step_before_the_optimizers_step_is_noticed_at_the_next_observe():
+    """Else masks would move between a gradient and the step that uses it, and the first two batches would be one."""
+    apt, optimizer = built(BERT)
+    controller = Controller(apt, optimizer, 16, **SHORT)
+    with pytest.raises(
+        RuntimeError, match=r"observe: expected step\(\) after the optimizer's step, .*; call backward\(\), observe\(\), opt"
+    ):
+        for step in range(2):
+            apt(**batch_for(BERT, step)).loss.backward()
+            controller.observe()
+            controller.step()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert controller.now == 0
+    controller.step()
+    assert controller.now == 1
+
+
 def test_adapters_that_a_step_does_not_use_and_frozen_ones_are_fine():
     apt, _ = built(BERT)
     for name, adapter in adapters(apt):

@@ -12,6 +12,8 @@ from training import SHORT, built, train, trained
 
 from apt_ext import Controller, adapters
 
+QUERY = "bert.encoder.layer.0.attention.self.query"
+
 
 def halfway():
     apt, optimizer = built(BERT, prune=["heads", "neurons", "hidden"])
@@ -92,6 +94,19 @@ def test_every_entry_of_a_state_is_looked_at_before_anything_changes():
         ),
         (("initial", "density"), NAN, ValueError, r"state\['initial'\]\['density'\] must be a finite number, got nan"),
         (("initial", "density"), 2.0, ValueError, r"state\['initial'\]\['density'\] must lie in \[0, 1\], got 2.0"),
+        (
+            ("initial", "ranks", QUERY),
+            2**70,
+            ValueError,
+            r"\['ranks'\]\['.*query'\] must be at most the rank \d of now, got 1180591620717411303424",
+        ),
+        (
+            ("initial", "parameters"),
+            2**70,
+            ValueError,
+            r"state\['initial'\]\['parameters'\]: expected \d+ of these initial ranks, got 11805",
+        ),
+        (("scores", "salience", "scores"), {}, ValueError, r"state\['scores'\]: expected the salience of blocks after 7 steps, got none"),
         (("initial", "ranks"), {}, ValueError, r"state\['initial'\]\['ranks'\]: expected the keys"),
         (("ranks",), {}, ValueError, "state: expected the ranks of the model"),
         (("scores",), {}, ValueError, "state: expected the keys .* got 2 missing, 'salience' first"),

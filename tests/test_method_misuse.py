@@ -1,15 +1,20 @@
 """What one_shot, a Distiller, schedules and averages do not take: each an error in words, after which all is bitwise as before."""
 
+import copy
+
 import pytest
 import torch
 from test_controller import assert_equal, state_of
 from test_controller_misuse import BERT, INF, NAN, hooks
-from training import batch_for, built
+from training import SHORT, batch_for, built, train
 
-from apt_ext import adapters
+from apt_ext import Controller, adapters
 from apt_ext.method import (
     AdapterImportance,
     Distiller,
+    Group,
+    Latency,
+    Products,
     Salience,
     block_scores,
     cubic_density,
@@ -17,6 +22,7 @@ from apt_ext.method import (
     linear_budget,
     measure_latency,
     one_shot,
+    search,
     step_mask,
     within_density,
 )
@@ -95,11 +101,78 @@ def test_one_shot_without_gradients_is_refused():
 def test_one_shot_sets_all_masks_or_none():
     apt, _ = built(BERT)
     adapter = next(adapter for name, adapter in adapters(apt) if name.endswith("1.output.dense"))
-    adapter.merge_weights()
     before = {name: apt.get_block_mask(name) for name in apt.blocks}
+
+    def scored_and_then_merged():
+        yield from GOOD
+        adapter.merge_weights()
+
     with pytest.raises(RuntimeError, match="1.output.dense of block '1.neurons' is merged"):
-        one_shot(apt, GOOD, 0.5)
+        one_shot(apt, scored_and_then_merged(), 0.5)
     assert_equal({name: apt.get_block_mask(name) for name in apt.blocks}, before)
+
+
+@pytest.mark.parametrize("all_of_them", [True, False])
+def test_a_merged_model_is_not_scored(all_of_them):
+    """No gradient would come to what lies before the merged adapters, silently."""
+    apt, _ = built(BERT)
+    found = list(adapters(apt))
+    for _, adapter in found if all_of_them else found[:1]:
+        adapter.merge_weights()
+    for call in (lambda: one_shot(apt, GOOD, 0.7), lambda: block_scores(apt, ["heads"], GOOD)):
+        with pytest.raises(
+            RuntimeError, match=rf"expected adapters that gradients go through, got {found[0][0]} merged; .*unmerge_weights\(\)"
+        ):
+            call()
+    for _, adapter in found:
+        adapter.unmerge_weights()
+    assert block_scores(apt, ["heads"], GOOD)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_every_module_has_its_own_mode_again(fails):
+    apt, _ = built(BERT)
+    apt.model.bert.eval()
+    apt.model.bert.pooler.train()
+    modes = [module.training for module in apt.modules()]
+    assert len(set(modes)) == 2
+    if fails:
+        with pytest.raises(TypeError, match=r"batches\[1\]"):
+            block_scores(apt, ["heads"], [*GOOD, 3])
+    else:
+        block_scores(apt, ["heads"], GOOD)
+    assert [module.training for module in apt.modules()] == modes
+
+
+def test_while_a_controller_is_at_work_nobody_else_scores_or_masks():
+    apt, optimizer = built(BERT)
+    controller = Controller(apt, optimizer, 16, **SHORT)
+    train(apt, optimizer, controller, BERT, 2)
+    before, state = copy.deepcopy(state_of(apt)), copy.deepcopy(controller.state_dict())
+    for call in (lambda: one_shot(apt, GOOD, 0.7), lambda: block_scores(apt, ["heads"], GOOD)):
+        with pytest.raises(
+            RuntimeError, match=r"model: expected no Controller at work on it, got one at step 2 of 14; call its remove\(\) first"
+        ):
+            call()
+    assert_equal(state_of(apt), before)
+    assert str(controller.state_dict()) == str(state) and not controller.scores.salience.heard
+    train(apt, optimizer, controller, BERT, 12, first=2)
+    assert controller.done and block_scores(apt, ["heads"], GOOD)  # it listens no more
+
+
+def test_masks_that_others_set_are_noticed_before_the_controller_moves_them():
+    apt, optimizer = built(BERT)
+    controller = Controller(apt, optimizer, 16, **SHORT)
+    train(apt, optimizer, controller, BERT, 2)
+    mask = apt.get_block_mask("1.neurons")
+    apt.set_block_mask("1.neurons", mask * 0.5)
+    with pytest.raises(RuntimeError, match=r"step: expected block '1.neurons' under the mask that this Controller gave it, got another"):
+        train(apt, optimizer, controller, BERT, 1, first=2)
+    assert torch.equal(apt.get_block_mask("1.neurons"), mask * 0.5) and bool(apt.get_block_mask("0.neurons").all())
+    optimizer.zero_grad()
+    apt.set_block_mask("1.neurons", mask)
+    train(apt, optimizer, controller, BERT, 2, first=3)
+    assert apt.get_block_mask("1.neurons").min() < 1
 
 
 @pytest.mark.parametrize(
@@ -111,6 +184,7 @@ def test_one_shot_sets_all_masks_or_none():
         ({"floor": -1}, ValueError, "floor must be at least 0, got -1"),
         ({"model": 3}, TypeError, "model: expected an APTModel, got int"),
         ({"scores": 3}, TypeError, "scores: expected a dict, got int"),
+        ({"scores": {}}, ValueError, "scores: expected those of some blocks of this model, got none"),
         ({"scores": {"9.heads": torch.ones(3)}}, ValueError, "name: expected a block of this model, got '9.heads'"),
         ({"scores": {"0.heads": [1, 1, 1]}}, TypeError, r"scores\['0.heads'\]: expected a floating tensor, got list"),
         ({"scores": {"0.heads": torch.ones(4)}}, ValueError, r"scores\['0.heads'\]: expected 3 finite numbers, got tensor"),
@@ -123,9 +197,47 @@ def test_arguments_of_within_density(changes, kind, words):
         within_density(**{"model": apt, "scores": {"0.heads": torch.ones(3)}, "density": 0.9, **changes})
 
 
+TWO = torch.ones(2)
+SEARCH = {
+    "scores": {"a": TWO, "b": TWO},
+    "live": {"a": TWO.bool(), "b": TWO.bool()},
+    "groups": [Group(("a",), "x"), Group(("b",), "x")],
+    "cost": Products({("a",): 1.0, ("b", "c"): 1.0}),
+    "counts": {"a": 2, "b": 2, "c": 5},
+    "budget": 4.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "words"),
+    [
+        ({"scores": {"a": TWO}}, ValueError, "scores: expected those of every block of the groups, got none of 'b'"),
+        ({"live": {"b": TWO.bool()}}, ValueError, "live: expected those of every block of the groups, got none of 'a'"),
+        ({"scores": 3}, TypeError, "scores: expected a dict, got int"),
+        ({"scores": {"a": [1, 1], "b": TWO}}, TypeError, r"scores\['a'\]: expected a tensor, got list"),
+        ({"live": {"a": TWO, "b": TWO}}, TypeError, r"live\['a'\]: expected a tensor of torch.bool, got torch.float32"),
+        ({"live": {"a": TWO.bool(), "b": torch.ones(3).bool()}}, ValueError, r"live\['b'\]: expected \[count\] twice, got \[2\], \[3\]"),
+        ({"groups": []}, ValueError, "groups: expected at least one, got none"),
+        ({"counts": {"a": 2, "b": 2}}, ValueError, "counts: expected numbers of every block that the cost knows, got none of 'c'"),
+        (
+            {"cost": Latency({"a": "x"}, {"x": {0: 0.0, 2: 1.0}})},
+            ValueError,
+            "cost: expected one that knows the blocks of the groups, got one that does not know 'b'",
+        ),
+    ],
+)
+def test_arguments_of_the_search(changes, kind, words):
+    assert search(**SEARCH).keep.keys() == {"a", "b"}
+    with pytest.raises(kind, match=words):
+        search(**{**SEARCH, **changes})
+
+
 @pytest.mark.parametrize(
     ("call", "kind", "words"),
     [
+        (lambda: Group((), "x"), ValueError, "blocks: expected at least one, got none"),
+        (lambda: Group(("a",), "x", 0), ValueError, "chunk must be at least 1, got 0"),
+        (lambda: Group(("a",), "x", 1, 0.5), TypeError, "floor must be an int, got float"),
         (lambda: distill_weight("x", 0, 5), TypeError, "step must be a number, got str"),
         (lambda: distill_weight(NAN, 0, 5), ValueError, "step must be a finite number, got nan"),
         (lambda: cubic_density(0, 0, 5, NAN), ValueError, "target must be a finite number, got nan"),

@@ -88,7 +88,9 @@ def test_a_whole_run_is_a_share_of_1_and_one_step_is_the_int_1() -> None:
         (Schedule(), None, "total_steps: expected the number of optimizer steps, because schedule.start = 0.1 is a share; got None"),
         (Schedule(start=30, end=20), None, r"schedule: expected start \+ warm_up < end in steps, got start \+ warm_up = 30 and end = 20"),
         (Schedule(start=0.4, warm_up=0.2, end=0.5), 100, "got start .* = 60 and end = 50"),
-        (Schedule(start=1, end=200), 100, "< end <= total_steps = 100"),
+        (Schedule(start=1, end=200), 100, "< end <= total_steps = 100 .* and end = 200; the least total_steps for this schedule is 200"),
+        (Schedule(), 1, r"< end <= total_steps = 1 in steps, .* and end = 0; the least total_steps for this schedule is 2$"),
+        (Schedule(start=0.4, warm_up=0.2, end=0.5), 100, "and end = 50$"),
         (
             Schedule(start=0, end=100, events=4, window=26),
             None,

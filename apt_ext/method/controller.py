@@ -20,7 +20,7 @@ from ..model import APTModel, adapters
 from ..optimizers import OptimizerLike, optimizers_of
 from ..sharding import is_sharded
 from ..structure.architectures import architecture_of
-from ..structure.blocks import place_carriers
+from ..structure.blocks import host_mask, place_carriers
 from .allocation import AdapterImportance, grown_ranks
 from .cost import Cost, Latency, cost_of
 from .groups import groups_of
@@ -211,11 +211,18 @@ class Controller:
     def observe(self) -> None:
         """Call it before every optimizer step, after the last backward: reads the gradients while they are there.
 
-        Raises RuntimeError where there are none: no backward since the last step, or zero_grad() was first.
+        Raises RuntimeError where there are none: no backward since the last step, or zero_grad() was first; where `step()` did not follow
+        the optimizer's last step.
         """
         if self.listening:
             self._check_uncut("observe")
-            self._observed = gradients_came(self.importance.adapters.values(), bool(self.blocks), self.scores.salience.heard)
+            came = gradients_came(self.importance.adapters.values(), bool(self.blocks), self.scores.salience.heard)
+            if self._stepped:
+                raise RuntimeError(
+                    "observe: expected step() after the optimizer's step, got another backward first; call backward(), observe(), "
+                    "optimizer.step() and step() in this order"
+                )
+            self._observed = came
             self.importance.observe()
 
     def step(self) -> None:
@@ -223,9 +230,9 @@ class Controller:
 
         Without an optimizer step since the last call (micro-batches, a step that GradScaler skipped) nothing is counted.
 
-        Raises RuntimeError where observe() was not called; where the model was cut, where salience is not finite or 0 everywhere, where a
-        change is refused (a merged adapter, a Parameter that DDP holds without max_rank, ranks of a process group that disagree) with masks
-        and ranks as before.
+        Raises RuntimeError where observe() was not called; where the model was cut or its masks were set by others, where salience is not
+        finite or 0 everywhere, where a change is refused (a merged adapter, a Parameter that DDP holds without max_rank, ranks of a process
+        group that disagree) with masks and ranks as before.
         """
         stepped, self._stepped, self._since = self._stepped, False, 0
         if not stepped:
@@ -324,6 +331,11 @@ class Controller:
         masks = {}
         for name, keep in found.keep.items():
             old = self._masks[name]
+            if not torch.equal(host_mask(self.model.model, self.blocks[name]), old):
+                raise RuntimeError(
+                    f"step: expected block {name!r} under the mask that this Controller gave it, got another; nobody else sets the "
+                    f"masks of {self.config.prune} while it is at work: call remove() and make another for the steps that are left"
+                )
             last = hard and (not self.steps.per_step or self.now == self.steps.end)
             new = keep.to(old.dtype) if last else step_mask(old, keep, self.steps.window)
             if not torch.equal(new, old):
@@ -422,6 +434,11 @@ class Controller:
         self.scores.check_state(state["scores"])
         self.importance.check_state(state["importance"])
         self._check_place(state["step"], masks)
+        if state["step"] and self.blocks and not state["scores"]["salience"]["scores"]:
+            raise ValueError(f"state['scores']: expected the salience of blocks after {state['step']} steps, got none")
+        initial, sizes = state["initial"], {name: a.in_features + a.out_features for name, a in self.importance.adapters.items()}
+        if initial["parameters"] != (held := sum(rank * sizes[name] for name, rank in initial["ranks"].items())):
+            raise ValueError(f"state['initial']['parameters']: expected {held} of these initial ranks, got {initial['parameters']}")
         if self.compact and not all(bool(live.all()) for live in state["live"].values()):
             self._turn_compact()  # it may be refused, and what follows cannot
         self.scores.load_state_dict(state["scores"])
@@ -429,7 +446,6 @@ class Controller:
         self.generator.set_state(state["generator"].cpu())
         self.now = state["step"]
         self._masks, self._live = masks, {name: live.cpu().clone() for name, live in state["live"].items()}
-        initial = state["initial"]
         self._initial, self._parameters, self._ranks = initial["density"], initial["parameters"], dict(initial["ranks"])
         self._observed, self._stepped, self._since = False, False, 0
         if self.done:

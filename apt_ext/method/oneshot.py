@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from ..arguments import FLOATING, checked_bool, checked_int, checked_mapping, checked_number
-from ..model import APTModel
+from ..model import APTModel, adapters
+from ..modes import evaluating
 from .cost import cost_of
 from .groups import groups_of
-from .refusals import checked_scores
+from .refusals import checked_scores, refuse_second
 from .scores import BlockScores
 from .search import search
 from .selection import top_k
@@ -33,7 +34,7 @@ def one_shot(
 
     Raises ValueError (a kind or number that the model does not have, a density outside [0, 1] or below the floors, no batches, batches
     without labels or whose loss is not finite), TypeError, and RuntimeError (salience that is not finite or 0 everywhere, a merged adapter,
-    within inference mode); masks are then as before.
+    a Controller at work on the model, within inference mode); masks are then as before.
     """
     _check_model(model)
     if isinstance(keep, Mapping):
@@ -59,13 +60,15 @@ def within_density(model: APTModel, scores: Mapping[str, Tensor], density: float
     """The masks {block: [count] of 0 and 1} of the best blocks of these scores that are within `density` of the layers' parameters.
 
     Chosen as a Controller chooses at an event, with its arguments and the config's `round_to` and `uniform`; nothing is masked here.
-    TypeError, and ValueError: scores of what is no block, of another size or not finite; a density below what always stays.
+    TypeError, and ValueError: no scores, or of what is no block, of another size or not finite; a density below what always stays.
     """
     _check_model(model)
     _check_density("density", density)
     checked_bool("joint", joint)
     checked_int("floor", floor, 0)
-    for name, score in checked_mapping("scores", scores).items():
+    if not checked_mapping("scores", scores):
+        raise ValueError("scores: expected those of some blocks of this model, got none")
+    for name, score in scores.items():
         count = model._block(name).count
         if not isinstance(score, Tensor) or score.dtype not in FLOATING:
             raise TypeError(f"scores[{name!r}]: expected a floating tensor, got {getattr(score, 'dtype', type(score).__name__)}")
@@ -113,7 +116,8 @@ def block_scores(model: APTModel, kinds: Collection[str], batches: Iterable[Mapp
     """{block: [count] float32 on the host}: the salience of each block of these kinds, added up over the batches; see `BlockScores`.
 
     Gradients, weights and modes are afterwards as before. TypeError for batches that are no mappings; ValueError where there are none, no
-    labels or a loss that is not finite; RuntimeError where salience is not finite or 0 everywhere, and within inference mode.
+    labels or a loss that is not finite; RuntimeError where salience is not finite or 0 everywhere, an adapter is merged, a Controller is at
+    work on the model (it would hear these batches), and within inference mode.
     """
     _check_model(model)
     if isinstance(batches, Mapping) or not isinstance(batches, Iterable):
@@ -122,8 +126,12 @@ def block_scores(model: APTModel, kinds: Collection[str], batches: Iterable[Mapp
         raise RuntimeError("batches: expected to be scored by gradients, got a call within torch.inference_mode(), which has none")
     if not any(block.kind in kinds for block in model.blocks.values()):
         raise ValueError(f"kinds: expected kinds of blocks that the model has, got {list(kinds)}")
+    refuse_second(model, "no Controller")
+    merged = next((name for name, adapter in adapters(model) if adapter.merged), None)
+    if merged is not None:
+        raise RuntimeError(f"model: expected adapters that gradients go through, got {merged} merged; call its unmerge_weights() first")
     batches = iter(batches)
-    listener, training = BlockScores(model, kinds, decay=0.0, kurtosis=kurtosis), model.training
+    listener = BlockScores(model, kinds, decay=0.0, kurtosis=kurtosis)
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     totals: dict[str, Tensor] = {}
     means: dict[str, Tensor] = {}
@@ -131,21 +139,20 @@ def block_scores(model: APTModel, kinds: Collection[str], batches: Iterable[Mapp
     try:
         for parameter, _ in gradients:
             parameter.grad = None
-        model.eval()
-        for number, batch in enumerate(batches):
-            with torch.enable_grad():
-                loss = getattr(model(**checked_mapping(f"batches[{number}]", batch)), "loss", None)
-                if loss is None:
-                    raise ValueError("batches: expected labels in each, got one for which the model computes no loss")
-                if not bool(torch.isfinite(loss)):
-                    raise ValueError(f"batches[{number}]: expected a finite loss, got {loss.item()}")
-                loss.backward()
-            listener.salience.update()
-            for found, sums in ((listener.salience.scores, totals), (listener.salience.means, means)):
-                sums.update({name: sums[name] + value if name in sums else value.clone() for name, value in found.items()})
+        with evaluating(model):
+            for number, batch in enumerate(batches):
+                with torch.enable_grad():
+                    loss = getattr(model(**checked_mapping(f"batches[{number}]", batch)), "loss", None)
+                    if loss is None:
+                        raise ValueError("batches: expected labels in each, got one for which the model computes no loss")
+                    if not bool(torch.isfinite(loss)):
+                        raise ValueError(f"batches[{number}]: expected a finite loss, got {loss.item()}")
+                    loss.backward()
+                listener.salience.update()
+                for found, sums in ((listener.salience.scores, totals), (listener.salience.means, means)):
+                    sums.update({name: sums[name] + value if name in sums else value.clone() for name, value in found.items()})
     finally:
         listener.salience.remove()
-        model.train(training)
         for parameter, gradient in gradients:
             parameter.grad = gradient
     if number < 0:

@@ -20,12 +20,12 @@ from ..sharding import is_sharded
 _controllers: weakref.WeakKeyDictionary[APTModel, weakref.ref[Any]] = weakref.WeakKeyDictionary()  # the last one of each model
 
 
-def refuse_second(model: APTModel) -> None:
-    """RuntimeError while another Controller is at work on `model`: neither would know the masks and ranks that the other one sets."""
+def refuse_second(model: APTModel, expected: str = "no other Controller") -> None:
+    """RuntimeError while a Controller is at work on `model`: it hears every backward, and does not know masks and ranks that others set."""
     other = _controllers[model]() if model in _controllers else None
     if other is not None and other.listening:
         raise RuntimeError(
-            f"model: expected no other Controller at work on it, got one at step {other.now} of {other.steps.end}; call its remove() first"
+            f"model: expected {expected} at work on it, got one at step {other.now} of {other.steps.end}; call its remove() first"
         )
 
 
@@ -116,7 +116,8 @@ def check_state(state: Any, own: Mapping[str, Any]) -> None:
     checked_int("state['initial']['parameters']", initial["parameters"], 0)
     checked_keys("state['initial']['ranks']", initial["ranks"], own["ranks"])
     for name, rank in initial["ranks"].items():
-        checked_int(f"state['initial']['ranks'][{name!r}]", rank, 1)
+        if checked_int(f"state['initial']['ranks'][{name!r}]", rank, 1) > own["ranks"][name]:
+            raise ValueError(f"state['initial']['ranks'][{name!r}] must be at most the rank {own['ranks'][name]} of now, got {rank}")
 
 
 def _same(given: Mapping[Any, Any], own: Mapping[Any, Any]) -> bool:

@@ -30,24 +30,17 @@ class Steps:
         steps between two events.
         """
 
-        def steps(name: str, value: float) -> int:
-            if isinstance(value, int):
-                return value
-            if total is None:
-                raise ValueError(
-                    f"total_steps: expected the number of optimizer steps, because schedule.{name} = {value} is a share; got None"
-                )
-            return int(value * total + 1e-6)
-
-        start, end = steps("start", schedule.start), steps("end", schedule.end)
-        warm_end = start + steps("warm_up", schedule.warm_up)
+        start, warm_end, end = _bounds(schedule, total)
         if not warm_end < end or total is not None and end > total:
             limit = "" if total is None else f" <= total_steps = {total}"
-            raise ValueError(f"schedule: expected start + warm_up < end{limit} in steps, got start + warm_up = {warm_end} and end = {end}")
+            raise ValueError(
+                f"schedule: expected start + warm_up < end{limit} in steps, got start + warm_up = {warm_end} and end = {end}"
+                + ("" if total is None else _least_total(schedule, total))
+            )
         marks = sorted({start + (end - start) * i // schedule.events for i in range(1, schedule.events + 1)} - {start})
         pruning = [mark for mark in marks if mark > warm_end]
         gap = min(after - before for before, after in zip([warm_end, *pruning], pruning, strict=False))
-        window = gap if schedule.window is None else max(steps("window", schedule.window), 1)
+        window = gap if schedule.window is None else max(_in_steps("window", schedule.window, total), 1)
         if not schedule.per_step and window > gap:
             raise ValueError(f"schedule.window: expected at most the {gap} steps between two events, got {window}")
         return cls(start, warm_end, end, tuple(marks), window, schedule.per_step)
@@ -64,6 +57,29 @@ class Steps:
         if not self.per_step and step <= event - self.window:
             return None
         return cubic_density(step if self.per_step else event, self.warm_end, self.end, target, initial)
+
+
+def _in_steps(name: str, value: float, total: int | None) -> int:
+    if isinstance(value, int):
+        return value
+    if total is None:
+        raise ValueError(f"total_steps: expected the number of optimizer steps, because schedule.{name} = {value} is a share; got None")
+    return int(value * total + 1e-6)
+
+
+def _bounds(schedule: Schedule, total: int | None) -> tuple[int, int, int]:
+    """start, start + warm_up and end, in steps."""
+    start, end = _in_steps("start", schedule.start, total), _in_steps("end", schedule.end, total)
+    return start, start + _in_steps("warm_up", schedule.warm_up, total), end
+
+
+def _least_total(schedule: Schedule, total: int) -> str:
+    """The number of steps that would do, in words; nothing where none is near."""
+    for more in range(total + 1, 2 * total + 10_000):
+        _, warm_end, end = _bounds(schedule, more)
+        if warm_end < end <= more:
+            return f"; the least total_steps for this schedule is {more}"
+    return ""
 
 
 def cubic_density(step: int, start: int, end: int, target: float, initial: float = 1.0) -> float:

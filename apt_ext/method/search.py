@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..arguments import checked_int, checked_mapping
 from .cost import Cost
 
 
@@ -24,6 +25,12 @@ class Group:
     kind: str
     chunk: int = 1
     floor: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.blocks:
+            raise ValueError("blocks: expected at least one, got none")
+        checked_int("chunk", self.chunk, 1)
+        checked_int("floor", self.floor, 0)
 
 
 @dataclass(frozen=True)
@@ -52,9 +59,21 @@ def search(
             its own order by salience for the cost
 
     Equal ones stay in the order of the groups and, within a block, of their index. At least one chunk stays.
+
+    TypeError and ValueError for what is missing or does not fit, naming the block.
     """
+    if not groups:
+        raise ValueError("groups: expected at least one, got none")
+    for name in (name for group in groups for name in group.blocks):
+        _check_block(name, checked_mapping("scores", scores), checked_mapping("live", live))
     order = {name: _ranked(scores[name], live[name]) for group in groups for name in group.blocks}
-    unit = cost.marginal({**counts, **{name: len(ranks) for name, ranks in order.items()}})
+    try:
+        unit = cost.marginal({**counts, **{name: len(ranks) for name, ranks in order.items()}})
+    except KeyError as error:
+        raise ValueError(f"counts: expected numbers of every block that the cost knows, got none of {error.args[0]!r}") from None
+    unknown = next((name for name in order if name not in unit), None)
+    if unknown is not None:
+        raise ValueError(f"cost: expected one that knows the blocks of the groups, got one that does not know {unknown!r}")
     chunks = [_chunks(group, scores, order, unit) for group in groups]
     owner = torch.cat([torch.full((len(c.sizes),), i) for i, c in enumerate(chunks)])
     sizes, worth = torch.cat([c.sizes for c in chunks]), torch.cat([c.worth for c in chunks])
@@ -80,6 +99,20 @@ def search(
         keep[name] = torch.zeros(len(scores[name]), dtype=torch.bool)
         keep[name][order[name][:number]] = True
     return Found(keep, float(worth[line[low - 1]]) if low > least else float("inf"))
+
+
+def _check_block(name: str, scores: Mapping[str, Tensor], live: Mapping[str, Tensor]) -> None:
+    for what, values in (("scores", scores), ("live", live)):
+        if name not in values:
+            raise ValueError(f"{what}: expected those of every block of the groups, got none of {name!r}")
+        if not isinstance(values[name], Tensor):
+            raise TypeError(f"{what}[{name!r}]: expected a tensor, got {type(values[name]).__name__}")
+    if live[name].dtype != torch.bool:
+        raise TypeError(f"live[{name!r}]: expected a tensor of torch.bool, got {live[name].dtype}")
+    if scores[name].dim() != 1 or live[name].shape != scores[name].shape:
+        raise ValueError(
+            f"scores[{name!r}], live[{name!r}]: expected [count] twice, got {list(scores[name].shape)}, {list(live[name].shape)}"
+        )
 
 
 def _ranked(score: Tensor, live: Tensor) -> Tensor:

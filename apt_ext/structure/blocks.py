@@ -30,7 +30,7 @@ def set_mask(model: nn.Module, name: str, block: Block, mask: Tensor, agree: Cal
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask of block {name!r} must be a Tensor, got {type(mask).__name__}")
     values = checked_mask(f"mask of block {name!r}", mask, torch.empty(block.count, device=mask.device))
-    present = _host_mask(model, block)
+    present = host_mask(model, block)
     sides = [side for side in block.sides if side.acts]
     if all_ones(values) and any(not is_carrier(modules[side.module]) for side in sides):
         return agree(values, present)  # nothing to carry, and nothing was carried
@@ -86,10 +86,11 @@ def place_carriers(model: nn.Module, name: str, block: Block) -> None:
 def get_mask(model: nn.Module, block: Block) -> Tensor:
     """A copy of the block's mask [count], float32: what its scaling side carries."""
     carrier = model.get_submodule(block.scaling_side.module)
-    return _host_mask(model, block).to(next(chain(carrier.buffers(), carrier.parameters())).device)
+    return host_mask(model, block).to(next(chain(carrier.buffers(), carrier.parameters())).device)
 
 
-def _host_mask(model: nn.Module, block: Block) -> Tensor:
+def host_mask(model: nn.Module, block: Block) -> Tensor:
+    """The block's mask on the host; waits for the device where somebody else has written it."""
     side = block.scaling_side
     carrier = model.get_submodule(side.module)
     if not isinstance(carrier, APTAdapter | StreamCarrier):

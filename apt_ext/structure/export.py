@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .. import disk
 from ..arguments import checked_module, checked_path
 from ..model import APTModel, adapters
+from ..modes import evaluating
 from . import per_layer as own_format
 from . import reload
 from .architectures import architecture_of
@@ -171,13 +172,11 @@ def _probe(small: Any) -> tuple[dict[str, Tensor], Tensor | None]:
     """transformers' own dummy inputs, one row of them, and the model's first output; None where it wants other inputs."""
     words = getattr(small.config, "vocab_size", None) or 1  # an index beyond them would end a CUDA context
     inputs = {name: (tensor[:1] % words).to(small.device) for name, tensor in small.dummy_inputs.items() if isinstance(tensor, Tensor)}
-    training = small.training
-    try:
-        return inputs, reload.first_output(small.eval(), inputs).detach()
-    except (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError, StopIteration):
-        return inputs, None
-    finally:
-        small.train(training)
+    with evaluating(small):
+        try:
+            return inputs, reload.first_output(small, inputs).detach()
+        except (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError, StopIteration):
+            return inputs, None
 
 
 def _reloaded(directory: Path, loader: str, exchange: Path) -> dict[str, Any]:

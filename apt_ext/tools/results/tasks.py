@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...modes import evaluating
 from ..data import Batch, Example, Missing, sorted_batches, training_batches
 from ..models import transformers_offline
 from .quantised import dequantised
@@ -107,14 +108,9 @@ class Data:
             yield {name: value.to(self.on, non_blocking=True) for name, value in batch.items()}
 
     def score(self, model: Any, part: str) -> float:
-        """Accuracy in percent, or perplexity, of a model in evaluation mode on one part; the mode is as before."""
-        training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                return self._score(model, part)
-        finally:
-            model.train(training)
+        """Accuracy in percent, or perplexity, of a model in evaluation mode on one part; modes are as before."""
+        with evaluating(model), torch.no_grad():
+            return self._score(model, part)
 
     def _score(self, model: Any, part: str) -> float:
         total, count = torch.zeros((), dtype=torch.float64), 0
