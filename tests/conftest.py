@@ -208,6 +208,22 @@ def loaded_here(monkeypatch):
 
 
 @pytest.fixture(scope="module")
+def pack(tmp_path_factory):
+    """What apt-ext results learns from, tiny, as tests/small_cells.py packs it."""
+    from small_cells import packed
+
+    return packed(tmp_path_factory.mktemp("pack"))
+
+
+@pytest.fixture
+def place(pack, tmp_path):
+    """Quick cells of it."""
+    from apt_ext.tools.results.cell import Place
+
+    return Place(pack, tmp_path / "cells", "cpu", "here", quick=True)
+
+
+@pytest.fixture(scope="module")
 def good(tmp_path_factory):
     """A checkpoint as tests/forged.py saves it."""
     from forged import save_good

@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 import pytest
 import torch
 from families import FAMILIES
-from small_cells import command, made, packed, trial_of, written
+from small_cells import command, made, trial_of, written
 
 from apt_ext import APTConfig, adapters, get_apt_model
 from apt_ext.tools import measuring
@@ -24,16 +24,6 @@ from apt_ext.tools.results.tasks import TASKS, load_data, load_model
 
 pytest.importorskip("transformers")
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory):
-    return packed(tmp_path_factory.mktemp("pack"))
-
-
-@pytest.fixture
-def place(pack, tmp_path):
-    return Place(pack, tmp_path / "cells", "cpu", "here", quick=True)
 
 
 @pytest.mark.parametrize(("task", "density"), [("movies", 0.4), ("shakespeare", 0.5)])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_cells import command, made, packed, trial_of, written
+from small_cells import command, made, trial_of, written
 
 from apt_ext.tools.cli import main
 from apt_ext.tools.data import Missing, joined
@@ -17,16 +17,6 @@ from apt_ext.tools.results.cell import Cell, Place
 from apt_ext.tools.results.command import cells_of
 
 pytest.importorskip("transformers")
-
-
-@pytest.fixture(scope="module")
-def pack(tmp_path_factory):
-    return packed(tmp_path_factory.mktemp("pack"))
-
-
-@pytest.fixture
-def place(pack, tmp_path):
-    return Place(pack, tmp_path / "cells", "cpu", "here", quick=True)
 
 
 @pytest.fixture

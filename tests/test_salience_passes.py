@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from families import FAMILIES
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import BertConfig, BertForSequenceClassification
 
 from apt_ext import APTConfig, APTModel, get_apt_model
 from apt_ext.method import BlockScores, Salience
@@ -21,19 +21,10 @@ KINDS = ["heads", "neurons", "hidden"]
 
 
 def bert(**options: Any) -> APTModel:
-    torch.manual_seed(0)
-    config = BertConfig(
-        hidden_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=40,
-        vocab_size=100,
-        max_position_embeddings=32,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        **options,
-    )
-    return get_apt_model(BertForSequenceClassification(config).double(), APTConfig(r=2, prune=KINDS, density=0.5)).train()
+    sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40, "vocab_size": 100}
+    dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    stock = FAMILIES["bert"].model(**sizes, **dropout, **options)
+    return get_apt_model(stock, APTConfig(r=2, prune=KINDS, density=0.5)).train()
 
 
 def batch(seed: int) -> dict[str, Tensor]:
