@@ -318,8 +318,7 @@ def test_the_tables_say_what_is_there_and_what_is_missing(tmp_path):
 
 def test_tasks_without_cells_are_missing(tmp_path):
     report.write_report(written(tmp_path / "cells", made("full", 0, 80.0)), tmp_path / "r.md")
-    text = (tmp_path / "r.md").read_text()
-    assert text.count("| dense LoRA | missing |") == 4 and text.count(".png") == 1
+    assert (tmp_path / "r.md").read_text().count("| dense LoRA | missing |") == 4
 
 
 def test_a_picture_where_matplotlib_is_and_a_sentence_where_not(tmp_path, monkeypatch):
@@ -327,6 +326,7 @@ def test_a_picture_where_matplotlib_is_and_a_sentence_where_not(tmp_path, monkey
     pytest.importorskip("matplotlib")
     assert report.write_report(folder, tmp_path / "results.md") == []
     assert (tmp_path / "results-movies.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "results.md").read_text().count(".png") == 1  # tasks without cells have none
 
     def none():
         raise Missing("no matplotlib")
