@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from peers import naive
+from timing import labels_of, measure, rows_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -81,23 +82,19 @@ class Kept:
 
 
 def density_rows(M, N, K, rank, dtype, sides, shares, device, rounds):
-    import bench
-
     for share in shares:
         layer = Kept(M, N, K, rank, dtype, device, share, sides)
-        labels = {**bench.labels_of(M, N, K, rank, dtype), "density": share, "sides": sides}
+        labels = {**labels_of(M, N, K, rank, dtype), "density": share, "sides": sides}
         inner = 4 if device == "cuda" else 2
         with torch.no_grad():
-            times = bench.measure(layer.forwards(), rounds, device, inner)
-        yield from bench.rows_of(times, "frozen", work=f"{share:.0%} of {sides} kept: fwd", **labels)
-        times = bench.measure(layer.steps(), rounds, device, inner)
-        yield from bench.rows_of(times, "frozen", work=f"{share:.0%} of {sides} kept: f+b", **labels)
+            times = measure(layer.forwards(), rounds, device, inner)
+        yield from rows_of(times, "frozen", work=f"{share:.0%} of {sides} kept: fwd", **labels)
+        times = measure(layer.steps(), rounds, device, inner)
+        yield from rows_of(times, "frozen", work=f"{share:.0%} of {sides} kept: f+b", **labels)
 
 
 def refresh_rows(N, K, rank, dtype, device, rounds):
     """What a change of masks costs, in passes over W that read and write it."""
-    import bench
-
     adapter = APTAdapter.from_linear(nn.Linear(K, N, bias=False, device=device, dtype=dtype), rank)
     adapter.compact()
     masks = [(some(K, 0.5, device), some(N, 0.5, device)) for _ in range(2)]
@@ -113,9 +110,7 @@ def refresh_rows(N, K, rank, dtype, device, rounds):
         "copy of what is kept": lambda: kept.pack(adapter.weight),
         "set_masks": change,
     }
-    yield from bench.rows_of(
-        bench.measure(peers, rounds, device, 3), "one pass over W", work="compact: refresh", **bench.labels_of(0, N, K, rank, dtype)
-    )
+    yield from rows_of(measure(peers, rounds, device, 3), "one pass over W", work="compact: refresh", **labels_of(0, N, K, rank, dtype))
 
 
 class Naive(nn.Module):
@@ -139,7 +134,6 @@ def step_rows(layers, batch, length, rank, dtype, device, rounds):
 
     Half of its heads and neurons are pruned, at random.
     """
-    import bench
     from transformers import BertConfig, BertForSequenceClassification
 
     targets = ["query", "value", "intermediate.dense", "output.dense"]
@@ -176,9 +170,9 @@ def step_rows(layers, batch, length, rank, dtype, device, rounds):
         "cut": build(True, lambda model: model.cut()),
         "naive eager, masks": build(True, in_torch),
     }
-    labels_ = bench.labels_of(batch * length, config.hidden_size, config.hidden_size, rank, dtype)
-    times = bench.measure(peers, max(3, rounds // 2), device, 1)
-    yield from bench.rows_of(times, "dense step", work=f"step of {layers} layers, half kept", **labels_)
+    labels_ = labels_of(batch * length, config.hidden_size, config.hidden_size, rank, dtype)
+    times = measure(peers, max(3, rounds // 2), device, 1)
+    yield from rows_of(times, "dense step", work=f"step of {layers} layers, half kept", **labels_)
 
 
 def jobs(options, dtype):

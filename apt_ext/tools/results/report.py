@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from .rows import rows_of
 from .tasks import TASKS, Task
 
 Result = dict[str, Any]
+Line = tuple[str, float | None]  # of the tables: row and density
 _NONE = "missing"
 _DRAWS, _OF_DENSE = 10_000, 0.97
 
@@ -50,7 +51,7 @@ class Cells:
     """The results of one task: {(row, density): {seed: result}}."""
 
     task: Task
-    found: dict[tuple[str, float | None], dict[int, Result]] = field(default_factory=dict)
+    found: dict[Line, dict[int, Result]] = field(default_factory=dict)
 
     def of(self, row: str, density: float | None = None) -> dict[int, Result]:
         return self.found.get((row, density), {})
@@ -58,15 +59,24 @@ class Cells:
     def tests(self, row: str, density: float | None = None) -> dict[int, float]:
         return {seed: result["scores"]["test"] for seed, result in sorted(self.of(row, density).items())}
 
-    def lines(self) -> list[tuple[str, float | None]]:
-        """(row, density) of each line of the tables; extra rows where there are cells of them."""
-        found: list[tuple[str, float | None]] = []
+    def lines(self) -> list[Line]:
+        """Each line of the tables; extra rows where there are cells of them."""
+        found: list[Line] = []
         rows = rows_of(self.task)
         for density in (None, *self.task.densities):
             for name, row in rows.items():
                 if row.pruned == (density is not None) and (not row.extra or self.of(name, density)):
                     found.append((name, density))
         return found
+
+    def alone(self) -> dict[str, dict[Line, list[Result]]]:
+        """{machine and precision: {line: its results, by seed}} of the cells that had their machine for themselves, most lines first."""
+        found: dict[str, dict[Line, list[Result]]] = {}
+        for line in self.lines():
+            for _, result in sorted(self.of(*line).items()):
+                if result["alone"]:
+                    found.setdefault(f"{result['device']}, {result['precision']}", {}).setdefault(line, []).append(result)
+        return dict(sorted(found.items(), key=lambda machine: -len(machine[1])))
 
 
 def write_report(folder: Path, report: Path) -> list[str]:
@@ -183,23 +193,22 @@ def _section(cells: Cells) -> str:
 
 
 def _times(cells: Cells) -> str:
-    """Seconds and bytes of the cells that ran alone; the rows that have none, in a line."""
+    """Seconds and bytes of the cells that ran alone, a table for each kind of machine; the rows that have none, in a line."""
     task = cells.task
     reference = [result["scores"]["validation"] for result in cells.of("lora").values()]
+    machines = cells.alone()
+    parts = [_times_on(task, machine, lines, reference) for machine, lines in machines.items()]
+    without = [line for line in cells.lines() if not any(line in lines for lines in machines.values())]
+    parts += [f"Not measured alone: {_listed(task, without)}."] if without else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _times_on(task: Task, machine: str, lines: dict[Line, list[Result]], reference: list[float]) -> str:
     head = ["row", "n", "training, s", f"s to {100 * _OF_DENSE:g} % of dense LoRA's validation", "peak memory, MB", "inference, x dense"]
     rows: list[list[str]] = []
-    without: list[tuple[str, float | None]] = []
-    cold: list[tuple[str, float | None]] = []
-    for name, density in cells.lines():
-        alone = [result for result in cells.of(name, density).values() if result["alone"]]
-        if not alone:
-            without.append((name, density))
-            continue
-        if not all(result.get("warmed") for result in alone):
-            cold.append((name, density))
+    for (name, density), alone in lines.items():
         times = [time_to(task, result, statistics.fmean(reference)) for result in alone] if reference else []
         reached = [value for value in times if value is not None]
-        ratios = [result["inference"]["speedup"] for result in alone if "inference" in result]
         rows.append(
             [
                 _titled(task, name, density),
@@ -207,17 +216,18 @@ def _times(cells: Cells) -> str:
                 _spread([result["seconds"]["training"] for result in alone]),
                 _spread(reached) if len(reached) == len(times) else f"not reached in {len(times) - len(reached)} of {len(times)}",
                 _spread([result["peak_memory_bytes"] / 1e6 for result in alone], "{:.0f}"),
-                "" if density is None else _spread(ratios, "{:.2f}"),
+                "" if density is None else _spread([one["speedup"] for one in _inferences(alone)], "{:.2f}"),
             ]
         )
-    devices = sorted({f"{r['device']}, {r['precision']}" for found in cells.found.values() for r in found.values() if r["alone"]})
-    note = f"Measured on: {'; '.join(devices)}. Inference: the cut model against the dense stock one, in turn"
-    measured = [r["inference"] for found in cells.found.values() for r in found.values() if "inference" in r]
-    sizes = sorted({f"{one['batch']} x {one['length']} {one['dtype']}" for one in measured})
-    parts = [_table(head, rows), f"{note}{', ' + ', '.join(sizes) if sizes else ''}."] if rows else []
-    parts += [f"The first use of each kernel is within the times of: {_listed(task, cold)}."] if cold else []
-    parts += [f"Not measured alone: {_listed(task, without)}."] if without else []
-    return "\n\n".join(parts) + "\n"
+    sizes = sorted({f"{one['batch']} x {one['length']} {one['dtype']}" for alone in lines.values() for one in _inferences(alone)})
+    note = f"Measured on: {machine}. Inference: the cut model against the dense stock one, in turn{''.join(', ' + size for size in sizes)}."
+    cold = [line for line, alone in lines.items() if not all(result.get("warmed") for result in alone)]
+    first = [f"The first use of each kernel is within the times of: {_listed(task, cold)}."] if cold else []
+    return "\n\n".join([_table(head, rows), note, *first])
+
+
+def _inferences(results: Iterable[Result]) -> list[dict[str, Any]]:
+    return [result["inference"] for result in results if "inference" in result]
 
 
 def _titled(task: Task, row: str, *densities: float | None) -> str:
@@ -225,7 +235,7 @@ def _titled(task: Task, row: str, *densities: float | None) -> str:
     return rows_of(task)[row].title + (f", {shares} %" if shares else "")
 
 
-def _listed(task: Task, lines: list[tuple[str, float | None]]) -> str:
+def _listed(task: Task, lines: list[Line]) -> str:
     """Lines of the tables in one, each row once with its densities."""
     shares = {row: [density for name, density in lines if name == row] for row in rows_of(task)}
     return "; ".join(_titled(task, row, *found) for row, found in shares.items() if found)
@@ -249,8 +259,10 @@ def _aims(every: dict[str, Cells]) -> str:
             rows.append([cells.task.title, f"APT at {100 * density:g} %: {100 * least:g} % of dense LoRA's score", text])
         above = _difference(cells.tests("apt", 0.2), cells.tests("oneshot", 0.2))
         rows.append([cells.task.title, "APT at 20 %: 3 points above one-shot", above])
-        ratios = [r["inference"]["speedup"] for r in cells.of("apt", 0.4).values() if "inference" in r]
-        rows.append([cells.task.title, "APT at 40 %: inference 1.6 times dense on CUDA, 2 times on a CPU", _spread(ratios, "{:.2f}")])
+        inferences = _inferences(cells.of("apt", 0.4).values())
+        for where, least, dtype in (("CUDA", 1.6, "bfloat16"), ("a CPU", 2, "float32")):  # the precisions that cells infer in there
+            ratios = [one["speedup"] for one in inferences if one["dtype"] == dtype]
+            rows.append([cells.task.title, f"APT at 40 %: inference {least} times dense on {where}", _spread(ratios, "{:.2f}")])
     return "## Aims\n\n" + _table(["task", "aim", "found"], rows) + "\n"
 
 
@@ -279,8 +291,9 @@ def _making(every: dict[str, Cells]) -> str:
 
 
 def _plot(cells: Cells, path: Path) -> None:
-    """Test score against kept weights, and validation while training against time (cells that ran alone, the first seed)."""
+    """Test score against kept weights; validation against training time, where most cells ran alone, of the first seed."""
     task, rows = cells.task, rows_of(cells.task)
+    machine, timed = next(iter(cells.alone().items()), ("no machine", {}))
     figure = figure_class()(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, (name, row) in enumerate(rows.items()):
@@ -294,13 +307,12 @@ def _plot(cells: Cells, path: Path) -> None:
         if points:
             left.plot(*zip(*sorted(points), strict=True), label=row.title, **style)
         density = task.densities[0] if row.pruned else None
-        alone = next((result for _, result in sorted(cells.of(name, density).items()) if result["alone"]), None)
-        if alone is not None:
-            history = [(entry["seconds"], entry["validation"]) for entry in alone["history"]]
+        if (name, density) in timed:
+            history = [(entry["seconds"], entry["validation"]) for entry in timed[name, density][0]["history"]]
             right.plot(*zip(*history, strict=True), label=row.title, **style)
     score = "accuracy, %" if task.classes else "perplexity"
     left.set(title=task.title, xlabel="weights of the layers kept, %", ylabel=f"test {score}")
-    right.set(title=f"pruned to {100 * task.densities[0]:g} %", xlabel="training, s", ylabel=f"validation {score}")
+    right.set(title=f"pruned to {100 * task.densities[0]:g} % on {machine}", xlabel="training, s", ylabel=f"validation {score}")
     if not task.classes:
         left.set_yscale("log")
         right.set_yscale("log")
