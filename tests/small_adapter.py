@@ -25,3 +25,9 @@ def expected(adapter, x, m_in=None, m_out=None):
     m_in = adapter.mask_in if m_in is None else m_in
     m_out = adapter.mask_out if m_out is None else m_out
     return reference.apt_linear(x, adapter._matrix(), adapter.bias, adapter.Wa, adapter.Wb, m_in, m_out, adapter.scaling)
+
+
+def outcome(adapter, x):
+    """(y, and the gradients of its squares' sum: of x, lora_A and lora_B)"""
+    y = adapter(x)
+    return y, *torch.autograd.grad(y.square().sum(), (x, adapter.lora_A, adapter.lora_B))
