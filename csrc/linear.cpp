@@ -36,7 +36,7 @@ struct Skinny {
 // stays so.
 Skinny skinny_of(const Tensor& low, const Tensor& factor, at::ScalarType dtype, double scaling) {
   if (low.scalar_type() == dtype || low.numel() == 0) return {as(low, dtype), factor, std::nullopt};
-  Tensor wide = low.contiguous(), used = factor.defined() ? factor : Tensor();
+  Tensor wide = low.contiguous(), used = factor;
   if (used.defined() && !used.is_non_overlapping_and_dense()) used = used.contiguous();
   Skinny out{at::empty(wide.sizes(), wide.options().dtype(dtype)),
              used.defined() ? at::empty_like(used) : Tensor(), at::empty({1}, wide.options())};

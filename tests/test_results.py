@@ -312,7 +312,7 @@ def test_the_tables_say_what_is_there_and_what_is_missing(tmp_path):
     assert lines["LoRA, random prune, recovery, 20 %"][0] == lines["LoRA, magnitude prune, recovery, 20 %"][0] == report._NONE
     assert "| MiniLM-L6 on movie-review sentences, 2 classes | APT at 20 %: 3 points above one-shot | +8.0 |" in text
     assert "| APT, 20 % | 3 | 10.0 (10.0 to 10.0) | 9.0 (9.0 to 9.0) | 3 (3 to 3) | 2.00 (2.00 to 2.00) |" in text
-    assert "Cells: 7. Commits: 0123456789ab." in text and "99.0" not in text and "98.0" not in text
+    assert "| a machine, float32, torch 2 | 7 | 0, 1, 2 | 0123456789ab |" in text and "99.0" not in text and "98.0" not in text
     assert "apt-wide" not in text and "full-size until the end" not in text
 
 

@@ -135,6 +135,7 @@ def resident_of(directory: Path, batches: list[dict[str, Any]]) -> float:
     """Bytes of memory that a model and its pass over the batches add to a process that has loaded the libraries. Run it apart."""
     inputs = [{name: torch.tensor(value) for name, value in batch.items()} for batch in batches]
     class_of(directory)  # imports the class
+    restart_peak()  # freed memory is given back
     before = resident_memory()
     model = load_stock(directory, torch.float32)
     restart_peak()  # loading is not what is asked for

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import resource
 import sys
@@ -32,7 +33,12 @@ def peak_memory() -> int:
 
 
 def restart_peak() -> None:
-    """`peak_memory` counts from what is resident now; only Linux can."""
+    """`peak_memory` counts from what is in use now; only Linux can.
+
+    What was freed and glibc still holds is given back, so that it is not taken for what comes next.
+    """
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
     counter = Path("/proc/self/clear_refs")
     if counter.is_file() and os.access(counter, os.W_OK):
         counter.write_text("5")

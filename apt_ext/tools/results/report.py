@@ -41,6 +41,7 @@ Made by `apt-ext results` from the files in `{folder}`; each has its commit, con
   with so few seeds such intervals are too narrow.
 - Times are of cells that ran alone on their machine, n of them, after the same row had run in a few steps on a model that was thrown
   away, so that they do not hold the first use of each kernel ("warmed" in the cell; a line below the times names the rows with others).
+  Peak memory is the allocator's on a GPU, model and data included; on a CPU it is the process's, with all libraries.
 - MiniLM's weights are rounded to float16 once, and its word embeddings are those of the tokens that its tasks use. SmolLM2 is the 4-bit
   file of its package widened to float32; perplexity is over its whole vocabulary, on windows of 256 tokens.
 """
@@ -267,24 +268,22 @@ def _aims(every: dict[str, Cells]) -> str:
 
 
 def _making(every: dict[str, Cells]) -> str:
-    """The commands, and which commits and machines the cells came from."""
-    results = [result for cells in every.values() for found in cells.found.values() for result in found.values()]
+    """The commands, and which commits, seeds and machines the cells came from."""
+    machines: dict[str, list[Result]] = {}
+    for result in (result for cells in every.values() for found in cells.found.values() for result in found.values()):
+        machine = f"{result['device']}, {result['precision']}, torch {result['versions']['torch']}"
+        machines.setdefault(machine, []).append(result)
 
-    def values(what: Callable[[Result], str]) -> str:
-        return "; ".join(sorted({what(result) for result in results})) or _NONE
+    def values(of: list[Result], what: Callable[[Result], Any]) -> str:
+        return ", ".join(map(str, sorted({what(result) for result in of})))
 
-    return "\n".join(
-        [
-            "## How these were made\n",
-            "```",
-            "apt-ext results --prepare .data/results",
-            "apt-ext results --task all --row all --seed 0-4",
-            "apt-ext results",
-            "```\n",
-            f"Cells: {len(results)}. Commits: {values(lambda result: result['commit'][:12])}. "
-            f"Torch: {values(lambda result: result['versions']['torch'])}. Devices: {values(lambda result: result['device'])}.\n",
-        ]
-    )
+    lines = [
+        f"| {machine} | {len(of)} | {values(of, lambda result: result['seed'])} | {values(of, lambda result: result['commit'][:12])} |"
+        for machine, of in sorted(machines.items())
+    ]
+    commands = ["apt-ext results --prepare .data/results", "apt-ext results --task all --row all --seed 0-4", "apt-ext results"]
+    head = ["| machine | cells | seeds | commits |", "| --- | --- | --- | --- |"]
+    return "\n".join(["## How these were made\n", "```", *commands, "```\n", *head, *lines, ""])
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
