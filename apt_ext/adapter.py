@@ -243,6 +243,8 @@ class APTAdapter(Saving):
             raise RuntimeError(f"{name} cannot be overridden while merged; call unmerge_weights() first")
         if not isinstance(mask, Tensor):
             raise TypeError(f"{name} must be a Tensor or None, got {type(mask).__name__}")
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
         if mask.dtype not in (torch.float32, x.dtype):
             raise TypeError(f"{name} must have dtype float32 or x's {x.dtype}, got {mask.dtype}")
         if mask.shape != (size,):

@@ -30,11 +30,11 @@ def checked_mask(name: str, mask: Any, like: Tensor) -> Tensor:
         raise ValueError(f"{name} must have shape {list(like.shape)}, got {list(mask.shape)}")
     if mask.device != like.device:
         raise ValueError(f"{name} must be on the module's device {like.device}, got {mask.device}")
-    value = on_host(mask).to(torch.float32)
-    if not value.is_meta and not bool(((value >= 0) & (value <= 1)).all()):  # false for NaN as well
+    value = on_host(mask)
+    if not value.is_meta and not bool(((value >= 0) & (value <= 1)).all()):  # false for NaN as well; before float64 is rounded
         low, high = value.min().item(), value.max().item()
         raise ValueError(f"{name} must hold values in [0, 1], got values from {low} to {high}")
-    return value
+    return value.to(torch.float32)
 
 
 def on_host(tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from . import agreement, checkpoint
 from .adapter import APTAdapter
-from .arguments import checked_bool, checked_module
+from .arguments import checked_bool, checked_mapping, checked_module
 from .compact import Chain
 from .config import APTConfig, nearest, select
 from .errors import naming
+from .guard import guard
 from .optimizers import OptimizerLike
-from .structure.architectures import Block, find_blocks, is_linear, output_layer, side_width, task_heads
+from .state import check_loadable
+from .structure.architectures import Block, find_blocks, is_linear, output_layer, side_width, stored, task_heads
 from .structure.blocks import get_mask, merged_linear, missing_block, place_carriers, set_mask
 from .structure.carriers import MaskedLinear, StreamCarrier
 from .structure.cutting import cut_in_place, folded
@@ -189,6 +191,7 @@ class APTModel(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._link_chains()  # copies of adapters are not chained
+        self._guard()
 
     # -- counting ----------------------------------------------------------------------------------------------------
 
@@ -283,6 +286,34 @@ class APTModel(nn.Module):
         with checkpoint.opened(path) as saved:
             return _build(base_model, saved.config(), lambda apt: apt._restore(saved))
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """torch's own, and nothing is loaded where it raises; a state with masks of hidden dimensions brings what carries them.
+
+        TypeError for no dict or no tensor, ValueError for another size and what an adapter refuses, RuntimeError for keys where `strict`.
+        """
+        checked_mapping("state_dict", state_dict)
+        placed = self._place_carriers_of(state_dict)
+        try:
+            check_loadable(self, state_dict, strict)
+        except BaseException:
+            for name, carrier in placed.items():
+                self.model.set_submodule(name, stored(carrier))
+            raise
+        loaded = super().load_state_dict(state_dict, strict, assign)
+        self._guard()  # with `assign` Parameters are others
+        return loaded
+
+    def _place_carriers_of(self, state: Mapping[str, Any]) -> dict[str, nn.Module]:
+        """Put what carries the masks of hidden dimensions that are in `state` where there is none yet; {name: what was put there}."""
+        block = self.blocks.get("hidden")
+        if block is None or not any(f"model.{side.module}.mask_out" in state for side in block.sides if side.of == "norm"):
+            return {}
+        return place_carriers(self.model, "hidden", block)
+
+    def _guard(self) -> None:
+        """No optimizer steps a Parameter that trains while what it keeps for it has another shape."""
+        guard(*(parameter for parameter in self.parameters() if parameter.requires_grad))
+
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         if saved.stream and "hidden" in self.blocks:
             place_carriers(self.model, "hidden", self.blocks["hidden"])
@@ -338,6 +369,7 @@ def _build(model: nn.Module, config: APTConfig, then: Callable[[APTModel], None]
                 adapter._label = name
                 model.set_submodule(name, adapter)
         then(apt)
+        apt._guard()
     except BaseException:
         for name in dict.fromkeys((*linears, *(side.module for block in blocks.values() for side in block.sides))):
             model.set_submodule(name, modules[name])

@@ -10,7 +10,7 @@ layout) and RuntimeError (state); each names the argument, what was expected and
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -121,8 +121,21 @@ def mask_grads_(grads: Sequence[Tensor], masks: Sequence[Tensor], dims: Sequence
     All contiguous gradients of a device go in one launch (one per 600 tensors), which a CUDA graph can capture; two
     gradients may not share memory. ``masks[i]`` has shape [grads[i].shape[dims[i]]] and lies on the gradient's device.
     """
-    if len(grads) or len(masks) or len(dims):  # without a tensor there is no device to dispatch on, and nothing to do
-        call(_mask_grads_, list(grads), list(masks), list(dims))
+    lists = {name: _listed(name, values) for name, values in (("grads", grads), ("masks", masks), ("dims", dims))}
+    if any(lists.values()):  # without a tensor there is no device to dispatch on, and nothing to do
+        call(_mask_grads_, *lists.values())
+
+
+def _listed(name: str, values: Any) -> list[Any]:
+    """A list of tensors, of "dims" of ints: for lists torch's own words name no element."""
+    kind, word = ((int, torch.SymInt), "an int") if name == "dims" else ((Tensor,), "a Tensor")
+    if isinstance(values, Tensor) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} must be a list, got {type(values).__name__}")
+    found = list(values)
+    for i, value in enumerate(found):
+        if not isinstance(value, kind):
+            raise TypeError(f"{name}[{i}] must be {word}, got {type(value).__name__}")
+    return found
 
 
 def build_info() -> dict[str, Any]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import growth
-from .arguments import all_ones, checked_mask
+from .arguments import all_ones, checked_mapping, checked_mask
 from .compact import Compacting
 from .merging import hold, merged_into
 
@@ -33,6 +35,11 @@ class Saving(Compacting):
         self._register_state_dict_hook(_save)  # type: ignore[no-untyped-call]
         self._register_load_state_dict_pre_hook(_load, with_module=True)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """torch's own, and nothing is loaded where it raises: see `check_loadable`."""
+        check_loadable(self, state_dict, strict)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def _stamp_mask(self, name: str, ones: bool) -> None:
         """Note whether the mask `name`, as it is now, is all ones."""
@@ -78,33 +85,20 @@ def _load(
 
     ``state`` is torch's private copy of the mapping: entries are rewritten there in today's names and storage shapes.
     """
-    own = {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+    own = _entries(state, prefix)
     if not own:
         return
-    _check_entries(own, prefix)
-    seed = any(name in own for name in _SEED_NAMES)
-    for old, new in _SEED_NAMES.items():
-        if old in own:
-            own[new] = own.pop(old)
-    A, B = own.get("lora_A"), own.get("lora_B")
-    rank = _saved_rank(adapter, prefix, A, B, own.get("rank"))
-    found = {
-        name: checked_mask(prefix + name, own[name].detach().to(torch.float32), torch.empty(size, device=own[name].device))
-        for name, size in (("mask_in", adapter.in_features), ("mask_out", adapter.out_features))
-        if name in own
-    }
-    masks = {name: mask.to(own[name].device) for name, mask in found.items()}
+    found = _judge(adapter, own, prefix)
+    rank, A, B = found.rank, found.A, found.B
+    masks = {name: mask.to(own[name].device) for name, mask in found.masks.items()}
     merged = bool(own["merged"]) if "merged" in own else adapter._merged
-    if seed and merged and "merged" in own:
+    if merged and "merged" in own and any(name in own for name in _SEED_NAMES):
         warnings.warn(f"{prefix or 'state_dict'} says merged, but the seed never merged a weight: loaded unmerged", stacklevel=2)
         merged = False
-
     merged = merged and adapter.base_layer is not None
-    if "base_layer.weight" not in own:
-        adapter._refuse_rising("load_state_dict", found)
 
     # What can run out of memory, before anything changes.
-    ones = {name: all_ones(mask) for name, mask in found.items()}
+    ones = {name: all_ones(mask) for name, mask in found.masks.items()}
     stored = rank if adapter._max_rank is None else adapter._max_rank
     factors: dict[str, Tensor] = {}
     storages: list[tuple[nn.Parameter, Tensor]] = []
@@ -127,6 +121,93 @@ def _load(
     for name, value in {**factors, **masks}.items():
         state[prefix + name] = value
     adapter.__dict__["_after_load"] = (ones, undo)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What an adapter will take of a state: `masks` checked and on the host, both factors or neither."""
+
+    rank: int
+    A: Tensor | None
+    B: Tensor | None
+    masks: dict[str, Tensor]
+
+
+def _entries(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _judge(adapter: Saving, own: dict[str, Any], prefix: str) -> _Found:
+    """What of its own entries the adapter refuses (RuntimeError: DDP or FSDP holds factors of another rank); changes nothing."""
+    _check_entries(own, prefix)
+    A, B = (own.get(old, own.get(new)) for old, new in _SEED_NAMES.items())
+    rank = _saved_rank(adapter, prefix, A, B, own.get("rank"))
+    masks = {
+        name: checked_mask(prefix + name, own[name].detach().to(torch.float32), torch.empty(size, device=own[name].device))
+        for name, size in (("mask_in", adapter.in_features), ("mask_out", adapter.out_features))
+        if name in own
+    }
+    if "base_layer.weight" not in own:
+        adapter._refuse_rising("load_state_dict", masks)
+    if A is not None and adapter.lora_A.shape[0] != (rank if adapter._max_rank is None else adapter._max_rank):
+        growth.resizable_state([adapter.lora_A, adapter.lora_B], [])
+    return _Found(rank, A, B, masks)
+
+
+def check_loadable(model: nn.Module, state: Any, strict: bool) -> None:
+    """What loading `state` into `model` would refuse, found before torch copies the first tensor.
+
+    TypeError for no dict or no tensor, ValueError for another size and what an adapter refuses, RuntimeError as torch's for keys where
+    `strict`. A module that loads in a way of its own (a method or hook that is not torch's) is left to torch, with all within it.
+    """
+    checked_mapping("state_dict", state)
+    sizes: dict[str, Tensor] = {}  # what torch will copy into
+    read: set[str] = set()  # what the hook of an adapter reads
+    free: tuple[str, ...] = ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        if prefix.startswith(free):
+            continue
+        if _loads_by_itself(module):
+            free += (prefix,)
+            continue
+        wanted = {key: value for key, value in module._buffers.items() if key not in module._non_persistent_buffers_set}
+        wanted |= module._parameters
+        own = _entries(state, prefix) if isinstance(module, Saving) else {}
+        if isinstance(module, Saving) and own:
+            _judge(module, own, prefix)
+            taken = {_SEED_NAMES.get(key, key) for key in own if key in (*_SEED_NAMES, *_SEED_NAMES.values(), "mask_in", "mask_out")}
+            wanted = {key: value for key, value in wanted.items() if key not in taken}
+            read |= {prefix + key for key in (*taken, *_SEED_NAMES, "rank", "merged")}
+        sizes |= {prefix + key: value for key, value in wanted.items() if value is not None}
+    for key, like in sizes.items():
+        if key in state:
+            _check_size(key, state[key], like)
+    if strict:
+        missing = [key for key in sizes if key not in state]
+        unknown = [key for key in state if key not in sizes and key not in read and not key.startswith(free)]
+        if missing or unknown:
+            got = ", ".join(
+                f"{len(keys)} {what} key(s) in state_dict ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+                for what, keys in (("Missing", missing), ("Unexpected", unknown))
+                if keys
+            )
+            raise RuntimeError(f"state_dict: expected the keys of this {type(model).__name__}, got {got}; nothing was loaded")
+
+
+def _check_size(key: str, value: Any, like: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{key} must be a Tensor, got {type(value).__name__}")
+    if is_lazy(like) or (like.dim() == 0 and value.shape == (1,)):  # the second as torch itself takes it
+        return
+    if value.shape != like.shape:
+        raise ValueError(f"{key} must have shape {list(like.shape)}, got {list(value.shape)}")
+
+
+def _loads_by_itself(module: nn.Module) -> bool:
+    kind, ours = type(module), int(isinstance(module, Saving))
+    stock = kind._load_from_state_dict is nn.Module._load_from_state_dict and kind.set_extra_state is nn.Module.set_extra_state
+    return not stock or len(module._load_state_dict_pre_hooks) > ours
 
 
 def _check_entries(own: dict[str, Any], prefix: str) -> None:
@@ -205,13 +286,9 @@ def _saved_rank(adapter: Saving, prefix: str, A: Tensor | None, B: Tensor | None
 
 
 def _fitting_storages(adapter: Saving, stored: int) -> list[tuple[nn.Parameter, Tensor]]:
-    """New memory for factors of another rank (same Parameter objects will take it), or none where they fit.
-
-    RuntimeError where DDP or FSDP holds them.
-    """
+    """New memory for factors of another rank (same Parameter objects will take it), or none where they fit."""
     if adapter.lora_A.shape[0] == stored:
         return []
-    growth.resizable_state([adapter.lora_A, adapter.lora_B], [])
     shapes = ((adapter.lora_A, (stored, adapter.in_features)), (adapter.lora_B, (adapter.out_features, stored)))
     with torch.inference_mode(False):
         return [(param, torch.empty(shape, dtype=param.dtype, device=param.device)) for param, shape in shapes]

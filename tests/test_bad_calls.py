@@ -74,6 +74,19 @@ def test_a_mask_of_another_layout():
         assert bool((lone.mask_in == 1).all())
 
 
+def test_a_mask_that_leaves_its_range_by_less_than_float32_says():
+    lone = adapter()
+    for bad in (1 + 1e-12, -1e-60):
+        with refused("mask_in", ValueError):
+            lone.set_masks(torch.full((6,), bad, dtype=torch.float64))
+        assert bool((lone.mask_in == 1).all())
+
+
+def test_an_input_that_is_no_tensor_beside_a_mask():
+    with refused("x", TypeError):
+        adapter()([1.0] * 6, mask_in=torch.ones(6))
+
+
 def test_choices_and_generators():
     one = adapter()
     before = copy.deepcopy(one.state_dict())
@@ -253,8 +266,15 @@ def test_no_blocks_come_back_after_merge_and_unload():
     apt = bert()
     apt.merge_and_unload()
     assert apt.cut() is apt and apt.blocks == {}
-    with refused("name", ValueError):
+    with pytest.raises(ValueError, match=r"name: .*got '0.neurons', but it has none \(after merge_and_unload\(\) none are left\)"):
         apt.set_block_mask("0.neurons", torch.ones(20))
+
+
+def test_a_block_mask_without_values():
+    apt = bert()
+    with refused("mask of block '0.heads'", ValueError):
+        apt.set_block_mask("0.heads", torch.ones(2, device="meta"))
+    assert bool((apt.get_block_mask("0.heads") == 1).all())
 
 
 def test_every_message_is_in_words():

@@ -112,9 +112,17 @@ def test_mask_grads_bad_arguments():
         (([grad, grad], [mask, mask], [1, 1]), ValueError, "two that share memory"),
         (([grad.int()], [mask], [1]), TypeError, r"grads\[0\] must be float64"),
         (([grad[:1].expand(4, 6)], [mask], [1]), RuntimeError, "single memory location"),
+        ((grad, [mask], [1]), TypeError, "grads must be a list, got Tensor"),
+        ((None, [mask], [1]), TypeError, "grads must be a list, got NoneType"),
+        (([grad, None], [mask, mask], [1, 1]), TypeError, r"grads\[1\] must be a Tensor, got NoneType"),
+        (([grad], [[1.0] * 6], [1]), TypeError, r"masks\[0\] must be a Tensor, got list"),
+        (([grad], [mask], 1), TypeError, "dims must be a list, got int"),
+        (([grad], [mask], [1.0]), TypeError, r"dims\[0\] must be an int, got float"),
     ):
         before = grad.clone()
         with pytest.raises(error, match=match):
             ops.mask_grads_(*arguments)
         assert torch.equal(grad, before)
     ops.mask_grads_([], [], [])
+    ops.mask_grads_((one for one in [grad]), (mask * 0,), range(1, 2))
+    assert not grad.any()

@@ -29,6 +29,8 @@ def set_mask(model: nn.Module, name: str, block: Block, mask: Tensor, agree: Cal
         raise RuntimeError(f"set_block_mask: {merged} of block {name!r} is merged under its present masks; unmerge it first")
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask of block {name!r} must be a Tensor, got {type(mask).__name__}")
+    if mask.is_meta and not next(modules[block.scaling_side.module].parameters()).is_meta:
+        raise ValueError(f"mask of block {name!r} must hold values, got one on meta")
     values = checked_mask(f"mask of block {name!r}", mask, torch.empty(block.count, device=mask.device))
     present = host_mask(model, block)
     sides = [side for side in block.sides if side.acts]
@@ -77,10 +79,12 @@ def missing_carriers(modules: Mapping[str, nn.Module], block_name: str, block: B
     return made
 
 
-def place_carriers(model: nn.Module, name: str, block: Block) -> None:
-    """Put the missing ones in place, under masks of ones. All or nothing."""
-    for module, carrier in missing_carriers(_modules(model, block), name, block).items():
+def place_carriers(model: nn.Module, name: str, block: Block) -> dict[str, nn.Module]:
+    """Put the missing ones in place, under masks of ones, and return them. All or nothing."""
+    placed = missing_carriers(_modules(model, block), name, block)
+    for module, carrier in placed.items():
         model.set_submodule(module, carrier)
+    return placed
 
 
 def get_mask(model: nn.Module, block: Block) -> Tensor:
@@ -144,6 +148,8 @@ def missing_block(model: nn.Module, name: str, known: list[str], near: str) -> s
             f"apt_ext.register_architecture(Architecture(({model_type!r},), (Layers(pattern, (BlockRule(kind, width_field, sides),)),), "
             f"Stream(...))); the linears of this {type(model).__name__}, [out, in]: {_listed(seen)}"
         )
+    if name != "hidden":
+        return f"name: expected a block of this model, got {name!r}, but it has none (after merge_and_unload() none are left)"
     unknown = unknown_modules(model)
     return (
         f"name: expected a block of this model, got {name!r}; the row of {model_type!r} does not say how these modules touch the residual "
