@@ -75,7 +75,7 @@ def _load(
     adapter: Saving,
     state: dict[str, Any],
     prefix: str,
-    _metadata: dict[str, Any],
+    metadata: dict[str, Any],
     _strict: bool,
     _missing: list[str],
     _unexpected: list[str],
@@ -105,6 +105,10 @@ def _load(
     if A is not None and B is not None:
         storages = _fitting_storages(adapter, stored)
         factors = {"lora_A": _padded(A.detach()[:rank], stored, 0), "lora_B": _padded(B.detach()[:, :rank], stored, 1)}
+    bases: dict[str, Tensor] = {}
+    if merged and metadata.get("assign_to_params_buffers"):  # the merge writes, and not into the state, nor into what another adapter keeps
+        keys = [prefix + f"base_layer.{name}" for name in ("weight", "bias")]
+        bases = {key: state[key].detach().clone() for key in keys if key in state}
     adapter._bring_back()  # the whole weight, which torch copies into
     undo = _undo(adapter) if merged else None  # merging again can still fail
 
@@ -120,6 +124,7 @@ def _load(
         state.pop(prefix + name, None)
     for name, value in {**factors, **masks}.items():
         state[prefix + name] = value
+    state |= bases
     adapter.__dict__["_after_load"] = (ones, undo)
 
 

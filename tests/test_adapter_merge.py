@@ -214,12 +214,14 @@ def test_a_merged_adapter_travels_with_its_original(copy_, keep):
         assert torch.equal(state["base_layer.weight"], before) and all(isinstance(v, torch.Tensor) for v in state.values())
         other = make(dtype=torch.float32, rank=1)
         other.load_state_dict(state, assign=copy_ == "assign")
+        assert torch.equal(state["base_layer.weight"], before)
     assert other.merged
     other.eval()
     x = torch.randn(3, 10)
     torch.testing.assert_close(other(x), adapter.eval()(x))
-    other.unmerge_weights()
-    assert torch.equal(other.weight, before)
+    for one in (adapter, other):  # the first while the second is merged
+        one.unmerge_weights()
+        assert torch.equal(one.weight, before)
     torch.testing.assert_close(other(x), expected(other, x))
 
 
