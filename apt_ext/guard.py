@@ -37,9 +37,10 @@ def guard(*params: nn.Parameter) -> None:
     """From now on no optimizer steps while its state or the gradient of one of `params` has another shape than the Parameter.
 
     Such a step raises RuntimeError before anything changed. Deepcopy drops the mark, so call it again on the copy. Of an unknown optimizer
-    only state with a shape that the Parameter has had is refused.
+    only state with a shape that the Parameter has had is refused. What an open autocast has cast of any Parameter is cast anew.
     """
     global _hooked
+    torch.clear_autocast_cache()  # of the old size or rank, and kept until its context ends
     for param in params:
         former = getattr(param, _FORMER, ())
         setattr(param, _FORMER, tuple(dict.fromkeys((*former, tuple(param.shape)))))

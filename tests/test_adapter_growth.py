@@ -50,6 +50,26 @@ def train(adapter, optimizer, count=3):
         optimizer.step(closure)
 
 
+@STORAGE
+@pytest.mark.parametrize("change", ["grow", "load"])
+def test_a_change_within_autocast_is_seen_by_the_next_forward(max_rank, change):
+    """torch keeps its casts of Parameters until the context ends."""
+    adapter, other = (make(dtype=torch.float32, rank=rank, max_rank=max_rank) for rank in (3, 5))
+    x = torch.randn(8, 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        adapter(x).sum().backward()
+        adapter.zero_grad()
+        adapter.increase_rank(5) if change == "grow" else adapter.load_state_dict(other.state_dict())
+        inside = adapter(x)
+        inside.sum().backward()
+    gradient = adapter.lora_B.grad.clone()
+    adapter.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        outside = adapter(x)
+        outside.sum().backward()
+    assert torch.equal(inside, outside) and torch.equal(gradient, adapter.lora_B.grad) and bool(gradient[:, 3:5].any())
+
+
 @pytest.mark.parametrize("max_rank", [None, 6])
 def test_growth_keeps_output_identity_and_optimizer(device, max_rank):
     adapter = make(device, max_rank=max_rank)

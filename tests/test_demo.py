@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import apt_ext
 from apt_ext.tools import data, demo, processes, report
 from apt_ext.tools.cli import main
 from apt_ext.tools.data import Example, Missing, Review
@@ -57,6 +58,12 @@ def test_another_archive_is_refused_in_words(tmp_path: Path, content: bytes, mes
     path.write_bytes(content)
     with pytest.raises(Missing, match=message):
         data.load_reviews(path)
+
+
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit) as done:
+        main(["--version"])
+    assert done.value.code == 0 and capsys.readouterr().out == f"apt-ext {apt_ext.__version__}\n"
 
 
 def test_without_a_command_the_help_is_shown(capsys):

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from .._version import __version__
 from ..config import APTConfig
 from ..structure.planner import plan
 from .data import ARCHIVE, Missing
@@ -96,6 +97,7 @@ def _without_places(argv: list[str]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="apt-ext", description="Fine-tune with low-rank adapters while pruning (APT).")
     parser.set_defaults(run=lambda options: parser.print_help())
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="command")
     command = commands.add_parser(
         "demo",
