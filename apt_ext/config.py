@@ -65,6 +65,8 @@ class APTConfig:
     rank_pattern    {regular expression for the end of a name: rank}; the first that matches replaces r
     alpha_pattern   the same for lora_alpha
     max_rank        storage reserved for growth (see APTAdapter), None: growth re-allocates
+    float32_factors factors over 16-bit weights are float32, and so are their gradients and optimizer state: steps that 16 bits would round
+                    away are not lost; False: they have the weight's dtype
 
     What a Controller does, and building the model does not read:
 
@@ -86,6 +88,7 @@ class APTConfig:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     max_rank: int | None = None
+    float32_factors: bool = False
     prune: list[str] = field(default_factory=lambda: ["heads", "neurons"])
     density: float = 1.0
     schedule: Schedule = field(default_factory=Schedule)
@@ -107,8 +110,9 @@ class APTConfig:
             if kind not in KINDS:
                 raise ValueError(f"prune: expected kinds of {', '.join(KINDS)}, got {kind!r}")
         schedule = _checked_schedule(self.schedule)
-        if not isinstance(self.uniform, bool):
-            raise TypeError(f"uniform: expected a bool, got {type(self.uniform).__name__}")
+        for name in ("uniform", "float32_factors"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected a bool, got {type(getattr(self, name)).__name__}")
         ranks, alphas = _checked_patterns("rank_pattern", self.rank_pattern), _checked_patterns("alpha_pattern", self.alpha_pattern)
         for key, rank in ranks.items():
             _check_int(f"rank_pattern[{key!r}]", rank)

@@ -363,8 +363,9 @@ def _build(model: nn.Module, config: APTConfig, then: Callable[[APTModel], None]
                     else:
                         rank = config.rank_of(name) if name in targets else 0
                         reserved = config.max_rank if name in targets else None
+                        exact = torch.float32 if config.float32_factors and _is_16_bit(modules[name]) else None
                         adapter = APTAdapter.from_linear(
-                            modules[name], rank, config.scaling_of(name), max_rank=reserved, dropout=config.lora_dropout
+                            modules[name], rank, config.scaling_of(name), max_rank=reserved, dropout=config.lora_dropout, dtype=exact
                         )
                 adapter._label = name
                 model.set_submodule(name, adapter)
@@ -377,6 +378,10 @@ def _build(model: nn.Module, config: APTConfig, then: Callable[[APTModel], None]
             parameter.requires_grad_(flag)
         raise
     return apt
+
+
+def _is_16_bit(linear: nn.Module) -> bool:
+    return linear.weight.dtype in (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ def targets(saved=(), output=None, **fields):
         ({"prune": ["head"]}, ValueError, "prune: expected kinds of heads, neurons, hidden, got 'head'"),
         ({"prune": "heads"}, TypeError, "prune: expected a list of names, got 'heads'"),
         ({"uniform": 1}, TypeError, "uniform: expected a bool, got int"),
+        ({"float32_factors": None}, TypeError, "float32_factors: expected a bool, got NoneType"),
         ({"schedule": 0.5}, TypeError, "schedule: expected a Schedule or a dict of its fields, got float"),
         ({"schedule": {"stop": 3}}, ValueError, "schedule: expected fields of Schedule, got 'stop'"),
         ({"schedule": {"start": 1.5}}, ValueError, r"schedule.start: expected a number of steps \(int\) or a share of all in \[0, 1\]"),
