@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from families import FAMILIES
 from torch import nn
 
 from apt_ext.adapter import APTAdapter
@@ -135,6 +136,31 @@ def test_the_task_head_is_detected(kind, head):
     assert {name for name, p in apt.named_parameters() if p.requires_grad and "lora" not in name} == (
         {f"model.{head}.weight", f"model.{head}.bias"} if head else set()
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "heads"),
+    [
+        ("bert", ["SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice"]),
+        ("roberta", ["SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice"]),
+        ("distilbert", ["SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice"]),
+        ("llama", ["SequenceClassification", "TokenClassification", "QuestionAnswering"]),
+        ("gemma", ["SequenceClassification", "TokenClassification"]),
+        ("gpt2", ["SequenceClassification", "TokenClassification", "QuestionAnswering", "DoubleHeads"]),
+        ("t5", ["SequenceClassification", "QuestionAnswering"]),
+    ],
+)
+def test_whatever_stock_classes_draw_anew_trains(name, heads, tmp_path):
+    """A head that no checkpoint of the bare model holds: frozen, it would stay what it was drawn as."""
+    base = getattr(transformers, FAMILIES[name].kind.split("For")[0].removesuffix("LMHeadModel") + "Model")
+    base(FAMILIES[name].model().config).save_pretrained(tmp_path)
+    for head in heads:
+        kind = base.__name__.removesuffix("Model") + (f"For{head}" if head != "DoubleHeads" else "DoubleHeadsModel")
+        more = {"num_labels": 2} if head == "QuestionAnswering" else {}
+        model, info = getattr(transformers, kind).from_pretrained(tmp_path, output_loading_info=True, **more)
+        apt = get_apt_model(model, APTConfig(r=2))
+        trains = {key.removeprefix("model.") for key, p in apt.named_parameters() if p.requires_grad and "lora_" not in key}
+        assert info["missing_keys"] and set(info["missing_keys"]) == trains, kind
 
 
 def test_modules_to_save_replaces_detection():

@@ -272,7 +272,7 @@ ARCHITECTURES: list[Architecture] = [
 ]
 
 # What stock classes call a head that training starts from scratch: children of the model itself, which train whole unless told otherwise.
-TASK_HEADS = ("classifier", "score", "qa_outputs")
+TASK_HEADS = ("classifier", "pre_classifier", "classification_head", "multiple_choice_head", "score", "qa_outputs")
 
 
 def register_architecture(row: Architecture) -> None:
