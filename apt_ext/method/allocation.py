@@ -15,11 +15,11 @@ from .averages import Averages
 
 
 class AdapterImportance:
-    """Moving average of what each rank of each adapter matters; an adapter's importance is its mean over ranks.
+    """Moving average of what each rank of each adapter matters, and from it the adapter's importance.
 
-    I_k = |sum_j A_kj dL/dA_kj| for rank k, as in the authors' code, or sum_i |B_ik dL/dB_ik|, as the paper has it. The mean, so that a
-    grown adapter is not favoured by its size. Rank-0 adapters take no part. Call :meth:`observe` before an optimizer step and
-    :meth:`update` after it (a step that was skipped has no update), :meth:`restart` after ranks changed.
+    Of rank k |sum_j A_kj dL/dA_kj|, of the adapter the mean over ranks, so that a grown one is not favoured by its size: the authors' code.
+    Or sum_i |B_ik dL/dB_ik|, and their sum over ranks: the paper. Rank-0 adapters take no part. Call :meth:`observe` before an optimizer
+    step and :meth:`update` after it (a step that was skipped has no update), :meth:`restart` after ranks changed.
 
     adapters  (name, adapter) pairs, as apt_ext.adapters(model) gives
     decay     I <- decay * I + (1 - decay) * I_now (0.85 in the paper), started at 0
@@ -89,7 +89,8 @@ class AdapterImportance:
         averages = self.averages
         if not averages:
             return {}
-        return dict(zip(averages, torch.stack([average.mean() for average in averages.values()]).tolist(), strict=True))
+        of_ranks = torch.mean if self.signed else torch.sum
+        return dict(zip(averages, torch.stack([of_ranks(average) for average in averages.values()]).tolist(), strict=True))
 
     def state_dict(self) -> dict[str, Any]:
         return {name: average.clone() for name, average in self.averages.items()}
