@@ -21,6 +21,7 @@ from ..optimizers import OptimizerLike, optimizers_of
 from ..sharding import is_sharded
 from ..structure.architectures import architecture_of
 from ..structure.blocks import host_mask, place_carriers
+from ..structure.cutting import decodes
 from .allocation import AdapterImportance, grown_ranks
 from .cost import Cost, Latency, cost_of
 from .groups import groups_of
@@ -143,7 +144,7 @@ class Controller:
             raise TypeError(f"log: expected a function of one line, or None, got {type(log).__name__}")
         if kurtosis is None:
             row = architecture_of(self.model.model)
-            kurtosis = float(row is not None and row.decoder is True)
+            kurtosis = float(row is not None and decodes(row, self.model.model))
         kurtosis = checked_number("kurtosis", kurtosis, 0.0)
         refuse_second(self.model)
         self.total_steps, self.joint, self.compact, self.log = total_steps, joint, compact, log

@@ -86,12 +86,17 @@ def never_empty(row: Architecture, model: nn.Module, blocks: dict[str, Block]) -
     if row.never_empty:
         return [name for name, block in blocks.items() if block.kind != "hidden"]
     heads = [name for name, block in blocks.items() if block.kind == "heads" and name.endswith(".heads")]
-    config = getattr(model, "config", None)
-    if not (row.decoder or (row.decoder is None and getattr(config, "is_decoder", False))):
+    if not decodes(row, model):
         return []
+    config = getattr(model, "config", None)
     own = [name for name in heads if not name.startswith("encoder.")]
     types = getattr(config, "layer_types", None) or [None] * len(own)
     return [name for i, name in enumerate(own) if types[i] not in types[:i]]  # a cache has one length for each type of layer
+
+
+def decodes(row: Architecture, model: nn.Module) -> bool:
+    """Whether the model, of this row of the table, is a decoder or has one."""
+    return row.decoder or (row.decoder is None and bool(getattr(getattr(model, "config", None), "is_decoder", False)))
 
 
 def alike(model: nn.Module, blocks: dict[str, Block]) -> list[list[str]]:
