@@ -125,6 +125,14 @@ def outputs(model: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         return [model(**inputs).logits]
 
 
+def streams(model: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """The residual stream before every layer and behind the last, of an encoder and then of its decoder."""
+    with torch.no_grad():
+        found = model(**inputs, output_hidden_states=True)
+    names = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
+    return [state for name in names for state in getattr(found, name, None) or ()]
+
+
 def generated(model: Any, inputs: dict[str, torch.Tensor], use_cache: bool) -> list[torch.Tensor]:
     """The logits of each of five greedy steps."""
     given = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}

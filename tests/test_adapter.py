@@ -8,6 +8,7 @@ from torch import nn
 
 import apt_ext
 from apt_ext import APTAdapter, reference
+from apt_ext.method import kurtosis
 
 # -- Eq. 2 (seed 1, 2, 7, 8) -------------------------------------------------------------------------------------------
 
@@ -42,6 +43,7 @@ def test_base_is_frozen_and_shared_and_masks_are_float32_buffers():
         move()
         assert adapter.mask_in.dtype == torch.float32 and torch.equal(adapter.mask_in, kept)
     assert adapter.weight.dtype == torch.float16
+    assert adapter.to("meta").mask_in.is_meta and adapter.mask_out.is_meta
 
 
 def test_zeros_are_honoured_and_bad_values_refused():
@@ -63,11 +65,16 @@ def test_zeros_are_honoured_and_bad_values_refused():
     assert APTAdapter(6, 4, rank=2, max_rank=99).max_rank == 4
 
 
-def test_init_is_gaussian_of_the_stated_deviation():
-    adapter = APTAdapter(3000, 64, rank=32)
+@pytest.mark.parametrize("max_rank", [None, 64])
+@pytest.mark.parametrize(("init_std", "expected"), [(None, 1 / (3 * 3000) ** 0.5), (0.5, 0.5)])
+def test_init_is_gaussian_of_the_stated_deviation(init_std, expected, max_rank):
+    """The first rows and those of growth; what is uniform has an excess kurtosis of -1.2."""
+    adapter = APTAdapter(3000, 64, rank=32, init_std=init_std, max_rank=max_rank)
+    adapter.increase_rank(64)
     assert (adapter.lora_B == 0).all()
-    assert adapter.lora_A.std().item() == pytest.approx(1 / (3 * 3000) ** 0.5, rel=0.02)
-    assert APTAdapter(3000, 64, rank=32, init_std=0.5).lora_A.std().item() == pytest.approx(0.5, rel=0.02)
+    for rows in (adapter.Wa[:32], adapter.Wa[32:]):
+        assert rows.mean().abs().item() < 0.02 * expected and rows.std().item() == pytest.approx(expected, rel=0.02)
+        assert kurtosis(rows.flatten()).abs().item() < 0.1
 
 
 def test_from_linear_refuses_by_name():

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import assert_accurate
 from low_rank_pair import OPTIMIZERS, bits
 from small_adapter import expected, make, masks
 from torch.optim import ASGD, LBFGS, Adafactor
@@ -94,6 +95,50 @@ def test_growth_keeps_output_identity_and_optimizer(device, max_rank):
     assert (adapter.Wb[:, 3:] != 0).any() and optimizer.state[B]["exp_avg"].shape == B.shape
     if max_rank:
         assert (adapter.lora_A[5:] == 0).all() and (adapter.lora_B[:, 5:] == 0).all()
+
+
+@STORAGE
+def test_the_output_stays_in_every_dtype(device, dtype, max_rank):
+    adapter = make(device, dtype, max_rank=max_rank)
+    adapter.set_masks(*masks(device))
+    x = batch().to(device, dtype)
+    y = adapter(x)
+    adapter.increase_rank(6)
+    if max_rank:
+        assert torch.equal(adapter(x), y)
+    assert_accurate(adapter(x), y.detach().double(), y.detach().double().abs() + 1, dtype)
+
+
+@STORAGE
+@pytest.mark.parametrize("trains", ["lora_A", "lora_B", "neither"])
+def test_growth_leaves_requires_grad_as_it_is(max_rank, trains):
+    adapter = make(max_rank=max_rank)
+    for name in ("lora_A", "lora_B"):
+        getattr(adapter, name).requires_grad_(name == trains)
+    adapter.increase_rank(5)
+    assert [name for name, p in adapter.named_parameters() if p.requires_grad] == ([] if trains == "neither" else [trains])
+
+
+@STORAGE
+def test_an_equal_rank_changes_nothing(max_rank):
+    adapter, generator = make(max_rank=max_rank), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(factors(adapter))
+    train(adapter, optimizer)
+
+    def held():
+        parts = [
+            adapter.state_dict(),
+            optimizer.state_dict(),
+            [p.grad for p in factors(adapter)],
+            torch.get_rng_state(),
+            generator.get_state(),
+        ]
+        return bits(parts), [(id(p), id(p.grad), p._version) for p in factors(adapter)]
+
+    before = held()
+    for given in (None, generator):
+        adapter.increase_rank(3, optimizer=optimizer, generator=given)
+    assert held() == before
 
 
 @pytest.mark.parametrize("max_rank, name", [*((None, n) for n in OPTIMIZERS), *((6, n) for n in (*OPTIMIZERS, *RESERVED_ONLY))])

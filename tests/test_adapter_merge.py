@@ -25,9 +25,10 @@ def test_merge_is_the_adapter_and_unmerge_is_bitwise(device, dtype, keep):
         assert not torch.equal(adapter.weight, before[0])
         adapter.unmerge_weights()
         assert torch.equal(adapter.weight, before[0]) and torch.equal(adapter.bias, before[1])
-    for _ in range(2):
-        adapter.merge_weights(keep)
-        assert adapter.merged
+    adapter.merge_weights(keep)
+    once = adapter.weight.clone(), adapter.bias.clone()
+    adapter.merge_weights(keep)
+    assert adapter.merged and torch.equal(adapter.weight, once[0]) and torch.equal(adapter.bias, once[1])
     for _ in range(2):
         adapter.unmerge_weights()
         assert not adapter.merged and torch.equal(adapter.weight, before[0])

@@ -10,22 +10,26 @@ from training import SHORT, batch_for, built, train, trained
 
 import apt_ext
 from apt_ext import APTConfig, Controller, Growth, Schedule, adapters, get_apt_model
-from apt_ext.method import search
+from apt_ext.method import cubic_density, grown_ranks, search
 
 
 @EVERY
 @pytest.mark.parametrize("kinds", [["heads", "neurons"], ["heads", "neurons", "hidden"]], ids=["layers", "hidden"])
 def test_a_run_ends_at_its_density_with_masks_of_zeros_and_ones(family, kinds):
     apt, optimizer = built(family, prune=kinds)
+    frozen = [(parameter, parameter.detach().clone()) for parameter in apt.parameters() if not parameter.requires_grad]
     lines = []
     controller = Controller(apt, optimizer, 16, log=lines.append, growth=Growth(2.0), **SHORT)
+    start = controller.adapter_parameters
     train(apt, optimizer, controller, family, 16)
+    assert frozen and all(parameter.grad is None and torch.equal(parameter, value) for parameter, value in frozen)
     assert controller.done and 0.3 < controller.density <= 0.65
     for name in apt.blocks:
         mask = apt.get_block_mask(name)
         assert bool((mask * (1 - mask) == 0).all()) and bool(mask.any())
     assert len(lines) == 3 and "density" in lines[-1]
-    assert controller.adapter_parameters > 1.5 * 2 * sum(a.in_features + a.out_features for _, a in adapters(apt) if a.rank)
+    assert start == 2 * sum(a.in_features + a.out_features for _, a in adapters(apt) if a.rank)
+    assert 1.5 * start < controller.adapter_parameters <= 2 * start
     apt_ext.shrink(apt)
 
 
@@ -82,12 +86,13 @@ def test_kept_blocks_recover_at_the_rate_at_which_they_fall(monkeypatch):
 
 
 @pytest.mark.parametrize("uniform", [True, False])
-@pytest.mark.parametrize("budget", ["parameters", "flops", "memory", "latency"])
+@pytest.mark.parametrize("budget", ["parameters", "flops", "memory", "latency", "parameters with hidden"])
 def test_the_real_density_is_within_one_block_of_the_target(monkeypatch, budget, uniform):
     """One chunk more of whatever comes next would be too much."""
     family = FAMILIES["llama"]
     tables = {"heads": {0: 0.0, 3: 3.0}, "neurons": {0: 0.5, 8: 1.5, 20: 4.0}}
-    apt, optimizer = built(family, uniform=uniform)
+    budget, _, more = budget.partition(" with ")
+    apt, optimizer = built(family, uniform=uniform, prune=["heads", "neurons", *more.split()])
     once = Schedule(start=2, end=12, events=1)
     controller = Controller(apt, optimizer, 16, schedule=once, budget=budget, latency=tables if budget == "latency" else None)
     calls = []
@@ -111,19 +116,24 @@ def test_density_1_leaves_masks_alone_and_still_grows_ranks():
     assert not any(adapter.compacted for _, adapter in adapters(apt))
 
 
-def test_it_goes_on_from_a_density_that_was_reached_before():
+def test_it_goes_on_from_a_density_that_was_reached_before(monkeypatch):
     """One-shot pruning first, then less and less."""
+    allowed = []
+    monkeypatch.setattr(apt_ext.method.controller, "search", lambda *args: allowed.append(args[5]) or search(*args))
     family = FAMILIES["bert"]
     apt, optimizer = built(family, density=0.5)
     keep_first(apt, neurons=12)
     before, lines = masks_of(apt), []
     controller = Controller(apt, optimizer, 16, log=lines.append, **SHORT)
     initial = controller.density
+    allowed.clear()
     assert 0.5 < initial < 0.9
     train(apt, optimizer, controller, family, 16)
     assert controller.density <= 0.5
     assert all(not bool((mask[before[name] == 0] != 0).any()) for name, mask in masks_of(apt).items())
     densities = [float(line.split("density ")[1].split()[0]) for line in lines]
+    dense = controller.cost.total({name: block.count for name, block in apt.blocks.items()})
+    assert sorted(allowed, reverse=True)[::4] == pytest.approx([dense * cubic_density(event, 2, 14, 0.5, initial) for event in (6, 10, 14)])
     assert densities == sorted(densities, reverse=True)
 
 
@@ -313,6 +323,46 @@ def test_within_max_rank_nothing_is_reallocated():
     assert max(ranks) == 6 and all(a.lora_A.shape[0] == 6 for a in controller.importance.adapters.values())
 
 
+@pytest.mark.parametrize("growth", [Growth(3.0), Growth(3.0, limit=5, rule="paper", importance="paper")], ids=["code", "paper"])
+def test_growth_is_what_its_argument_says(monkeypatch, growth):
+    """At each event: the budget, the limits, the paper's rate or none, and the importance since the event before."""
+    family, calls = FAMILIES["bert"], []
+    apt, optimizer = built(family)
+    controller = Controller(apt, optimizer, 16, growth=growth, **SHORT)
+    start, found = controller.adapter_parameters, controller.importance.adapters
+    monkeypatch.setattr(apt_ext.method.controller, "grown_ranks", lambda *args: calls.append(args) or grown_ranks(*args))
+    factor, expected = ("lora_A", {}) if growth.importance == "signed" else ("lora_B", {})
+    for step in range(1, 17):
+        apt(**batch_for(family, step)).loss.backward()
+        for name, adapter in found.items():
+            products = getattr(adapter, factor) * getattr(adapter, factor).grad
+            now = products.sum(1).abs().mean() if growth.importance == "signed" else products.abs().sum()
+            expected[name] = 0.85 * expected.get(name, 0) + 0.15 * now.item()
+        controller.observe()
+        optimizer.step()
+        optimizer.zero_grad()
+        controller.step()
+        if step in controller.steps.events:
+            ranks, sizes, importance, budget, limits, rate = calls[-1]
+            part = controller.steps.events.index(step) + 1
+            assert budget == int(start * (1 + 2 * part / 3)) and controller.adapter_parameters <= budget
+            assert rate == (None if growth.rule == "budget" else pytest.approx(budget / int(start * (1 + 2 * (part - 1) / 3))))
+            assert limits == {name: min(growth.limit or 16, a.in_features, a.out_features) for name, a in found.items()}
+            assert importance == pytest.approx(expected, rel=1e-4)
+            expected = {}
+    assert len(calls) == 3 and controller.adapter_parameters > start
+
+
+def test_outliers_count_in_decoders_unless_told_otherwise():
+    weights = {"bert": 0.0, "roberta": 0.0, "bert-decoder": 1.0, "llama": 1.0, "gpt2": 1.0, "t5": 1.0}
+    for name, weight in weights.items():
+        apt, optimizer = built(FAMILIES[name])
+        for given, expected in (({}, weight), ({"kurtosis": 0.5}, 0.5), ({"kurtosis": 0.0}, 0.0)):
+            controller = Controller(apt, optimizer, 16, **given)
+            assert controller.scores.kurtosis == expected
+            controller.remove()
+
+
 def test_two_optimizers_count_once():
     family = FAMILIES["bert"]
     apt, _ = built(family)
@@ -345,12 +395,12 @@ def test_it_says_one_line_a_change(caplog):
 def test_progress_and_done():
     family = FAMILIES["bert"]
     apt, optimizer = built(family)
-    controller = Controller(apt, optimizer, 16, **SHORT)
+    controller = Controller(apt, optimizer, 16, schedule=Schedule(start=2, warm_up=3, end=14, events=3))
     seen = []
     for seed in range(16):
         seen.append((controller.progress, controller.done))
         train(apt, optimizer, controller, family, 1, first=seed)
-    assert [mu for mu, _ in seen] == pytest.approx([0, 0, 0] + [i / 12 for i in range(1, 12)] + [1, 1])
+    assert [mu for mu, _ in seen] == pytest.approx([0] * 6 + [i / 9 for i in range(1, 9)] + [1, 1])
     assert [done for _, done in seen] == [False] * 14 + [True] * 2
 
 

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import torch.distributed as dist
-from families import DECODERS, EVERY, FAMILIES, adapted, close, generated, mask_all, outputs, some, tolerance
+from families import DECODERS, EVERY, FAMILIES, adapted, close, generated, keep_first, mask_all, outputs, some, tolerance
 from torch import nn
 
 from apt_ext import APTConfig, adapter_parameters, adapters, get_apt_model, hold_pruned, shrink
@@ -34,6 +34,35 @@ def test_cut_is_masked_and_smaller(family, how):
         assert torch.equal(apt.get_block_mask(name), left if len(left) else torch.zeros(block.count))
     close(outputs(shrink(apt), family.inputs()), expected, tolerance(family, ALL))
     close(outputs(copy.deepcopy(apt), family.inputs()), expected)
+
+
+def step_of(apt, inputs):
+    """(bytes that a forward keeps for its backward, floating-point operations of the products of both)"""
+    own, kept = {p.untyped_storage().data_ptr() for p in apt.parameters()}, {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as profile:
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = apt(**inputs).logits.square().mean()
+        loss.backward()
+    return sum(kept.values()), sum(event.flops for event in profile.key_averages())
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_step_keeps_and_computes_less_after_a_cut_and_not_under_masks(name):
+    family = FAMILIES[name]
+    apt = adapted(family, dtype=torch.float32, hidden_size=96, intermediate_size=256).train()
+    inputs = family.inputs(length=32)
+    dense = step_of(apt, inputs)
+    keep_first(apt, heads=1, neurons=64, hidden=48)
+    masked, (kept, operations) = step_of(apt, inputs), step_of(apt.cut(), inputs)
+    assert masked[0] > 0.95 * dense[0] and masked[1] > 0.95 * dense[1]
+    assert kept < 0.6 * dense[0] and operations < 0.35 * dense[1]
 
 
 @EVERY

@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 from families import FAMILIES
+from low_rank_pair import bits
 from test_controller import assert_equal, state_of
 from training import SHORT, batch_for, built, train
 
@@ -61,10 +62,13 @@ def test_stopping_at_any_step_changes_nothing(name):
         apt, optimizer, controller = fresh(name, 2 + stop)
         for part, state in zip((apt, optimizer, controller), saved[stop], strict=True):
             part.load_state_dict(state)
+        assert bits(controller.state_dict()) == bits(saved[stop][2])
         train(apt, optimizer, controller, family, 16 - stop, first=stop)
         assert_equal(all_of(apt, optimizer, controller), expected)
         assert [a.compacted for _, a in adapters(apt)] == [a.compacted for _, a in adapters(whole[0])]
     assert any(not torch.equal(start[key], value) for key, value in whole[0].state_dict().items())
+    between = [bool((live & (state["masks"][block] == 0)).any()) for _, _, state in saved.values() for block, live in state["live"].items()]
+    assert any(between) == (name == "t5")  # masks at every step: at 0, and not out before the event
 
 
 def test_from_a_checkpoint_directory(tmp_path):

@@ -7,8 +7,10 @@ import gc
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
+from apt_ext import APTAdapter
 from apt_ext._C import channel_sums
 from apt_ext.method import Salience
 
@@ -152,10 +154,22 @@ def test_state_is_independent_of_batch_and_length() -> None:
     def held() -> list[tuple[int, ...]]:
         return [tuple(tensor.shape) for pair in salience.sums().values() for tensor in pair]
 
+    large: list[StorageWeakRef] = []  # gc would not see what C++ holds
+
+    def note(h: Tensor) -> None:
+        large.append(StorageWeakRef(h.untyped_storage()))
+
+    def note_both(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        note(args[0])
+        args[0].register_hook(note)
+
+    for layer in model.layers:
+        layer.down.register_forward_pre_hook(note_both)
     for batch, length in ((1, 1), (7, 33)):
         loss_of(model(batch_of(batch, length))).backward()
         assert held() == [(8,)] * 4
-    assert sum(type(thing) is Tensor and thing.shape[:2] == (7, 33) for thing in gc.get_objects()) == 0
+    gc.collect()
+    assert len(large) == 8 and all(storage.expired() for storage in large)
     salience.update()
     assert len(salience._passes) == 0 and held() == []
 
@@ -196,21 +210,27 @@ def test_foreign_state_is_refused_in_words(state: dict[str, Tensor]) -> None:
     assert salience.scores == {}
 
 
-def test_the_signed_identity_holds_without_the_factor_s() -> None:
-    """sum_l H_il dL/dH_il = sum_p W_ip dL/dW_ip + sum_q B_iq dL/dB_iq for H = W x + s B A x (method 1.5)."""
+@pytest.mark.parametrize("masked", [False, True])
+def test_the_signed_identity_holds_without_the_factor_s(masked: bool) -> None:
+    """sum_l H_il dL/dH_il = sum_p W_ip dL/dW_ip + sum_q B_iq dL/dB_iq, and the same of inputs with A, by an adapter's own gradients."""
     torch.manual_seed(0)
-    linear = nn.Linear(5, 4, bias=False, dtype=torch.float64)
-    A, B = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((2, 5), (4, 2)))
-    x, s = torch.randn(7, 5, dtype=torch.float64), 3.0
-    h = linear(x) + s * (x @ A.t()) @ B.t()
+    adapter = APTAdapter.from_linear(nn.Linear(5, 4, bias=False, dtype=torch.float64), 2, scaling=3.0)
+    nn.init.normal_(adapter.lora_B)
+    if masked:
+        adapter.set_masks(torch.tensor([1, 0, 0.5, 1, 1]), torch.tensor([0.25, 1, 0, 1]))
+    x = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    h = adapter(x)
     h.retain_grad()
     h.tanh().sum().backward()
-    assert h.grad is not None and linear.weight.grad is not None and B.grad is not None
-    from_h, from_w, from_b = (
-        (value * grad).sum(dim) for value, grad, dim in ((h, h.grad, 0), (linear.weight, linear.weight.grad, 1), (B, B.grad, 1))
-    )
-    torch.testing.assert_close(from_h, from_w + from_b, rtol=1e-12, atol=1e-12)
-    assert not torch.allclose(from_h, from_w + s * from_b)
+    A, B, W = adapter.lora_A, adapter.lora_B, adapter._matrix()
+    assert W is not None and None not in (x.grad, h.grad, A.grad, B.grad)
+    of_weights = W * torch.outer(adapter.mask_out, adapter.mask_in) * (h.grad.t() @ x)  # type: ignore[union-attr]
+    for from_h, from_w, from_factor in (
+        ((h * h.grad).sum(0), of_weights.sum(1), (B * B.grad).sum(1)),
+        ((x * x.grad).sum(0), of_weights.sum(0), (A * A.grad).sum(0)),
+    ):
+        torch.testing.assert_close(from_h, from_w + from_factor, rtol=1e-12, atol=1e-12)
+        assert not torch.allclose(from_h, from_w + adapter.scaling * from_factor)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from families import DECODERS, EVERY, FAMILIES, adapted, close, generated, mask_all, outputs, some, tolerance
+from families import DECODERS, EVERY, FAMILIES, adapted, close, generated, mask_all, outputs, some, streams, tolerance
 from test_model import assert_same, batch, half, snapshot, tiny_bert, trained
 
 from apt_ext.adapter import APTAdapter
@@ -161,9 +161,15 @@ def test_every_family_computes_the_same_when_cut(family, kinds, how, caplog):
     if how == "empty" and "hidden" in masks:
         masks["hidden"] = torch.arange(24).clamp(max=1).float()
     expected = outputs(mask_all(apt, masks), family.inputs())
+    stream, kept = streams(apt, family.inputs()), masks.get("hidden", torch.ones(24)) != 0
     state = {name: value.clone() for name, value in apt.state_dict().items()}
     small = shrink(apt)
     close(outputs(small, family.inputs()), expected, tolerance(family, kinds))
+    assert stream and not any(bool(state[..., ~kept].any()) for state in stream)
+    output = small.get_output_embeddings()
+    tied = output is not None and output.weight is small.get_input_embeddings().weight  # its norm may take back a scale: see decisions.md
+    alike = slice(-1 if tied and "hidden" in kinds else None)
+    close(streams(small, family.inputs())[alike], [state[..., kept] for state in stream[alike]], tolerance(family, kinds))
     if any(bool((mask != 1).any()) for mask in masks.values()):
         assert (dense[0] - expected[0]).abs().max() > 1e-4
     assert is_stock(small) and type(small) is type(apt.model)
