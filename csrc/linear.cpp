@@ -64,9 +64,12 @@ bool scales_exactly(const Tensor& low, double scaling) {
          scaling > 1.0 && scaling <= 256.0;
 }
 
+// Libraries leave out a product times 0, and with it a NaN in a kept lane.
+bool leaves_out(double scaling) { return static_cast<float>(scaling) == 0.f; }
+
 // out = beta out + scaling low factor in place. With beta 0, out is not read.
 void up_(Tensor& out, const Skinny& skinny, double scaling, int beta) {
-  if (scales_exactly(skinny.low, scaling)) {
+  if (leaves_out(scaling) || scales_exactly(skinny.low, scaling)) {
     out.addmm_(skinny.low.mul(scaling), skinny.factor, beta, 1);
   } else {
     out.addmm_(skinny.low, skinny.factor, beta, scaling);
@@ -100,6 +103,7 @@ Tensor factor_grad(const Tensor& lhs, const Tensor& rhs, double scaling, const O
     multiplier.has_value() ? wide.mul_(*multiplier) : wide.mul_(scaling);
     return as(wide, dtype);
   }
+  if (leaves_out(scaling)) return as(at::mm(lhs, rhs).mul_(scaling), dtype);
   // beta = 0: the fresh memory is not read
   Tensor grad = at::empty({lhs.size(0), rhs.size(1)}, rhs.options());
   grad.addmm_(lhs, rhs, 0, scaling);
