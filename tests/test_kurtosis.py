@@ -61,15 +61,19 @@ def test_an_outlier_of_the_activations_in_a_head_counts_but_not_in_a_neuron():
     assert torch.equal(outliers(linear, mean, 12), outliers(linear, None, 12))  # a channel's scale changes nothing
 
 
-def test_it_is_of_the_adapted_weight_and_of_outputs_that_are_left():
+def test_it_is_of_the_adapted_weight_and_of_what_is_left():
     adapter = APTAdapter.from_linear(flat_linear(), 1, scaling=1.0)
     with torch.no_grad():
         adapter.lora_A.zero_()[0, 5], adapter.lora_B.zero_()[3, 0] = 1.0, 50.0
     assert outliers(adapter, None, 4).nonzero().flatten().tolist() == [1]
     assert row_outliers(adapter, None).nonzero().flatten().tolist() == [3]
+    of_neurons, without = outliers(adapter, None, 12), torch.ones(12)
+    without[5] = 0
+    adapter.set_masks(mask_in=without)
+    assert of_neurons[5] > 0 and torch.equal(outliers(adapter, None, 12), of_neurons * without) and not row_outliers(adapter, None).any()
     mask = torch.ones(6)
     mask[3] = 0
-    adapter.set_masks(mask_out=mask)
+    adapter.set_masks(torch.ones(12), mask)
     assert not outliers(adapter, None, 4).any() and not row_outliers(adapter, None).any()
 
 

@@ -55,6 +55,7 @@ def _products(reader: nn.Module, mean: Tensor | None, rows: bool = True) -> Tens
         if reader.rank and not reader.merged:
             A, B = (whole(factor.detach()).to(weight.dtype) for factor in (reader.lora_A, reader.lora_B))
             weight = torch.addmm(weight, B[:, : reader.rank], A[: reader.rank], alpha=reader.scaling)
+        weight = torch.where(reader.mask_in != 0, weight, 0)
         if rows and not bool((reader.mask_out != 0).all()):
             weight = weight[reader.mask_out != 0]
         elif not rows:
