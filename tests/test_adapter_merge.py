@@ -33,7 +33,7 @@ def test_merge_is_the_adapter_and_unmerge_is_bitwise(device, dtype, keep):
         adapter.unmerge_weights()
         assert not adapter.merged and torch.equal(adapter.weight, before[0])
     adapter.merge_weights(keep)
-    assert_accurate(adapter.base_layer(x), y.double(), 4 * y.double().abs() + 4, dtype)
+    assert_accurate(adapter.base_layer(x), y.double(), y.double().abs() + 1, dtype)
     with torch.no_grad():
         assert torch.equal(adapter(x), adapter.base_layer(x))
 
@@ -102,7 +102,7 @@ def test_what_is_pruned_may_hold_anything(device, dtype):
     adapter.eval().merge_weights()
     assert torch.isfinite(adapter.weight).all() and torch.isfinite(adapter.bias).all()
     assert (adapter.weight[:, pruned_in] == 0).all() and (adapter.weight[pruned_out] == 0).all() and (adapter.bias[pruned_out] == 0).all()
-    assert_accurate(adapter(x), want.double(), 4 * want.double().abs() + 4, dtype)
+    assert_accurate(adapter(x), want.double(), want.double().abs() + 1, dtype)
     adapter.unmerge_weights()
     for got, was in zip((adapter.weight, adapter.bias), before, strict=True):
         assert torch.equal(got.detach().view(torch.uint8), was.view(torch.uint8))  # NaN and all

@@ -97,9 +97,8 @@ def test_cutting_first_and_shrinking_is_shrinking(family):
         assert torch.allclose(ours, theirs, rtol=0, atol=1e-12), name
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5"])
-def test_a_second_cut_goes_on_from_the_first(name):
-    family = FAMILIES[name]
+@EVERY
+def test_a_second_cut_goes_on_from_the_first(family):
     apt = adapted(family)
     mask_all(apt, some(family, apt.blocks, ALL, "hard")).cut()
     expected = outputs(mask_all(apt, some(family, apt.blocks, ALL, "one")), family.inputs())
