@@ -160,3 +160,13 @@ def test_kurtosis_is_of_all_the_samples_and_raises_what_has_an_outlier():
             for name, block in apt.blocks.items():
                 apt.set_block_mask(name, torch.ones(block.count))
         assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize("weight", [0.0, 100.0])
+def test_what_is_out_stays_out(weight):
+    """Whatever outliers its weights have."""
+    family = FAMILIES["bert"]
+    apt = keep_first(get_apt_model(family.model(), APTConfig(r=2)), neurons=9)
+    before = {name: apt.get_block_mask(name) for name in apt.blocks if name.endswith("neurons")}
+    masks = one_shot(apt, with_loss(family, apt), {"neurons": 9}, kurtosis=weight)
+    assert all(torch.equal(mask, before[name]) for name, mask in masks.items())
