@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -287,12 +287,14 @@ class APTModel(nn.Module):
             return _build(base_model, saved.config(), lambda apt: apt._restore(saved))
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """torch's own, and nothing is loaded where it raises; a state with masks of hidden dimensions brings what carries them.
+        """torch's own, and nothing is loaded where it raises. A state with masks of hidden dimensions brings what carries them; one from
+        before they were masked sets them to ones.
 
         TypeError for no dict or no tensor, ValueError for another size and what an adapter refuses, RuntimeError for keys where `strict`.
         """
         checked_mapping("state_dict", state_dict)
         placed = self._place_carriers_of(state_dict)
+        state_dict = self._with_carriers(state_dict)
         try:
             check_loadable(self, state_dict, strict)
         except BaseException:
@@ -309,6 +311,23 @@ class APTModel(nn.Module):
         if block is None or not any(f"model.{side.module}.mask_out" in state for side in block.sides if side.of == "norm"):
             return {}
         return place_carriers(self.model, "hidden", block)
+
+    def _with_carriers(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """`state`, or a copy with the keys of what carries masks here and did not when it was made: all ones."""
+        for name, carrier in self.model.named_modules():
+            prefix = f"model.{name}."
+            own = [key for key in state if key.startswith(prefix)] if isinstance(carrier, StreamCarrier | MaskedLinear) else []
+            if not own or f"{prefix}mask_out" in own:
+                continue
+            fresh = {key: value for key, value in carrier.state_dict(prefix=prefix).items() if not key.startswith(f"{prefix}base_layer.")}
+            fresh |= {key: torch.ones_like(value) for key, value in fresh.items() if key.endswith((".mask_in", ".mask_out"))}
+            fresh |= {key: torch.tensor(False) for key in fresh if key.endswith(".merged")}
+            renamed = {f"{prefix}base_layer.{key.removeprefix(prefix)}": state[key] for key in own}
+            versions = getattr(state, "_metadata", None)  # torch's, of each module
+            state = OrderedDict({key: value for key, value in state.items() if key not in own} | renamed | fresh)
+            if versions is not None:
+                state._metadata = versions  # type: ignore[attr-defined]
+        return state
 
     def _guard(self) -> None:
         """No optimizer steps a Parameter that trains while what it keeps for it has another shape."""

@@ -125,6 +125,23 @@ def test_masks_of_hidden_dimensions_load_into_a_model_that_has_none():
     assert_same(fresh, copied(apt))
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama-tied", "t5"])
+def test_a_state_from_before_hidden_dimensions_were_masked(name):
+    family = FAMILIES[name]
+    apt = get_apt_model(family.model(), APTConfig(r=2))
+    state, first = copied(apt), apt(**family.inputs()).logits
+    apt.set_block_mask("hidden", torch.arange(24).clamp(max=4).float() / 4)
+    masked = copied(apt)
+    with pytest.raises(RuntimeError, match="Missing key"):
+        apt.load_state_dict({key: value for key, value in state.items() if "norm" not in key.lower() and "ln_" not in key})
+    assert_same(apt, masked)
+    apt.load_state_dict(state)
+    assert bool((apt.get_block_mask("hidden") == 1).all())
+    torch.testing.assert_close(apt(**family.inputs()).logits, first, rtol=1e-12, atol=1e-12)
+    apt.load_state_dict(masked)
+    assert_same(apt, masked)
+
+
 def test_a_module_that_loads_in_its_own_way_is_left_to_it():
     class Renamed(nn.Linear):
         def _load_from_state_dict(self, state_dict, prefix, *rest):
