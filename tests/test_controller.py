@@ -10,7 +10,7 @@ from training import SHORT, batch_for, built, train, trained
 
 import apt_ext
 from apt_ext import APTConfig, Controller, Growth, Schedule, adapters, get_apt_model
-from apt_ext.method import cubic_density, grown_ranks, search
+from apt_ext.method import cubic_density, search
 
 
 @EVERY
@@ -321,46 +321,6 @@ def test_within_max_rank_nothing_is_reallocated():
     apt, controller, _ = trained("bert", max_rank=6)
     ranks = {adapter.rank for name, adapter in adapters(apt) if name in controller.importance.adapters}
     assert max(ranks) == 6 and all(a.lora_A.shape[0] == 6 for a in controller.importance.adapters.values())
-
-
-@pytest.mark.parametrize("growth", [Growth(3.0), Growth(3.0, limit=5, rule="paper", importance="paper")], ids=["code", "paper"])
-def test_growth_is_what_its_argument_says(monkeypatch, growth):
-    """At each event: the budget, the limits, the paper's rate or none, and the importance since the event before."""
-    family, calls = FAMILIES["bert"], []
-    apt, optimizer = built(family)
-    controller = Controller(apt, optimizer, 16, growth=growth, **SHORT)
-    start, found = controller.adapter_parameters, controller.importance.adapters
-    monkeypatch.setattr(apt_ext.method.controller, "grown_ranks", lambda *args: calls.append(args) or grown_ranks(*args))
-    factor, expected = ("lora_A", {}) if growth.importance == "signed" else ("lora_B", {})
-    for step in range(1, 17):
-        apt(**batch_for(family, step)).loss.backward()
-        for name, adapter in found.items():
-            products = getattr(adapter, factor) * getattr(adapter, factor).grad
-            now = products.sum(1).abs().mean() if growth.importance == "signed" else products.abs().sum()
-            expected[name] = 0.85 * expected.get(name, 0) + 0.15 * now.item()
-        controller.observe()
-        optimizer.step()
-        optimizer.zero_grad()
-        controller.step()
-        if step in controller.steps.events:
-            ranks, sizes, importance, budget, limits, rate = calls[-1]
-            part = controller.steps.events.index(step) + 1
-            assert budget == int(start * (1 + 2 * part / 3)) and controller.adapter_parameters <= budget
-            assert rate == (None if growth.rule == "budget" else pytest.approx(budget / int(start * (1 + 2 * (part - 1) / 3))))
-            assert limits == {name: min(growth.limit or 16, a.in_features, a.out_features) for name, a in found.items()}
-            assert importance == pytest.approx(expected, rel=1e-4)
-            expected = {}
-    assert len(calls) == 3 and controller.adapter_parameters > start
-
-
-def test_outliers_count_in_decoders_unless_told_otherwise():
-    weights = {"bert": 0.0, "roberta": 0.0, "bert-decoder": 1.0, "llama": 1.0, "gpt2": 1.0, "t5": 1.0}
-    for name, weight in weights.items():
-        apt, optimizer = built(FAMILIES[name])
-        for given, expected in (({}, weight), ({"kurtosis": 0.5}, 0.5), ({"kurtosis": 0.0}, 0.0)):
-            controller = Controller(apt, optimizer, 16, **given)
-            assert controller.scores.kurtosis == expected
-            controller.remove()
 
 
 def test_two_optimizers_count_once():
