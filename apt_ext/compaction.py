@@ -58,7 +58,7 @@ class Compaction:
             sizes = (n_in, n_out, len(mask_in), len(mask_out))
             for name, size in zip(_INDICES, sizes, strict=True):
                 setattr(self, name, torch.full((size,), -1, dtype=torch.int32, device=device))
-            self.kept = torch.zeros((), dtype=torch.int64)
+            self.kept = torch.zeros((), dtype=torch.int64, device="cpu")
         self._live: dict[str, Tensor] = {}  # {"in" or "out": bool [size] on the host, the lanes that are kept}
         self.change(mask_in, mask_out, matrix, anew=True)()
 
@@ -179,7 +179,7 @@ class Compaction:
 def _index(live: Tensor, capacity: int) -> Tensor:
     """int32 [capacity]: the kept lanes ascending, then -1."""
     lanes = live.nonzero().flatten()
-    index = torch.full((capacity,), -1, dtype=torch.int32)
+    index = torch.full((capacity,), -1, dtype=torch.int32, device="cpu")
     index[: len(lanes)] = lanes
     return index
 

@@ -321,7 +321,7 @@ class APTModel(nn.Module):
                 continue
             fresh = {key: value for key, value in carrier.state_dict(prefix=prefix).items() if not key.startswith(f"{prefix}base_layer.")}
             fresh |= {key: torch.ones_like(value) for key, value in fresh.items() if key.endswith((".mask_in", ".mask_out"))}
-            fresh |= {key: torch.tensor(False) for key in fresh if key.endswith(".merged")}
+            fresh |= {key: torch.tensor(False, device="cpu") for key in fresh if key.endswith(".merged")}
             renamed = {f"{prefix}base_layer.{key.removeprefix(prefix)}": state[key] for key in own}
             versions = getattr(state, "_metadata", None)  # torch's, of each module
             state = OrderedDict({key: value for key, value in state.items() if key not in own} | renamed | fresh)

@@ -59,8 +59,8 @@ def _save(adapter: Saving, state: dict[str, Tensor], prefix: str, _metadata: Any
 
     Not even where it is another adapter that merged into a tied weight.
     """
-    state[prefix + "rank"] = torch.tensor(adapter._rank)
-    state[prefix + "merged"] = torch.tensor(adapter._merged)
+    state[prefix + "rank"] = torch.tensor(adapter._rank, device="cpu")
+    state[prefix + "merged"] = torch.tensor(adapter._merged, device="cpu")
     for name in ("weight", "bias"):
         tensor = getattr(adapter, name)
         for holder, held in merged_into(tensor) if tensor is not None else ():

@@ -95,4 +95,6 @@ def _tensor(name: str, entry: Entry, file: disk.Sealed) -> Tensor:
     data = file.read(entry.size)
     if entry.dtype is torch.bool and data and max(data) > 1:
         raise ValueError(f"{name}: expected bytes of 0 and 1 for its dtype bool, got others")
-    return torch.frombuffer(data, dtype=entry.dtype).view(entry.shape) if data else torch.empty(entry.shape, dtype=entry.dtype)
+    if not data:
+        return torch.empty(entry.shape, dtype=entry.dtype, device="cpu")
+    return torch.frombuffer(data, dtype=entry.dtype).view(entry.shape)

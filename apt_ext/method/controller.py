@@ -383,7 +383,7 @@ class Controller:
         """ValueError where even the floors cost more than the target allows."""
         if not self.blocks:
             return
-        flat = {name: torch.zeros(block.count) for name, block in self.blocks.items()}
+        flat = {name: torch.zeros(block.count, device="cpu") for name, block in self.blocks.items()}
         live = {name: self._live[name] for name in self.blocks}
         least = search(flat, live, self.groups, self.cost, self._counts(), -1.0, self.joint).keep
         share = self.cost.total({**self._counts(), **{name: int(keep.sum()) for name, keep in least.items()}}) / self._dense

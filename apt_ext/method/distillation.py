@@ -197,7 +197,8 @@ class Distiller:
         """One layer of each stretch."""
         stretches = min(self.quarters, count)
         bounds = [count * i // stretches for i in range(stretches + 1)]
-        return [int(torch.randint(low, high, (), generator=self._generator)) for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+        pairs, generator = zip(bounds[:-1], bounds[1:], strict=True), self._generator
+        return [int(torch.randint(low, high, (), generator=generator, device="cpu")) for low, high in pairs]
 
     def _alive(self, prefix: str, count: int) -> list[bool]:
         """Of each layer of a stack, whether something is left of each of its blocks; waits for the device once."""

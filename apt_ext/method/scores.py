@@ -68,7 +68,7 @@ class BlockScores:
     def scores(self) -> dict[str, Tensor]:
         """{block: [count] float32 on the host}; a block that no gradient reached counts 0. Waits for the device once."""
         averages, blocks = self.salience.scores, self.blocks
-        like = next(iter(averages.values()), torch.zeros(()))
+        like = next(iter(averages.values()), torch.zeros((), device="cpu"))
         found = {name: averages.get(name, like.new_zeros(block.count)) for name, block in blocks.items()}
         if "hidden" in blocks:
             found["hidden"] = sum((averages[site] for site in self._stream if site in averages), found["hidden"])
@@ -78,7 +78,7 @@ class BlockScores:
             found |= {name: found[name] + self.kurtosis * mean * self._outliers[name] for name in names}
         for group in self._alike:
             found |= dict.fromkeys(group, sum((found[name] for name in group), torch.zeros((), device=like.device)))
-        flat = torch.cat([found[name].float() for name in blocks]).cpu() if blocks else torch.zeros(0)
+        flat = torch.cat([found[name].float() for name in blocks]).cpu() if blocks else torch.zeros(0, device="cpu")
         return dict(zip(blocks, torch.split(flat, [block.count for block in blocks.values()]), strict=True))
 
     def state_dict(self) -> dict[str, Any]:

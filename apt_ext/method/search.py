@@ -75,9 +75,9 @@ def search(
     if unknown is not None:
         raise ValueError(f"cost: expected one that knows the blocks of the groups, got one that does not know {unknown!r}")
     chunks = [_chunks(group, scores, order, unit) for group in groups]
-    owner = torch.cat([torch.full((len(c.sizes),), i) for i, c in enumerate(chunks)])
+    owner = torch.cat([torch.full((len(c.sizes),), i, device="cpu") for i, c in enumerate(chunks)])
     sizes, worth = torch.cat([c.sizes for c in chunks]), torch.cat([c.worth for c in chunks])
-    forced = torch.cat([torch.arange(len(c.sizes)) < group.floor for c, group in zip(chunks, groups, strict=True)])
+    forced = torch.cat([torch.arange(len(c.sizes), device="cpu") < group.floor for c, group in zip(chunks, groups, strict=True)])
     key = -worth if joint else _shares(worth, forced, owner, groups)
     line = torch.argsort(torch.where(forced, -torch.inf, key), stable=True)
     owner, sizes = owner[line], sizes[line]
@@ -96,7 +96,7 @@ def search(
             high = middle - 1
     keep = {}
     for name, number in kept(low).items():
-        keep[name] = torch.zeros(len(scores[name]), dtype=torch.bool)
+        keep[name] = torch.zeros(len(scores[name]), dtype=torch.bool, device="cpu")
         keep[name][order[name][:number]] = True
     return Found(keep, float(worth[line[low - 1]]) if low > least else float("inf"))
 
@@ -133,11 +133,11 @@ def _chunks(group: Group, scores: Mapping[str, Tensor], order: Mapping[str, Tens
     """Blocks of different length are as long as the shortest."""
     length = min(len(order[name]) for name in group.blocks)
     number = -(-length // group.chunk)
-    sums = torch.zeros(number, dtype=torch.float64)
+    sums = torch.zeros(number, dtype=torch.float64, device="cpu")
     for name in group.blocks:
         ranked = scores[name].double().nan_to_num(nan=0.0)[order[name][:length]]
         sums += torch.nn.functional.pad(ranked, (0, number * group.chunk - length)).view(number, group.chunk).sum(1)
-    sizes = torch.full((number,), group.chunk)
+    sizes = torch.full((number,), group.chunk, device="cpu")
     if number:
         sizes[-1] = length - (number - 1) * group.chunk
     worth = sums / (sizes * max(sum(unit[name] for name in group.blocks), 1e-30))
@@ -148,9 +148,9 @@ def _shares(worth: Tensor, forced: Tensor, owner: Tensor, groups: Sequence[Group
     """For each chunk, the share of its kind that comes before it."""
     found = torch.zeros_like(worth)
     kinds = list(dict.fromkeys(group.kind for group in groups))
-    kind = torch.tensor([kinds.index(group.kind) for group in groups])[owner]
+    kind = torch.tensor([kinds.index(group.kind) for group in groups], device="cpu")[owner]
     for i in range(len(kinds)):
         own = (kind == i).nonzero().flatten()
         line = own[torch.argsort(torch.where(forced[own], -torch.inf, -worth[own]), stable=True)]
-        found[line] = torch.arange(len(line), dtype=torch.float64) / max(len(line), 1)
+        found[line] = torch.arange(len(line), dtype=torch.float64, device="cpu") / max(len(line), 1)
     return found

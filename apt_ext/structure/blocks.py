@@ -98,7 +98,7 @@ def host_mask(model: nn.Module, block: Block) -> Tensor:
     side = block.scaling_side
     carrier = model.get_submodule(side.module)
     if not isinstance(carrier, APTAdapter | StreamCarrier):
-        return torch.ones(block.count)
+        return torch.ones(block.count, device="cpu")
     lanes = stretch(carrier.host_mask(f"mask_{side.side}"), side)
     return lanes[:: max(len(lanes) // max(block.count, 1), 1)].clone()
 
@@ -116,7 +116,7 @@ def expand(mask: Tensor, side: Side, width: int) -> Tensor:
 
 def lanes_of(block: Block, kept: Tensor, side: Side, width: int) -> Tensor:
     """[width] bool: the channels of a module side that stay when the blocks `kept` [count] (bool) do."""
-    lanes = torch.ones(width, dtype=torch.bool)
+    lanes = torch.ones(width, dtype=torch.bool, device="cpu")
     stretch(lanes, side).copy_(expand(kept.cpu(), side, width))
     return lanes
 

@@ -93,7 +93,7 @@ def _shaped(kind: Any, file: disk.Sealed, counts: dict[str, int], entries: dict[
     blocks = find_blocks(model)
     if blocks.keys() != counts.keys() or any(counts[name] > block.count for name, block in blocks.items()):
         raise ValueError(f'expected "widths" of the blocks of this model, got {str(counts)[:200]}')
-    kept = {name: torch.arange(block.count) < counts[name] for name, block in blocks.items()}
+    kept = {name: torch.arange(block.count, device="cpu") < counts[name] for name, block in blocks.items()}
     lanes = lanes_for(model, blocks, kept)
     with torch.no_grad():
         replace_parameters(model, parameter_changes(model, lanes))

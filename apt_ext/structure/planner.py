@@ -116,7 +116,8 @@ def plan(model: nn.Module, config: APTConfig, *, keep: Mapping[str, int] | None 
     found = match(model, config)
     blocks = find_blocks(model)
     wanted = _wanted(model, blocks, config, keep)
-    kept = {name: torch.arange(block.count) < min(wanted.get(block.kind, block.count), block.count) for name, block in blocks.items()}
+    most = {name: min(wanted.get(block.kind, block.count), block.count) for name, block in blocks.items()}
+    kept = {name: torch.arange(block.count, device="cpu") < most[name] for name, block in blocks.items()}
     notes = []
     row = architecture_of(model)
     for name in never_empty(row, model, blocks) if row is not None else ():
