@@ -1,4 +1,4 @@
-"""Under `torch.set_default_device` what belongs on the host stays there; meta, where nothing has a value, stands for any other device."""
+"""Under `torch.set_default_device` and `set_default_dtype` what belongs on the host stays there, in float32; meta stands for any device."""
 
 import io
 
@@ -76,6 +76,20 @@ def test_a_model(batch, tmp_path, elsewhere):
     apt.compact(chain=True)
     torch.testing.assert_close(logits(apt, batch), want)
     torch.testing.assert_close(logits(apt.cut(), batch), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_masks_are_float32_whatever_the_default_dtype_is(dtype):
+    apt = built()
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = [apt.get_block_mask(name) for name in apt.blocks]
+        apt.set_block_mask("hidden", found[-1] * 0.3)
+        found.append(apt.get_block_mask("hidden"))
+    finally:
+        torch.set_default_dtype(default)
+    assert {mask.dtype for mask in found} == {torch.float32} and bool((found[-1] == torch.tensor(0.3)).all())
 
 
 def test_the_method(batch, elsewhere):

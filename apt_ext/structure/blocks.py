@@ -98,7 +98,7 @@ def host_mask(model: nn.Module, block: Block) -> Tensor:
     side = block.scaling_side
     carrier = model.get_submodule(side.module)
     if not isinstance(carrier, APTAdapter | StreamCarrier):
-        return torch.ones(block.count, device="cpu")
+        return torch.ones(block.count, dtype=torch.float32, device="cpu")
     lanes = stretch(carrier.host_mask(f"mask_{side.side}"), side)
     return lanes[:: max(len(lanes) // max(block.count, 1), 1)].clone()
 
