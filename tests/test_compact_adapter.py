@@ -416,6 +416,7 @@ def test_an_x_that_does_not_fit_is_named(compact, base, dropout):
             adapter(torch.ones(2, 10, dtype=torch.bfloat16))
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # the profiler itself, torch 2.11
 def test_autocast_casts_what_is_in_use():
     adapter = make(dtype=torch.float32)
     adapter.compact()

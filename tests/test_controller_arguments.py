@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES
+from families import EMPTY_HEADS, FAMILIES
 from training import SHORT, batch_for, built, train
 
 import apt_ext
@@ -69,7 +69,7 @@ def test_decay_is_of_both_averages():
         assert values == pytest.approx({name: share * value for name, value in importance[0].items()})
 
 
-@pytest.mark.parametrize(("joint", "floor"), [(True, 1), (False, 2), (True, 0)])
+@pytest.mark.parametrize(("joint", "floor"), [(True, 1), (False, 2), pytest.param(True, 0, marks=EMPTY_HEADS)])
 def test_the_search_is_told_whether_kinds_compete_and_what_stays(monkeypatch, joint, floor):
     calls = []
     monkeypatch.setattr(apt_ext.method.controller, "search", lambda *args: calls.append(args) or search(*args))

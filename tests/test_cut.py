@@ -10,6 +10,8 @@ from families import DECODERS, EVERY, FAMILIES, adapted, close, generated, keep_
 from torch import nn
 
 from apt_ext import APTConfig, adapter_parameters, adapters, get_apt_model, hold_pruned, shrink
+from apt_ext.method.groups import groups_of
+from apt_ext.structure import cutting
 
 ALL = ("heads", "neurons", "hidden")
 
@@ -34,6 +36,19 @@ def test_cut_is_masked_and_smaller(family, how):
         assert torch.equal(apt.get_block_mask(name), left if len(left) else torch.zeros(block.count))
     close(outputs(shrink(apt), family.inputs()), expected, tolerance(family, ALL))
     close(outputs(copy.deepcopy(apt), family.inputs()), expected)
+
+
+@EVERY
+def test_where_attention_needs_heads_one_stays_in_every_layer(family, monkeypatch):
+    """torch 2.11: nothing of ours may then cut or search a layer down to none."""
+    monkeypatch.setattr(cutting, "_ATTENTION_NEEDS_HEADS", True)
+    apt = adapted(family)
+    heads = [name for name, block in apt.blocks.items() if block.kind == "heads"]
+    expected = outputs(mask_all(apt, {name: torch.zeros(apt.blocks[name].count) for name in heads}), family.inputs())
+    assert all(group.floor >= 1 for group in groups_of(apt, apt.blocks, 8, False, 0) if group.kind == "heads")
+    apt.cut()
+    assert [apt.blocks[name].count for name in heads] == [1] * len(heads)
+    close(outputs(apt, family.inputs()), expected)
 
 
 def step_of(apt, inputs):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from families import EVERY, FAMILIES, adapted, keep_first
+from families import EMPTY_HEADS, EVERY, FAMILIES, adapted, keep_first
 from torch.utils.flop_counter import FlopCounterMode
 
 import apt_ext
@@ -101,6 +101,7 @@ def test_density_is_a_share_of_heads_and_neurons():
     assert plan(model, APTConfig(r=2)).dense == plan(model, APTConfig(r=2)).target
 
 
+@EMPTY_HEADS
 def test_a_head_that_has_to_stay_is_said():
     family = FAMILIES["llama"]
     found = plan(family.model(), APTConfig(r=2), keep={"heads": 0})

@@ -323,18 +323,19 @@ def test_times_of_two_machines_are_two_tables(tmp_path):
 
     folder = written(
         tmp_path / "cells",
-        ran("apt", 0, 0.4, "a CPU", 300.0, 2.5, "float32"),
+        ran("apt", 0, 0.4, "a CPU, 2 threads", 300.0, 2.5, "float32"),
         ran("lora", 1, None, "a GPU", 20.0, None, None),
         ran("apt", 1, 0.4, "a GPU", 30.0, 1.5, "bfloat16"),
         made("random", 1, 70.0, 0.4, alone=False),
     )
     report.write_report(folder, tmp_path / "results.md")
     text = (tmp_path / "results.md").read_text()
-    on_gpu, on_cpu = (text.index(f"Measured on: {machine}, float32.") for machine in ("a GPU", "a CPU"))
+    on_gpu, on_cpu = (text.index(f"Measured on: {machine}, float32.") for machine in ("a GPU", "a CPU, 2 threads"))
     dense, gpu, cpu = (text.index(line) for line in ("| dense LoRA | 1 | 20.0 |", "| APT, 40 % | 1 | 30.0 |", "| APT, 40 % | 1 | 300.0 |"))
     assert dense < gpu < on_gpu < cpu < on_cpu
     assert "| 1.50 |\n" in text[gpu:on_gpu] and "32 x 64 bfloat16." in text[on_gpu:cpu] and "float32" not in text[on_gpu + 40 : cpu]
     assert "dense LoRA | 1" not in text[cpu:on_cpu]
+    assert text[gpu:].split("|")[5].strip() == "3" and text[cpu:].split("|")[5].strip() == ""  # memory: of the GPU alone
     unmeasured = text[on_cpu:].splitlines()[2]
     assert unmeasured.startswith("Not measured alone: full fine-tuning; LoRA, one-shot") and "APT, 20, 10 %; APT, pruned" in unmeasured
     assert "| APT at 40 %: inference 1.6 times dense on CUDA | 1.50 |" in text

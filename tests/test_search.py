@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from families import EVERY, FAMILIES, keep_first
+from families import EMPTY_HEADS, EVERY, FAMILIES, keep_first
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -239,6 +239,7 @@ def test_the_top_cross_attention_keeps_its_best_head(name):
     assert keep[cross[-1]].tolist() == [False, True, False]
 
 
+@EMPTY_HEADS
 def test_without_floors_a_layer_may_go_but_never_the_model():
     apt, groups, live, counts, cost = setup("bert")
     scores = {name: torch.rand(count) for name, count in counts.items()}

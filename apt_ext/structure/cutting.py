@@ -19,6 +19,9 @@ from .carriers import MaskedEmbedding, is_carrier
 
 logger = logging.getLogger("apt_ext")
 
+# Without heads the CPU attention of torch 2.11 divides by zero, which ends the process.
+_ATTENTION_NEEDS_HEADS = torch.__version__ < "2.12"
+
 # {module: {"in" or "out": [kept] int64, the channels that stay}}; sides that lose nothing are not in it
 Lanes = dict[str, dict[str, Tensor]]
 # {Parameter: {dimension: [kept] int64}}
@@ -82,9 +85,11 @@ def _spare(row: Architecture, model: nn.Module, blocks: dict[str, Block], kept: 
 
 
 def never_empty(row: Architecture, model: nn.Module, blocks: dict[str, Block]) -> list[str]:
-    """The blocks that have to keep one: all, or the heads where a decoder's cache is asked for its length."""
+    """The blocks that have to keep one: all, or the heads where a decoder's cache is asked for its length or torch needs them."""
     if row.never_empty:
         return [name for name, block in blocks.items() if block.kind != "hidden"]
+    if _ATTENTION_NEEDS_HEADS:
+        return [name for name, block in blocks.items() if block.kind == "heads"]
     heads = [name for name, block in blocks.items() if block.kind == "heads" and name.endswith(".heads")]
     if not decodes(row, model):
         return []

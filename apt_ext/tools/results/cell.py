@@ -229,6 +229,11 @@ def write(path: Path, result: Any) -> None:
     aside.replace(path)
 
 
+def on_cpu(result: dict[str, Any]) -> bool:
+    """Whether a cell ran on a CPU: of those its device says the threads."""
+    return bool(result["device"].endswith(" threads"))
+
+
 def layer_weights(model: Any) -> int:
     """Entries of all Parameters within the layers of a stock model: no embeddings, no pooler, no head."""
     layers = next(module for name, module in model.named_modules() if name.rpartition(".")[2] in ("layer", "layers"))

@@ -13,7 +13,7 @@ import torch
 from ..data import Missing, joined
 from ..places import directory_of
 from ..report import figure_class
-from .cell import TRIAL_SEED, read
+from .cell import TRIAL_SEED, on_cpu, read
 from .rows import rows_of
 from .tasks import TASKS, Task
 
@@ -41,7 +41,7 @@ Made by `apt-ext results` from the files in `{folder}`; each has its commit, con
   with so few seeds such intervals are too narrow.
 - Times are of cells that ran alone on their machine, n of them, after the same row had run in a few steps on a model that was thrown
   away, so that they do not hold the first use of each kernel ("warmed" in the cell; a line below the times names the rows with others).
-  Peak memory is the allocator's on a GPU, model and data included; on a CPU it is the process's, with all libraries.
+  Peak memory is the allocator's on a GPU, model and data included; a process on a CPU has no count of its own tensors.
 - MiniLM's weights are rounded to float16 once, and its word embeddings are those of the tokens that its tasks use. SmolLM2 is the 4-bit
   file of its package widened to float32; perplexity is over its whole vocabulary, on windows of 256 tokens.
 """
@@ -216,7 +216,7 @@ def _times_on(task: Task, machine: str, lines: dict[Line, list[Result]], referen
                 str(len(alone)),
                 _spread([result["seconds"]["training"] for result in alone]),
                 _spread(reached) if len(reached) == len(times) else f"not reached in {len(times) - len(reached)} of {len(times)}",
-                _spread([result["peak_memory_bytes"] / 1e6 for result in alone], "{:.0f}"),
+                "" if on_cpu(alone[0]) else _spread([result["peak_memory_bytes"] / 1e6 for result in alone], "{:.0f}"),
                 "" if density is None else _spread([one["speedup"] for one in _inferences(alone)], "{:.2f}"),
             ]
         )
