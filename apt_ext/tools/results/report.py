@@ -296,7 +296,7 @@ def _plot(cells: Cells, path: Path) -> None:
     figure = figure_class()(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for i, (name, row) in enumerate(rows.items()):
-        style = {"color": f"C{i % 10}", "marker": "o^sDvPX*<>h"[i % 11], "markersize": 4, "linewidth": 1}
+        style = {"color": f"C{i}" if i < 10 else "black", "marker": "o^sDvPX*<>h"[i % 11], "markersize": 4, "linewidth": 1}
         points = []
         for density in task.densities if row.pruned else (None,):
             found = cells.of(name, density)
@@ -311,7 +311,7 @@ def _plot(cells: Cells, path: Path) -> None:
             right.plot(*zip(*history, strict=True), label=row.title, **style)
     score = "accuracy, %" if task.classes else "perplexity"
     left.set(title=task.title, xlabel="weights of the layers kept, %", ylabel=f"test {score}")
-    right.set(title=f"pruned to {100 * task.densities[0]:g} % on {machine}", xlabel="training, s", ylabel=f"validation {score}")
+    right.set(title=f"pruned to {100 * task.densities[0]:g} %\non {machine}", xlabel="training, s", ylabel=f"validation {score}")
     if not task.classes:
         left.set_yscale("log")
         right.set_yscale("log")
