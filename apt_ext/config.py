@@ -47,8 +47,7 @@ class Schedule:
             if value < 0 or isinstance(value, float) and value > 1.0:
                 raise ValueError(f"schedule.{name}: expected a number of steps (int) or a share of all in [0, 1] (float), got {value}")
         _check_int("schedule.events", self.events)
-        if not isinstance(self.per_step, bool):
-            raise TypeError(f"schedule.per_step: expected a bool, got {type(self.per_step).__name__}")
+        _check_bool("schedule.per_step", self.per_step)
 
 
 @dataclass(frozen=True)
@@ -111,8 +110,7 @@ class APTConfig:
                 raise ValueError(f"prune: expected kinds of {', '.join(KINDS)}, got {kind!r}")
         schedule = _checked_schedule(self.schedule)
         for name in ("uniform", "float32_factors"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name}: expected a bool, got {type(getattr(self, name)).__name__}")
+            _check_bool(name, getattr(self, name))
         ranks, alphas = _checked_patterns("rank_pattern", self.rank_pattern), _checked_patterns("alpha_pattern", self.alpha_pattern)
         for key, rank in ranks.items():
             _check_int(f"rank_pattern[{key!r}]", rank)
@@ -222,6 +220,11 @@ def nearest(wanted: str, names: Iterable[str]) -> str:
 def _listed(names: Collection[str]) -> str:
     shown = ", ".join(list(names)[:4]) or "an empty list"
     return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _check_bool(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected a bool, got {type(value).__name__}")
 
 
 def _check_int(name: str, value: Any) -> None:

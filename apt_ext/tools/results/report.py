@@ -76,7 +76,7 @@ class Cells:
         for line in self.lines():
             for _, result in sorted(self.of(*line).items()):
                 if result["alone"]:
-                    found.setdefault(f"{result['device']}, {result['precision']}", {}).setdefault(line, []).append(result)
+                    found.setdefault(_machine(result), {}).setdefault(line, []).append(result)
         return dict(sorted(found.items(), key=lambda machine: -len(machine[1])))
 
 
@@ -136,6 +136,11 @@ def paired(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, flo
     drawn = torch.randint(len(differences), (_DRAWS, len(differences)), generator=generator)
     low, high = torch.quantile(differences[drawn].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return float(differences.mean()), low, high
+
+
+def _machine(result: Result) -> str:
+    """What a cell's times hold for."""
+    return f"{result['device']}, {result['precision']}"
 
 
 def share_of(task: Task, score: float, dense: float) -> float:
@@ -271,19 +276,17 @@ def _making(every: dict[str, Cells]) -> str:
     """The commands, and which commits, seeds and machines the cells came from."""
     machines: dict[str, list[Result]] = {}
     for result in (result for cells in every.values() for found in cells.found.values() for result in found.values()):
-        machine = f"{result['device']}, {result['precision']}, torch {result['versions']['torch']}"
-        machines.setdefault(machine, []).append(result)
+        machines.setdefault(f"{_machine(result)}, torch {result['versions']['torch']}", []).append(result)
 
     def values(of: list[Result], what: Callable[[Result], Any]) -> str:
         return ", ".join(map(str, sorted({what(result) for result in of})))
 
-    lines = [
-        f"| {machine} | {len(of)} | {values(of, lambda result: result['seed'])} | {values(of, lambda result: result['commit'][:12])} |"
+    rows = [
+        [machine, str(len(of)), values(of, lambda result: result["seed"]), values(of, lambda result: result["commit"][:12])]
         for machine, of in sorted(machines.items())
     ]
     commands = ["apt-ext results --prepare .data/results", "apt-ext results --task all --row all --seed 0-4", "apt-ext results"]
-    head = ["| machine | cells | seeds | commits |", "| --- | --- | --- | --- |"]
-    return "\n".join(["## How these were made\n", "```", *commands, "```\n", *head, *lines, ""])
+    return "\n".join(["## How these were made\n", "```", *commands, "```\n", _table(["machine", "cells", "seeds", "commits"], rows), ""])
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
