@@ -168,6 +168,15 @@ def width_rows(width, rank, dtype, device, rounds):
         yield from rows_of(times, "aligned", work=f"odd {side}", **labels_of(8192, N, K, rank, dtype))
 
 
+def rank_rows(M, N, K, rank, dtype, device, rounds):
+    """A rank that is no multiple of 8 against the next one that is, and the same of the products by hand."""
+    odd, even = (Layer(M, N, K, one, dtype, device).steps(("apt none", "mm + addmm_, none")) for one in (rank, (rank + 7) // 8 * 8))
+    peers = {"aligned": even["apt none"], "odd": odd["apt none"]}
+    peers |= {"mm + addmm_, aligned": even["mm + addmm_, none"], "mm + addmm_, odd": odd["mm + addmm_, none"]}
+    times = measure(peers, rounds, device, 3)
+    yield from rows_of(times, "aligned", work="odd rank: forward+backward", **labels_of(M, N, K, rank, dtype))
+
+
 def pass_rows(M, N, K, rank, dtype, device, rounds):
     """What one pass over x costs by itself, and the low-rank parts of the layer without its dense product."""
     layer, ops = Layer(M, N, K, rank, dtype, device), torch.ops.apt_ext
@@ -288,6 +297,7 @@ def jobs_of(options, dtype):
         "host": [(host_rows, (host_side, host_side, min(16, host_side), dtype))],
         "host-profile": [(host_profile_rows, (host_side, host_side, min(16, host_side), dtype))],
         "widths": [(width_rows, (width, 16, dtype)) for width in (4097, 2055, 383)] if cuda and not options.quick else [],
+        "ranks": [(rank_rows, (*shape, 37, dtype)) for shape in ((8192, 4096, 4096), (2048, 384, 384))] if cuda else [],
         "merge": [(merge_rows, (side, side, 16, dtype))] + ([(model_merge_rows, (16, dtype))] if cuda else []),
         "memory": [(memory_rows, (side, side, 16, dtype))],
         "mask_grads": [(mask_rows, (448 if cuda else 64, dtype))],
@@ -381,7 +391,8 @@ def main():
     parser.add_argument("--threads", type=int, help="of the CPU; default: torch's own choice")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--quick", action="store_true", help="the first shape and rank 16 only")
-    parser.add_argument("--only", help="some of layers,graph,compiled,passes,host,host-profile,widths,merge,memory,mask_grads,compact")
+    parts = "layers,graph,compiled,passes,host,host-profile,widths,ranks,merge,memory,mask_grads,compact"
+    parser.add_argument("--only", help=f"some of {parts}")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="a PNG of the layers")
     parser.add_argument("--replot", type=Path, help="draw --plot from a kept JSON file and measure nothing")

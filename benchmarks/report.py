@@ -112,6 +112,7 @@ PARTS = {
     "graph": of("graph:"),
     "compiled": of("compiled:", "compiled, graph:"),
     "passes": of("one pass"),
+    "ranks": of("odd rank:"),
     "host": of("host time a call"),
     "host-profile": host,
     "merge": of("merge_", "merge, 1.1 B model"),

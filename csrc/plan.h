@@ -26,7 +26,7 @@ struct LinearPlan {
   // passes of our own around the library's dense product.
   enum class Route { kLibrary, kPasses } route = Route::kLibrary;
   // The library's 16-bit product is several times slower where a row is no multiple of 16 bytes: copy to one
-  // that is.
+  // that is. Ranks that our own passes take may be any.
   bool padded = false;
   int rows = 0;                          // of x or y a block of the low-rank pass owns
   int up_splits_N = 0, up_splits_K = 0;  // blocks that share the columns of such rows in an up pass alone
@@ -36,6 +36,9 @@ struct LinearPlan {
 };
 
 LinearPlan launch_plan(const LinearProblem& problem, const DeviceLimits& device);
+
+// The rank of a layer in padded widths.
+int64_t padded_rank(int64_t R);
 
 // The merge of a weight [N, K]: an up pass over its rows, where the factors have its 16-bit dtype.
 MergePlan merge_plan(const LinearProblem& problem, const DeviceLimits& device);

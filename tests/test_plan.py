@@ -47,6 +47,12 @@ def test_odd_widths_are_padded_where_the_product_is_large():
     assert not launch_plan(8, 4097, 4096, 16).padded and not launch_plan(8192, 4096, 4096, 16).padded
 
 
+def test_ranks_that_only_the_library_takes_are_padded():
+    assert launch_plan(8192, 4096, 4096, 37).padded and launch_plan(8192, 4096, 4096, 17).padded
+    assert not any(launch_plan(8192, 4096, 4096, rank).padded for rank in (0, 5, 13, 16, 24, 40))
+    assert not launch_plan(8192, 4096, 4096, 37, "float32").padded and not launch_plan(8, 4096, 4096, 37).padded
+
+
 def test_a_plan_says_what_it_is():
     assert repr(launch_plan(8192, 4096, 4096, 16)).startswith("passes, 32 rows a block")
     assert repr(launch_plan(8192, 4097, 4096, 0)) == "library, padded to multiples of 8"

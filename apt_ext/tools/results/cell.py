@@ -26,7 +26,7 @@ from ..models import transformers_offline
 from ..processes import peak_memory, restart_peak
 from .rows import Row, rows_of
 from .tasks import TASKS, Data, Task, load_data, load_model
-from .training import ALPHA, DISTILLED, RANK, Trained, adapter_config, autocast, precision, train, wait
+from .training import ALPHA, DISTILLED, RANK, Trained, adapter_config, attention_without_plans, autocast, precision, train, wait
 
 TRIAL_SEED = 1000
 FORMAT = 1
@@ -78,6 +78,17 @@ class Place:
 def run_cell(place: Place, cell: Cell) -> dict[str, Any]:
     """Train and measure one cell and write its file, whole or not at all; returns what is in it. Missing in words."""
     started = time.perf_counter()
+    with attention_without_plans():
+        result, small = _trained_and_scored(place, cell)
+    if place.alone and cell.of()[1].pruned and cell.rate is None:
+        result["inference"] = _inference(place, place.task(cell), small, torch.device(place.device))
+    result["seconds"]["total"] = time.perf_counter() - started
+    write(place.file(cell), result)
+    return result
+
+
+def _trained_and_scored(place: Place, cell: Cell) -> tuple[dict[str, Any], Any]:
+    """What the cell's file holds, but for the inference's times; the cut model."""
     task, row, device = place.task(cell), cell.of()[1], torch.device(place.device)
     rate = cell.rate if cell.rate is not None else chosen_rate(place, cell)
     data = load_data(place.pack, task, device, place.quick)
@@ -103,7 +114,6 @@ def run_cell(place: Place, cell: Cell) -> dict[str, Any]:
     scores = {"validation": data.score(small, "validation"), "masked validation": masked}
     if cell.rate is None:
         scores["test"] = data.score(small, "test")  # once
-    seconds = {"training": trained.clock.seconds, "teacher": teacher_seconds}
     result: dict[str, Any] = {
         "format": FORMAT,
         "task": cell.task,
@@ -120,6 +130,7 @@ def run_cell(place: Place, cell: Cell) -> dict[str, Any]:
         "precision": precision(device),
         "alone": place.alone,
         "warmed": warmed,
+        "cudnn_attention": False,
         "config": _config(task, row, cell, rate),
         "steps": task.steps,
         "measure": task.measure,
@@ -128,15 +139,11 @@ def run_cell(place: Place, cell: Cell) -> dict[str, Any]:
         "ranks": trained.ranks,
         "adapter_parameters": list(trained.adapter_parameters),
         "history": trained.clock.history,
-        "seconds": seconds,
+        "seconds": {"training": trained.clock.seconds, "teacher": teacher_seconds},
         "peak_memory_bytes": peak,
         "memory_before_bytes": before,
     }
-    if place.alone and row.pruned and cell.rate is None:
-        result["inference"] = _inference(place, task, small, device)
-    seconds["total"] = time.perf_counter() - started
-    write(place.file(cell), result)
-    return result
+    return result, small
 
 
 def chosen_rate(place: Place, cell: Cell) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -138,6 +138,19 @@ def autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 def precision(device: torch.device) -> str:
     return "bfloat16 autocast over float32" if device.type == "cuda" else "float32"
+
+
+@contextmanager
+def attention_without_plans() -> Iterator[None]:
+    """Without cuDNN's attention, which prepares itself anew, for longer than a step takes, for every length and number of heads it meets:
+    texts differ in length, and a cut leaves other numbers of heads in every layer.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def wait(device: torch.device) -> None:
