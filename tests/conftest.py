@@ -173,8 +173,15 @@ def _cuda_context():
 
 @pytest.fixture(autouse=True)
 def _fresh_memory_is_nan(request):
-    """torch fills what it allocates with NaN, at::empty in C++ too: a read of it shows. Not on CUDA, where the switch rules cuBLAS too."""
-    torch.use_deterministic_algorithms(request.node.get_closest_marker("cuda") is None)
+    """torch fills what it allocates with NaN, at::empty in C++ too: a read of it shows.
+
+    On CUDA, where that switch rules cuBLAS too, what the allocator will hand out is filled instead: blocks of its two kinds of segment.
+    """
+    on_cuda = request.node.get_closest_marker("cuda") is not None
+    torch.use_deterministic_algorithms(not on_cuda)
+    if on_cuda and torch.cuda.is_available():
+        blocks = [torch.full((size,), float("nan"), device="cuda") for size in (*[1 << 18] * 8, 5 << 20)]
+        del blocks
     yield
     torch.use_deterministic_algorithms(False)
 

@@ -96,8 +96,9 @@ def test_weight_and_bias_are_optional(device, dtype, weight, bias):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_float32_factors_over_a_16_bit_base(device, dtype):
-    problem = Problem((9,), 16, 24, 4, dtype, device, "soft", factor_dtype=torch.float32)
+@pytest.mark.parametrize("tokens, N, K, R", [(9, 16, 24, 4), (70, 33, 41, 5), (70, 33, 41, 20), (70, 40, 72, 20)])
+def test_float32_factors_over_a_16_bit_base(device, dtype, tokens, N, K, R):
+    problem = Problem((tokens,), N, K, R, dtype, device, "soft", factor_dtype=torch.float32)
     got = problem.run(compact_linear)
     assert got["y"].dtype == dtype and got["dA"].dtype == got["dB"].dtype == torch.float32
     problem.check(got)

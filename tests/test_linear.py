@@ -19,11 +19,12 @@ SHAPES = [
     ((), 12, 10, 3),
     ((3,), 0, 6, 0),
     ((3,), 6, 0, 0),
-    # On CUDA in 16 bits these take the passes around the dense product, the last three in padded widths.
+    # On CUDA in 16 bits these take the passes around the dense product, but for the ranks above 16; some in padded widths and ranks.
     ((96,), 40, 72, 3),
     ((77,), 136, 264, 6),
     ((2, 70), 264, 136, 16),
     ((300,), 128, 384, 17),
+    ((2, 70), 136, 72, 24),
     ((64,), 130, 24, 12),
     ((65,), 24, 131, 20),
     ((70,), 33, 41, 5),
@@ -84,8 +85,9 @@ def test_weight_and_bias_are_optional(device, dtype, weight, bias):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_float32_factors_over_a_16_bit_base(device, dtype):
-    problem = Problem((9,), 16, 24, 4, dtype, device, "soft", factor_dtype=torch.float32)
+@pytest.mark.parametrize("tokens, N, K, R", [(9, 16, 24, 4), (70, 33, 41, 5), (70, 33, 41, 20), (70, 40, 72, 20)])
+def test_float32_factors_over_a_16_bit_base(device, dtype, tokens, N, K, R):
+    problem = Problem((tokens,), N, K, R, dtype, device, "soft", factor_dtype=torch.float32)
     got = problem.run(ops.apt_linear)
     assert got["y"].dtype == dtype and got["dA"].dtype == got["dB"].dtype == torch.float32
     problem.check(got)
