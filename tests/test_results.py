@@ -318,8 +318,8 @@ def test_the_tables_say_what_is_there_and_what_is_missing(tmp_path):
 
 def test_times_of_two_machines_are_two_tables(tmp_path):
     def ran(row, seed, density, device, seconds, speedup, dtype):
-        inference = {"inference": {"speedup": speedup, "batch": 32, "length": 64, "dtype": dtype}} if density else {}
-        return made(row, seed, 80.0, density, device=device, warmed=True, seconds={"training": seconds}, **inference)
+        more = {"inference": {"speedup": speedup, "batch": 32, "length": 64, "dtype": dtype}} if density else {"cudnn_attention": False}
+        return made(row, seed, 80.0, density, device=device, warmed=True, seconds={"training": seconds}, **more)
 
     folder = written(
         tmp_path / "cells",
@@ -336,6 +336,8 @@ def test_times_of_two_machines_are_two_tables(tmp_path):
     assert "| 1.50 |\n" in text[gpu:on_gpu] and "32 x 64 bfloat16." in text[on_gpu:cpu] and "float32" not in text[on_gpu + 40 : cpu]
     assert "dense LoRA | 1" not in text[cpu:on_cpu]
     assert text[gpu:].split("|")[5].strip() == "3" and text[cpu:].split("|")[5].strip() == ""  # memory: of the GPU alone
+    planned = "cuDNN's attention, prepared for each length and number of heads, is within the times of: APT, 40 %.\n"
+    assert planned in text[on_gpu:cpu] and text.count(planned) == 1
     unmeasured = text[on_cpu:].splitlines()[2]
     assert unmeasured.startswith("Not measured alone: full fine-tuning; LoRA, one-shot") and "APT, 20, 10 %; APT, pruned" in unmeasured
     assert "| APT at 40 %: inference 1.6 times dense on CUDA | 1.50 |" in text

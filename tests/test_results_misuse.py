@@ -263,6 +263,22 @@ def test_a_cell_that_runs_alone_is_warmed_up_and_is_the_same(place, tmp_path, tr
         assert mine["validation"] == theirs["validation"] and mine["step"] == theirs["step"]
 
 
+def test_cells_train_without_cudnns_attention_and_give_it_back(place, monkeypatch):
+    def enabled():
+        return torch.backends.cuda.cudnn_sdp_enabled()
+
+    before, seen = enabled(), []
+    monkeypatch.setattr(cell, "_inference", lambda *them: seen.append(enabled()) or {})
+    real = training.train
+    monkeypatch.setattr(cell, "train", lambda *them: seen.append(enabled()) or real(*them))
+    assert cell.run_cell(place, Cell("movies", "apt", 0, 0.4))["cudnn_attention"] is False
+    assert seen == [False, False, before] and enabled() is before
+    monkeypatch.setattr(cell, "train", lambda *them: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cell.run_cell(place, Cell("movies", "apt", 0, 0.4))
+    assert enabled() is before
+
+
 def test_a_trial_whose_times_nobody_reads_is_not_warmed_up(place, trainings):
     assert cell.run_cell(place, Cell("movies", "apt", cell.TRIAL_SEED, 0.4, 1e-3))["warmed"] is False and len(trainings) == 1
 

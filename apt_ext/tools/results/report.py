@@ -41,6 +41,8 @@ Made by `apt-ext results` from the files in `{folder}`; each has its commit, con
   with so few seeds such intervals are too narrow.
 - Times are of cells that ran alone on their machine, n of them, after the same row had run in a few steps on a model that was thrown
   away, so that they do not hold the first use of each kernel ("warmed" in the cell; a line below the times names the rows with others).
+  Cells train without cuDNN's attention ("cudnn_attention"; a line names the rows with others): for every new length and number of heads
+  it prepares itself for longer than a step takes, and a cut makes new numbers of heads.
   Peak memory is the allocator's on a GPU, model and data included; a process on a CPU has no count of its own tensors.
 - MiniLM's weights are rounded to float16 once, and its word embeddings are those of the tokens that its tasks use. SmolLM2 is the 4-bit
   file of its package widened to float32; perplexity is over its whole vocabulary, on windows of 256 tokens.
@@ -227,9 +229,14 @@ def _times_on(task: Task, machine: str, lines: dict[Line, list[Result]], referen
         )
     sizes = sorted({f"{one['batch']} x {one['length']} {one['dtype']}" for alone in lines.values() for one in _inferences(alone)})
     note = f"Measured on: {machine}. Inference: the cut model against the dense stock one, in turn{''.join(', ' + size for size in sizes)}."
-    cold = [line for line, alone in lines.items() if not all(result.get("warmed") for result in alone)]
-    first = [f"The first use of each kernel is within the times of: {_listed(task, cold)}."] if cold else []
-    return "\n\n".join([_table(head, rows), note, *first])
+    notes = {
+        "The first use of each kernel": [line for line, alone in lines.items() if not all(one.get("warmed") for one in alone)],
+        "cuDNN's attention, prepared for each length and number of heads,": [
+            line for line, alone in lines.items() if any(not on_cpu(one) and one.get("cudnn_attention", True) for one in alone)
+        ],
+    }
+    within = [f"{what} is within the times of: {_listed(task, found)}." for what, found in notes.items() if found]
+    return "\n\n".join([_table(head, rows), note, *within])
 
 
 def _inferences(results: Iterable[Result]) -> list[dict[str, Any]]:
