@@ -354,7 +354,11 @@ def test_a_picture_where_matplotlib_is_and_a_sentence_where_not(tmp_path, monkey
     pytest.importorskip("matplotlib")
     assert report.write_report(folder, tmp_path / "results.md") == []
     assert (tmp_path / "results-movies.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "results.md").read_text().count(".png") == 1  # tasks without cells have none
+    text = (tmp_path / "results.md").read_text()
+    assert text.count(".png") == 1 and "kept weights and against time](results-movies.png)" in text  # tasks without cells have none
+    beside = written(tmp_path / "beside", made("lora", 0, 80.0, alone=False), made("apt", 0, 78.0, 0.4, alone=False))
+    assert report.write_report(beside, tmp_path / "beside.md") == []
+    assert "score against kept weights](beside-movies.png)" in (tmp_path / "beside.md").read_text()
 
     def none():
         raise Missing("no matplotlib")

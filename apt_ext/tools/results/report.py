@@ -98,8 +98,7 @@ def write_report(folder: Path, report: Path) -> list[str]:
             if cells.found:
                 picture = report.with_name(f"{report.stem}-{name}.png")
                 try:
-                    _plot(cells, picture)
-                    parts.append(f"![{cells.task.title}: score against kept weights and against time]({picture.name})\n")
+                    parts.append(f"![{cells.task.title}: {_plot(cells, picture)}]({picture.name})\n")
                 except Missing as error:
                     said.append(str(error))
         parts.append(_aims(every))
@@ -299,12 +298,12 @@ def _making(every: dict[str, Cells]) -> str:
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
-def _plot(cells: Cells, path: Path) -> None:
-    """Test score against kept weights; validation against training time, where most cells ran alone, of the first seed."""
+def _plot(cells: Cells, path: Path) -> str:
+    """Test score against kept weights and, where cells ran alone, validation against training time of their first seed; what it shows."""
     task, rows = cells.task, rows_of(cells.task)
-    machine, timed = next(iter(cells.alone().items()), ("no machine", {}))
-    figure = figure_class()(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    machine, timed = next(iter(cells.alone().items()), ("", {}))
+    figure = figure_class()(figsize=(11 if timed else 6, 4.2), layout="constrained")
+    left, *right = figure.subplots(1, 2 if timed else 1, squeeze=False)[0]
     for i, (name, row) in enumerate(rows.items()):
         style = {"color": f"C{i}" if i < 10 else "black", "marker": "o^sDvPX*<>h"[i % 11], "markersize": 4, "linewidth": 1}
         points = []
@@ -318,12 +317,16 @@ def _plot(cells: Cells, path: Path) -> None:
         density = task.densities[0] if row.pruned else None
         if (name, density) in timed:
             history = [(entry["seconds"], entry["validation"]) for entry in timed[name, density][0]["history"]]
-            right.plot(*zip(*history, strict=True), label=row.title, **style)
+            right[0].plot(*zip(*history, strict=True), label=row.title, **style)
     score = "accuracy, %" if task.classes else "perplexity"
     left.set(title=task.title, xlabel="weights of the layers kept, %", ylabel=f"test {score}")
-    right.set(title=f"pruned to {100 * task.densities[0]:g} %\non {machine}", xlabel="training, s", ylabel=f"validation {score}")
-    if not task.classes:
-        left.set_yscale("log")
-        right.set_yscale("log")
     left.legend(fontsize=7)
+    for axes in right:
+        axes.set(title=f"pruned to {100 * task.densities[0]:g} %\non {machine}", xlabel="training, s", ylabel=f"validation {score}")
+    if not task.classes:
+        for axes in (left, *right):
+            axes.set_yscale("log")
+            for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                formatted("{x:g}")  # no powers of ten
     figure.savefig(path, dpi=110)
+    return "score against kept weights" + (" and against time" if timed else "")
