@@ -1,6 +1,6 @@
-// Widths and ranks that are no multiple of 8. The library's 16-bit product is up to nine times slower per unit
-// of work where a row does not fill whole 16 bytes, so it gets copies that do. Masks act in the copies that
-// are made anyway.
+// Widths and ranks that are no multiple of 8. The library's 16-bit product is up to nine times slower per
+// unit of work where a row does not fill whole 16 bytes, so it gets copies that do. Masks act in the copies
+// that are made anyway.
 #include <ATen/ATen.h>
 
 #include "linear.h"

@@ -109,13 +109,14 @@ void lanes(const LanesArgs& args, Stream stream) {
   visit(args.dtype, [&](auto zero) {
     using T = decltype(zero);
     bool vector = is_vectorizable<T>(args);
-    // The flat kernel alone fills rows and columns that src does not have. lanes_resized, which asks for them,
-    // makes a dst that it takes.
+    // The flat kernel alone fills rows and columns that src does not have. lanes_resized, which asks for
+    // them, makes a dst that it takes.
     const bool fills = args.pad_rows + args.pad_cols > 0;
     if (!vector && (sizeof(T) == 2 || fills) && is_flat<T>(args)) {
       return launch_flat<T>(args, static_cast<cudaStream_t>(stream));
     }
-    if (fills) throw std::logic_error("lanes: rows and columns are added to a contiguous matrix of its own only");
+    if (fills)
+      throw std::logic_error("lanes: rows and columns are added to a contiguous matrix of its own only");
     const dim3 grid = column_grid(vector ? args.cols / kVector<T> : args.cols, args.rows);
     auto queue = static_cast<cudaStream_t>(stream);
     if (vector) {
