@@ -127,6 +127,63 @@ def test_step_before_the_optimizers_step_is_noticed_at_the_next_observe():
     assert controller.now == 1
 
 
+def merged(apt, controller):
+    _, adapter = next(adapters(apt))
+    adapter.merge_weights()
+    return adapter.unmerge_weights
+
+
+def masked(apt, controller):
+    name = next(iter(controller.blocks))
+    mask = apt.get_block_mask(name)
+    apt.set_block_mask(name, torch.ones_like(mask) * 0.75)
+    return lambda: apt.set_block_mask(name, mask)
+
+
+@pytest.mark.parametrize("disturb", [merged, masked])
+@pytest.mark.parametrize("at", [4, 5, 13])  # within a window, at the first event, at the last
+def test_a_change_that_was_refused_is_made_by_the_next_call(disturb, at):
+    """And the run goes on as if nothing had been."""
+    plain, expected, its = trained("bert", max_rank=8)
+    apt, optimizer = built(BERT, max_rank=8)
+    controller = Controller(apt, optimizer, 16, **SHORT)
+    for step in range(16):
+        apt(**batch_for(BERT, step)).loss.backward()
+        controller.observe()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == at:
+            undo = disturb(apt, controller)
+            before = copy.deepcopy(controller.state_dict())
+            for _ in range(2):
+                with pytest.raises(RuntimeError, match="step: "):
+                    controller.step()
+                assert controller.now == step and str(controller.state_dict()["masks"]) == str(before["masks"])
+            undo()
+        controller.step()
+        assert controller.now == step + 1
+    assert controller.done and not controller.listening
+    assert_equal(all_of(apt, optimizer, controller), all_of(plain, its, expected))
+
+
+def test_an_error_of_the_log_comes_after_the_change():
+    plain, expected, its = trained("bert")
+    apt, optimizer = built(BERT)
+
+    def full(line):
+        raise OSError("no space")
+
+    controller = Controller(apt, optimizer, 16, log=full, **SHORT)
+    failed = 0
+    for step in range(16):
+        try:
+            train(apt, optimizer, controller, BERT, 1, step)
+        except OSError:
+            failed += 1
+    assert failed == 3
+    assert_equal(all_of(apt, optimizer, controller), all_of(plain, its, expected))
+
+
 def test_adapters_that_a_step_does_not_use_and_frozen_ones_are_fine():
     apt, _ = built(BERT)
     for name, adapter in adapters(apt):

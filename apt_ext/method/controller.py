@@ -176,7 +176,7 @@ class Controller:
         if "hidden" in self.blocks:
             place_carriers(self.model.model, "hidden", self.blocks["hidden"])  # now: modules do not change while training
         self.scores = BlockScores(self.model, kinds, decay, kurtosis)
-        self._observed, self._stepped, self._since = False, False, 0
+        self._observed, self._stepped, self._taken, self._since = False, False, False, 0  # _taken: the averages have the step
         self._handles = [one.register_step_post_hook(self._note_step) for one in optimizers]
         note_controller(self.model, self)
 
@@ -227,32 +227,39 @@ class Controller:
             self.importance.observe()
 
     def step(self) -> None:
-        """Call it after every optimizer step: counts it and, where the schedule says so, moves masks and lets ranks grow.
-
-        Without an optimizer step since the last call (micro-batches, a step that GradScaler skipped) nothing is counted.
+        """Call it after every optimizer step: counts it and, where the schedule says so, moves masks and lets ranks grow. Without an
+        optimizer step since the last call (micro-batches, a step that GradScaler skipped) nothing is counted.
 
         Raises RuntimeError where observe() was not called; where the model was cut or its masks were set by others, where salience is not
         finite or 0 everywhere, where a change is refused (a merged adapter, a Parameter that DDP holds without max_rank, ranks of a process
-        group that disagree) with masks and ranks as before.
+        group that disagree) with masks and ranks as before; once the cause is gone, step() makes the change.
         """
-        stepped, self._stepped, self._since = self._stepped, False, 0
-        if not stepped:
+        self._since = 0
+        if not self._stepped:
             self.scores.salience.drop_overflow()
             return
         if not self.done:
             self._check_uncut("step")
             if not self._observed:
+                self._stepped = False
                 raise RuntimeError("step: expected observe() before the optimizer's step, got none that found the gradients")
-            self._observed = False
-            self.scores.salience.update()
-            self.importance.update()
-        if self.now == self.total_steps:  # a run that takes longer than it was said to
-            return
-        self.now += 1
-        if self.now <= self.steps.end:
-            self._change()
+            if not self._taken:  # a call after an error makes the same step
+                self.scores.salience.update()
+                self.importance.update()
+                self._taken = True
+        threshold = None
+        if self.now != self.total_steps:  # equal: a run that takes longer than it was said to
+            self.now += 1
+            try:
+                threshold = self._change() if self.now <= self.steps.end else None
+            except BaseException:
+                self.now -= 1
+                raise
+        self._observed = self._stepped = self._taken = False
         if self.now == self.steps.end:
             self.scores.salience.remove()
+        if threshold is not None:
+            self._say(threshold)
 
     def _check_uncut(self, call: str) -> None:
         if self.model.blocks is self._uncut:  # a cut makes others
@@ -287,7 +294,8 @@ class Controller:
 
     # -- changes -----------------------------------------------------------------------------------------------------
 
-    def _change(self) -> None:
+    def _change(self) -> float | None:
+        """What the schedule says for this step; the salience of the last chunk that stays, where it is an event."""
         event = self.now in self.steps.events
         masks, threshold = self._next_masks(hard=event)
         ranks = self._next_ranks() if event else {}
@@ -296,12 +304,13 @@ class Controller:
                 self._check_change(masks, ranks)
                 agree(list(masks), list(masks.values()), sorted(ranks.items()), list(self._ranks_now().items()))
                 self._make(masks, ranks)
-        if event:
-            self._live = {name: mask != 0 for name, mask in self._masks.items()}
-            self.importance.restart()
-            if self.compact and not self._compacted and not all(bool(live.all()) for live in self._live.values()):
-                self._turn_compact()
-            self._say(threshold)
+        if not event:
+            return None
+        self._live = {name: mask != 0 for name, mask in self._masks.items()}
+        if self.compact and not self._compacted and not all(bool(live.all()) for live in self._live.values()):
+            self._turn_compact()
+        self.importance.restart()
+        return threshold
 
     def _check_change(self, masks: Mapping[str, Tensor], ranks: Mapping[str, int]) -> None:
         """RuntimeError for what would be refused, before anything changes."""
@@ -448,7 +457,7 @@ class Controller:
         self.now = state["step"]
         self._masks, self._live = masks, {name: live.cpu().clone() for name, live in state["live"].items()}
         self._initial, self._parameters, self._ranks = initial["density"], initial["parameters"], dict(initial["ranks"])
-        self._observed, self._stepped, self._since = False, False, 0
+        self._observed, self._stepped, self._taken, self._since = False, False, False, 0
         if self.done:
             self.scores.salience.remove()
 
