@@ -15,6 +15,7 @@ from apt_ext.tools.data import Missing, joined
 from apt_ext.tools.results import cell, report, runner, training
 from apt_ext.tools.results.cell import Cell, Place
 from apt_ext.tools.results.command import cells_of
+from apt_ext.tools.results.tasks import TASKS
 
 pytest.importorskip("transformers")
 
@@ -204,6 +205,70 @@ def test_of_many_failures_the_first_few_and_the_number_are_said(place, monkeypat
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.startswith("apt-ext: movies.lora.seed-0: failed") and last.count("out of luck") == 3 and last.endswith("; and 7 more of 10")
     assert joined(["a"]) == "a" and joined(["a", "b", "c"]) == "a; b; c"
+
+
+@pytest.mark.parametrize(
+    "row, density, words", [("apt", None, "a density between 0 and 1"), ("apt", 2.0, "a density"), ("lora", 0.4, "no density")]
+)
+def test_a_density_that_the_row_has_not_is_said(tmp_path, row, density, words):
+    folder = written(tmp_path / "cells", made("full", 0, 80.0), made(row, 0, 80.0, density))
+    with pytest.raises(Missing, match=f"expected {words}.* in a cell of {row}, got {density}"):
+        report.write_report(folder, tmp_path / "r.md")
+
+
+def test_densities_that_are_not_the_tasks_are_lines_too(tmp_path):
+    folder = written(tmp_path / "cells", made("lora", 0, 80.0), made("apt", 0, 77.0, 0.33), made("apt", 0, 78.0, 0.4))
+    report.write_report(folder, tmp_path / "r.md")
+    rows = [line.split("|")[1].strip() for line in (tmp_path / "r.md").read_text().splitlines() if line.startswith("| ")]
+    assert "APT, 33 %" in rows and rows.index("APT, 33 %") > rows.index("APT with a LoRA teacher, 10 %")
+    assert "LoRA, one-shot prune, recovery, 33 %" not in rows
+
+
+def test_bools_are_no_numbers_nested_files_no_cells_and_a_score_of_0_no_divisor(tmp_path):
+    cells = written(tmp_path / "cells", made("lora", 0, 0.0), made("apt", 0, 77.0, 0.4))
+    report.write_report(cells, tmp_path / "r.md")
+    assert "nan %" in (tmp_path / "r.md").read_text()
+    file = cells / "movies.lora.seed-0.json"
+    for key, value in {"warmed": "no", "cudnn_attention": 1, "seed": True}.items():
+        file.write_text(json.dumps(made("lora", 0, 80.0) | {key: value}))
+        with pytest.raises(Missing, match=f"without its {key}"):
+            report.write_report(cells, tmp_path / "r.md")
+    file.write_text("[" * 100_000)
+    with pytest.raises(Missing, match="a file that cannot be read"):
+        report.write_report(cells, tmp_path / "r.md")
+    with pytest.raises(Missing, match="expected a directory with cells, got the file"):
+        report.write_report(tmp_path / "r.md", tmp_path / "other.md")
+
+
+def test_a_picture_that_cannot_be_written_costs_no_table(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "r-movies.png").mkdir()
+    (said,) = report.write_report(written(tmp_path / "cells", made("lora", 0, 80.0)), tmp_path / "r.md")
+    assert "r-movies.png" in said and "dense LoRA" in (tmp_path / "r.md").read_text()
+
+
+def test_nan_is_the_worst_of_two_trials_in_either_order(tmp_path, pack):
+    place, task = Place(pack, tmp_path, "cpu", "here"), TASKS["shakespeare"]
+    one, other = cell.trials(task, "lora")
+    for first, second in ((float("nan"), 30.0), (30.0, float("nan"))):
+        for trial, score in ((one, first), (other, second)):
+            cell.write(place.file(trial), trial_of(trial, score))
+        assert cell.chosen_rate(place, Cell("shakespeare", "lora", 0)) == (one if first == 30.0 else other).rate
+
+
+def test_a_quick_teacher_teaches_quick_pupils_alone_and_a_damaged_one_is_made_anew(place, trainings):
+    data = cell.load_data(place.pack, place.task(Cell("movies", "lora", 0)), torch.device("cpu"), True)
+    lora = Cell("movies", "lora", 0)
+    cell._teacher(place, lora, data)
+    ran = len(trainings)
+    cell._teacher(place, lora, data)
+    assert len(trainings) == ran  # it was there
+    (kept,) = (place.output / "teachers").glob("*/seconds.json")
+    slow = Place(place.pack, place.output, "cpu", "here")
+    assert cell._teacher_directory(slow, lora, 5e-4) != cell._teacher_directory(place, lora, 5e-4)
+    kept.write_text("{")
+    cell._teacher(place, lora, data)
+    assert len(trainings) > ran and float(kept.read_text()) > 0
 
 
 # -- times -------------------------------------------------------------------------------------------------------------

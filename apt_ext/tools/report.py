@@ -49,7 +49,7 @@ def figure_class() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise Missing('the demo needs matplotlib; run: python -m pip install "apt_ext[demo]"') from error
+        raise Missing('pictures need matplotlib; run: python -m pip install "apt_ext[demo]"') from error
     return Figure
 
 

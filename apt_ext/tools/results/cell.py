@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import platform
 import statistics
@@ -157,7 +158,7 @@ def chosen_rate(place: Place, cell: Cell) -> float:
         if found is None:
             raise Missing(f"{trial.name}: this trial has to come before {cell.name}")
         score = found["scores"]["validation"]
-        if best is None or task.better(score, best[0]):
+        if best is None or task.better(score, best[0]) or math.isnan(best[0]):
             best = score, trial.rate
     assert best is not None and best[1] is not None
     return best[1]
@@ -177,7 +178,7 @@ def read(path: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise Missing(f"{path}: expected a cell, got a file that cannot be read: {error}") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise Missing(f"{path}: expected a cell of format {FORMAT}, got another file")
@@ -186,6 +187,10 @@ def read(path: Path) -> dict[str, Any] | None:
         raise Missing(f"{path}: expected a whole cell, got one without its {lacking}")
     if found["task"] not in TASKS or found["row"] not in rows_of(TASKS[found["task"]]):
         raise Missing(f"{path}: expected a task and a row of this version, got {found['task']}, {found['row']}")
+    pruned, density = rows_of(TASKS[found["task"]])[found["row"]].pruned, found["density"]
+    if pruned != (density is not None) or not 0 < (density or 0.5) < 1:
+        expected = "a density between 0 and 1" if pruned else "no density"
+        raise Missing(f"{path}: expected {expected} in a cell of {found['row']}, got {density}")
     one = Cell(found["task"], found["row"], found["seed"], found["density"], found["config"]["rate"] if found["trial"] else None)
     if f"{one.name}.json" != path.name:
         raise Missing(f"{path}: expected the cell that the file's name says, got {one.name}")
@@ -213,7 +218,11 @@ _TRIED: dict[str, Any] = {
     "peak_memory_bytes": int,
 }
 _FINISHED = {**_TRIED, "scores": {"validation": _NUMBER, "test": _NUMBER}}
-_OPTIONAL = {"inference": {"speedup": _NUMBER, "batch": int, "length": int, "dtype": str}}
+_OPTIONAL = {
+    "inference": {"speedup": _NUMBER, "batch": int, "length": int, "dtype": str},
+    "warmed": bool,
+    "cudnn_attention": bool,
+}
 
 
 def _lacking(found: dict[str, Any], shape: dict[str, Any]) -> str | None:
@@ -221,7 +230,8 @@ def _lacking(found: dict[str, Any], shape: dict[str, Any]) -> str | None:
     for key, kind in {**shape, **{key: kind for key, kind in _OPTIONAL.items() if key in found}}.items():
         value = found.get(key, ...)
         nested = next(iter(kind)) if isinstance(kind, list) else kind
-        if not isinstance(value, type(kind) if isinstance(kind, (dict, list)) else kind):
+        expected = type(kind) if isinstance(kind, (dict, list)) else kind
+        if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):  # to Python a bool is a number
             return key
         for part in value if isinstance(kind, list) else [value]:
             if isinstance(nested, dict) and (not isinstance(part, dict) or _lacking(part, nested)):
@@ -273,13 +283,12 @@ def _teacher(place: Place, lora: Cell, data: Data) -> tuple[Any, float]:
     task, row = place.task(lora), lora.of()[1]
     rate = chosen_rate(place, lora)
     directory = _teacher_directory(place, lora, rate)
-    kept = directory / "seconds.json"
-    if place.alone and not kept.is_file():
+    seconds = _teacher_seconds(directory)
+    if place.alone and seconds is None:
         _warm_up(place, lora, rate, data)
     torch.manual_seed(lora.seed)
     stock = load_model(place.pack, task, data.on)
-    if kept.is_file():
-        seconds = float(json.loads(kept.read_text(encoding="utf-8")))
+    if seconds is not None:
         return apt_ext.APTModel.from_pretrained(stock, directory).eval().requires_grad_(False), seconds
     trained = train(task, row, stock, data, 1.0, rate, lora.seed)
     _keep_teacher(place, lora, rate, trained)
@@ -287,7 +296,15 @@ def _teacher(place: Place, lora: Cell, data: Data) -> tuple[Any, float]:
 
 
 def _teacher_directory(place: Place, lora: Cell, rate: float) -> Path:
-    return place.output / "teachers" / f"{lora.task}.seed-{lora.seed}.rate-{rate:g}"
+    return place.output / "teachers" / f"{lora.task}.seed-{lora.seed}.rate-{rate:g}{'.quick' * place.quick}"
+
+
+def _teacher_seconds(directory: Path) -> float | None:
+    """What _keep_teacher wrote last; None where there is no teacher, whole."""
+    try:
+        return float(json.loads((directory / "seconds.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def _keep_teacher(place: Place, lora: Cell, rate: float, trained: Trained) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -38,12 +39,13 @@ Made by `apt-ext results` from the files in `{folder}`; each has its commit, con
 - "kept" are the layers' weights; embeddings, pooler and head are left out. Heads and neurons go, at least one head and 8 neurons of a
   layer stay. On MiniLM each layer keeps its own number, on SmolLM2 all the same, which a stock config can say.
 - A score is the mean over the seeds, with its range. A difference is paired by seed, with its 95 % bootstrap interval over the seeds;
-  with so few seeds such intervals are too narrow.
+  with so few seeds such intervals are too narrow. Cells come from different machines, which the last table names, also
+  those of one seed.
 - Times are of cells that ran alone on their machine, n of them, after the same row had run in a few steps on a model that was thrown
   away, so that they do not hold the first use of each kernel ("warmed" in the cell; a line below the times names the rows with others).
-  Cells train without cuDNN's attention ("cudnn_attention"; a line names the rows with others): for every new length and number of heads
-  it prepares itself for longer than a step takes, and a cut makes new numbers of heads.
-  Peak memory is the allocator's on a GPU, model and data included; a process on a CPU has no count of its own tensors.
+  Where a machine is said to have cuDNN's attention they hold its preparation, which takes longer than a step for every new length and
+  number of heads, and a cut makes new numbers of heads. Peak memory is the allocator's on a GPU, model and data included; a process on a
+  CPU has no count of its own tensors.
 - MiniLM's weights are rounded to float16 once, and its word embeddings are those of the tokens that its tasks use. SmolLM2 is the 4-bit
   file of its package widened to float32; perplexity is over its whole vocabulary, on windows of 256 tokens.
 """
@@ -55,6 +57,7 @@ class Cells:
 
     task: Task
     found: dict[Line, dict[int, Result]] = field(default_factory=dict)
+    trials: list[Result] = field(default_factory=list)
 
     def of(self, row: str, density: float | None = None) -> dict[int, Result]:
         return self.found.get((row, density), {})
@@ -63,12 +66,14 @@ class Cells:
         return {seed: result["scores"]["test"] for seed, result in sorted(self.of(row, density).items())}
 
     def lines(self) -> list[Line]:
-        """Each line of the tables; extra rows where there are cells of them."""
+        """Each line of the tables; extra rows and densities where there are cells of them."""
         found: list[Line] = []
         rows = rows_of(self.task)
-        for density in (None, *self.task.densities):
+        others = {density for _, density in self.found if density is not None} - {*self.task.densities}
+        for density in (None, *self.task.densities, *sorted(others, reverse=True)):
             for name, row in rows.items():
-                if row.pruned == (density is not None) and (not row.extra or self.of(name, density)):
+                asked = not row.extra and density not in others
+                if row.pruned == (density is not None) and (asked or self.of(name, density)):
                     found.append((name, density))
         return found
 
@@ -88,6 +93,8 @@ def write_report(folder: Path, report: Path) -> list[str]:
     Missing, and nothing is written, where there are no cells or a file among them is none.
     """
     said: list[str] = []
+    if folder.is_file():
+        raise Missing(f"output: expected a directory with cells, got the file {str(folder)!r}")
     every = load_cells(folder)
     if not any(cells.found for cells in every.values()):
         raise Missing(f"output: expected a directory with cells (trials and quick ones are not counted), found none in {str(folder)!r}")
@@ -99,7 +106,7 @@ def write_report(folder: Path, report: Path) -> list[str]:
                 picture = report.with_name(f"{report.stem}-{name}.png")
                 try:
                     parts.append(f"![{cells.task.title}: {_plot(cells, picture)}]({picture.name})\n")
-                except Missing as error:
+                except (Missing, OSError) as error:
                     said.append(str(error))
         parts.append(_aims(every))
         parts.append(_making(every))
@@ -108,7 +115,7 @@ def write_report(folder: Path, report: Path) -> list[str]:
 
 
 def load_cells(folder: Path) -> dict[str, Cells]:
-    """{task: its cells}, of every task; trials and quick cells are no results. Missing names the files that are no cells."""
+    """{task: its cells}, of every task; quick cells are left out. Missing names the files that are no cells."""
     every = {name: Cells(task) for name, task in TASKS.items()}
     damaged: list[str] = []
     for file in sorted(folder.glob("*.json")):
@@ -117,9 +124,13 @@ def load_cells(folder: Path) -> dict[str, Cells]:
         except Missing as error:
             damaged.append(str(error))
             continue
-        if result is not None and not result["trial"] and not result["quick"]:
-            found = every[result["task"]].found
-            found.setdefault((result["row"], result["density"]), {})[result["seed"]] = result
+        if result is None or result["quick"]:
+            continue
+        of_task = every[result["task"]]
+        if result["trial"]:
+            of_task.trials.append(result)
+        else:
+            of_task.found.setdefault((result["row"], result["density"]), {})[result["seed"]] = result
     if damaged:
         raise Missing(joined(damaged))
     return every
@@ -141,12 +152,14 @@ def paired(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, flo
 
 def _machine(result: Result) -> str:
     """What a cell's times hold for."""
-    return f"{result['device']}, {result['precision']}"
+    attention = ", cuDNN's attention" if not on_cpu(result) and result.get("cudnn_attention", True) else ""
+    return f"{result['device']}, {result['precision']}{attention}"
 
 
 def share_of(task: Task, score: float, dense: float) -> float:
     """A score as a share of the dense one; of perplexities, the other way round, so that more is better."""
-    return score / dense if task.classes else dense / score
+    share, of = (score, dense) if task.classes else (dense, score)
+    return share / of if of else math.nan
 
 
 def time_to(task: Task, result: Result, dense: float) -> float | None:
@@ -228,14 +241,9 @@ def _times_on(task: Task, machine: str, lines: dict[Line, list[Result]], referen
         )
     sizes = sorted({f"{one['batch']} x {one['length']} {one['dtype']}" for alone in lines.values() for one in _inferences(alone)})
     note = f"Measured on: {machine}. Inference: the cut model against the dense stock one, in turn{''.join(', ' + size for size in sizes)}."
-    notes = {
-        "The first use of each kernel": [line for line, alone in lines.items() if not all(one.get("warmed") for one in alone)],
-        "cuDNN's attention, prepared for each length and number of heads,": [
-            line for line, alone in lines.items() if any(not on_cpu(one) and one.get("cudnn_attention", True) for one in alone)
-        ],
-    }
-    within = [f"{what} is within the times of: {_listed(task, found)}." for what, found in notes.items() if found]
-    return "\n\n".join([_table(head, rows), note, *within])
+    cold = [line for line, alone in lines.items() if not all(result.get("warmed") for result in alone)]
+    first = [f"The first use of each kernel is within the times of: {_listed(task, cold)}."] if cold else []
+    return "\n\n".join([_table(head, rows), note, *first])
 
 
 def _inferences(results: Iterable[Result]) -> list[dict[str, Any]]:
@@ -261,21 +269,29 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 def _aims(every: dict[str, Cells]) -> str:
     """What was aimed at, and what came out."""
     rows = []
+
+    def add(task: Task, aim: str, least: float, found: float | None, text: str) -> None:
+        rows.append([task.title, aim, text, _NONE if found is None else "yes" if found >= least else "no"])
+
     for cells in every.values():
-        if not cells.task.classes:
+        task = cells.task
+        if not task.classes:
             continue
         for density, least in ((0.4, 0.99), (0.2, 0.98)):
             ours, dense = cells.tests("apt", density), cells.tests("lora")
-            both = [ours[seed] / dense[seed] for seed in ours if seed in dense]
-            text = f"{100 * statistics.fmean(both):.1f} %" if both else _NONE
-            rows.append([cells.task.title, f"APT at {100 * density:g} %: {100 * least:g} % of dense LoRA's score", text])
-        above = _difference(cells.tests("apt", 0.2), cells.tests("oneshot", 0.2))
-        rows.append([cells.task.title, "APT at 20 %: 3 points above one-shot", above])
+            both = [share_of(task, ours[seed], dense[seed]) for seed in ours if seed in dense]
+            share = statistics.fmean(both) if both else None
+            text = _NONE if share is None else f"{100 * share:.1f} %"
+            add(task, f"APT at {100 * density:g} %: {100 * least:g} % of dense LoRA's score", least, share, text)
+        ours, once = cells.tests("apt", 0.2), cells.tests("oneshot", 0.2)
+        above = [ours[seed] - once[seed] for seed in ours if seed in once]
+        add(task, "APT at 20 %: 3 points above one-shot", 3.0, statistics.fmean(above) if above else None, _difference(ours, once))
         inferences = _inferences(cells.of("apt", 0.4).values())
-        for where, least, dtype in (("CUDA", 1.6, "bfloat16"), ("a CPU", 2, "float32")):  # the precisions that cells infer in there
+        for where, least, dtype in (("CUDA", 1.6, "bfloat16"), ("a CPU", 2.0, "float32")):  # the precisions that cells infer in there
             ratios = [one["speedup"] for one in inferences if one["dtype"] == dtype]
-            rows.append([cells.task.title, f"APT at 40 %: inference {least} times dense on {where}", _spread(ratios, "{:.2f}")])
-    return "## Aims\n\n" + _table(["task", "aim", "found"], rows) + "\n"
+            mean = statistics.fmean(ratios) if ratios else None
+            add(task, f"APT at 40 %: inference {least:g} times dense on {where}", least, mean, _spread(ratios, "{:.2f}"))
+    return "## Aims\n\n" + _table(["task", "aim", "found", "reached"], rows) + "\n"
 
 
 def _making(every: dict[str, Cells]) -> str:
@@ -292,7 +308,10 @@ def _making(every: dict[str, Cells]) -> str:
         for machine, of in sorted(machines.items())
     ]
     commands = ["apt-ext results --prepare .data/results", "apt-ext results --task all --row all --seed 0-4", "apt-ext results"]
-    return "\n".join(["## How these were made\n", "```", *commands, "```\n", _table(["machine", "cells", "seeds", "commits"], rows), ""])
+    trials = [trial for cells in every.values() for trial in cells.trials]
+    said = [f"Trials beside them: {len(trials)}, at {values(trials, lambda trial: trial['commit'][:12])}.", ""] if trials else []
+    table = _table(["machine", "cells", "seeds", "commits"], rows)
+    return "\n".join(["## How these were made\n", "```", *commands, "```\n", table, "", *said])
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------
@@ -307,7 +326,7 @@ def _plot(cells: Cells, path: Path) -> str:
     for i, (name, row) in enumerate(rows.items()):
         style = {"color": f"C{i}" if i < 10 else "black", "marker": "o^sDvPX*<>h"[i % 11], "markersize": 4, "linewidth": 1}
         points = []
-        for density in task.densities if row.pruned else (None,):
+        for density in {density for one, density in cells.found if one == name}:
             found = cells.of(name, density)
             if found:
                 kept = statistics.fmean(result["kept"]["weights"] for result in found.values())
