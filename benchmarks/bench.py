@@ -297,7 +297,9 @@ def jobs_of(options, dtype):
         "host": [(host_rows, (host_side, host_side, min(16, host_side), dtype))],
         "host-profile": [(host_profile_rows, (host_side, host_side, min(16, host_side), dtype))],
         "widths": [(width_rows, (width, 16, dtype)) for width in (4097, 2055, 383)] if cuda and not options.quick else [],
-        "ranks": [(rank_rows, (*shape, 37, dtype)) for shape in ((8192, 4096, 4096), (2048, 384, 384))] if cuda else [],
+        "ranks": [(rank_rows, (*shape, 37, dtype)) for shape in ((8192, 4096, 4096), (2048, 384, 384))]
+        if cuda and not options.quick
+        else [],
         "merge": [(merge_rows, (side, side, 16, dtype))] + ([(model_merge_rows, (16, dtype))] if cuda else []),
         "memory": [(memory_rows, (side, side, 16, dtype))],
         "mask_grads": [(mask_rows, (448 if cuda else 64, dtype))],

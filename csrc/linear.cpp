@@ -289,7 +289,8 @@ std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Layer& layer) {
 
 std::array<Tensor, 4> linear_backward(const Tensor& grad, const Tensor& x, const Tensor& t,
                                       const Layer& layer, const std::array<bool, 4>& need) {
-  if (is_widened(x)) return widened_backward(grad, x, t, layer, need);
+  // Asked of the gradient: where x is not needed, widened_backward leaves it as it is and comes back here.
+  if (is_widened(grad)) return widened_backward(grad, x, t, layer, need);
   LinearPlan plan = plan_for(x, layer);
   if (plan.padded) return padded_backward(grad, x, t, layer, need);
   return plan.route == LinearPlan::Route::kPasses ? passes_backward(grad, x, t, layer, need, plan)

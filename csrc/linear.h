@@ -63,8 +63,8 @@ Tensor aligned_rows(const Tensor& matrix);
 // A vector of this dtype at an aligned address, copied only if need be.
 OptTensor aligned_vector(const OptTensor& vector, at::ScalarType dtype);
 
-// The route of widths that are no multiple of 8 (padded.cpp): copies with rows of whole 16 bytes go through
-// linear_forward and linear_backward, and what comes back is copied to its own width.
+// The route of widths, and ranks, that are no multiple of 8 (padded.cpp): copies with rows of whole 16 bytes
+// go through linear_forward and linear_backward, and what comes back is copied to its own width.
 std::tuple<Tensor, Tensor> padded_forward(const Tensor& x, const Layer& layer);
 std::array<Tensor, 4> padded_backward(const Tensor& grad, const Tensor& x, const Tensor& t,
                                       const Layer& layer, const std::array<bool, 4>& need);

@@ -1,4 +1,4 @@
-// Widths and ranks that are no multiple of 8. The library's 16-bit product is up to nine times slower per
+// Widths and ranks that are no multiple of 8. The library's 16-bit product is several times slower per
 // unit of work where a row does not fill whole 16 bytes, so it gets copies that do. Masks act in the copies
 // that are made anyway.
 #include <ATen/ATen.h>
@@ -52,6 +52,7 @@ Layer padded(const Layer& layer) {
 std::tuple<Tensor, Tensor> padded_forward(const Tensor& x, const Layer& layer) {
   auto [y, t] = linear_forward(padded_columns(x, layer.mask_in), padded(layer));
   int64_t M = x.size(0);
+  if (!layer.keep_low) t = Tensor();
   return {cut(y, M, layer.lora_B.size(0), layer.mask_out), t.defined() ? cut(t, M, layer.lora_A.size(0)) : t};
 }
 

@@ -5,7 +5,7 @@ import torch
 from conftest import Problem, assert_accurate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_linear import LAYOUTS, MASKS, SHAPES, ZEROS, hides_nothing
+from test_linear import LAYOUTS, MASKS, PADDED_RANK, SHAPES, SOME, ZEROS, gradients_alone, hides_nothing
 from test_memory import banded, bits, outside
 
 from apt_ext import reference
@@ -105,8 +105,9 @@ def test_float32_factors_over_a_16_bit_base(device, dtype, tokens, N, K, R):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_strides(device, dtype, layout):
-    problem = Problem((16,), 24, 32, 8, dtype, device, "soft")
+@pytest.mark.parametrize("sizes", [((16,), 24, 32, 8), PADDED_RANK], ids=["small", "padded rank"])
+def test_any_strides(device, dtype, layout, sizes):
+    problem = Problem(*sizes, dtype, device, "soft")
     for name in ("x", "grad", "weight", "lora_A", "lora_B"):
         setattr(problem, name, LAYOUTS[layout](getattr(problem, name)))
 
@@ -130,8 +131,15 @@ def test_half_range_of_the_low_rank_path(device):
     assert torch.isfinite(A_.grad).all() and torch.isfinite(B_.grad).all()
 
 
-def test_bitwise_the_same_twice(device, dtype):
-    problem = Problem((64,), 48, 56, 8, dtype, device, "soft")
+@pytest.mark.parametrize("asked", SOME)
+@pytest.mark.parametrize("sizes", [((20,), 24, 32, 5), PADDED_RANK], ids=["small", "padded rank"])
+def test_some_gradients_alone(device, dtype, sizes, asked):
+    gradients_alone(compact_linear, Problem(*sizes, dtype, device, "soft", bias=False), asked)
+
+
+@pytest.mark.parametrize("sizes", [((64,), 48, 56, 8), PADDED_RANK], ids=["small", "padded rank"])
+def test_bitwise_the_same_twice(device, dtype, sizes):
+    problem = Problem(*sizes, dtype, device, "soft")
     first, second = problem.run(compact_linear), problem.run(compact_linear)
     for name in first:
         assert torch.equal(first[name], second[name]), name

@@ -44,9 +44,13 @@ def test_matches_reference(device, dtype, shape, N, K, R, masks):
         assert (got["dA"][:, pruned_in] == 0).all() and (got["dB"][pruned_out] == 0).all()
 
 
+PADDED_RANK = ((70,), 24, 32, 17)  # on CUDA in 16 bits
+
+
+@pytest.mark.parametrize("sizes", [((2, 9), 24, 33, 5), PADDED_RANK], ids=["small", "padded rank"])
 @pytest.mark.parametrize("masks", ["hard", "soft", "zero", "one"])
-def test_poisoned_lanes_never_reach_a_kept_one(device, dtype, masks):
-    clean = Problem((2, 9), 24, 33, 5, dtype, device, masks)
+def test_poisoned_lanes_never_reach_a_kept_one(device, dtype, masks, sizes):
+    clean = Problem(*sizes, dtype, device, masks)
     poisoned = clean.poisoned()
     assert not torch.isfinite(poisoned.x).all()
     poisoned.check(poisoned.run(ops.apt_linear), clean)
@@ -62,25 +66,27 @@ def test_a_nan_in_a_kept_lane_is_not_hidden(device):
     assert (got["y"][:, problem.mask_out == 0] == 0).all() and (got["dB"][problem.mask_out == 0] == 0).all()
 
 
-def hides_nothing(compute, device, dtype, scaling, weight):
+def hides_nothing(compute, device, dtype, scaling, weight, tokens=4, R=2):
     """Libraries leave out a product times 0."""
-    problem = Problem((4,), 8, 8, 2, dtype, device, "hard", weight=weight, scaling=scaling)
+    problem = Problem((tokens,), 8, 8, R, dtype, device, "hard", weight=weight, scaling=scaling)
     lane, kept = int((problem.mask_in != 0).nonzero()[0]), problem.mask_out != 0
     problem.lora_A[0, lane] = float("nan")
     got = {name: value.isnan() for name, value in problem.run(compute).items()}
     assert bool((got["y"] == kept).all()) and bool(got["dx"][:, lane].all()) and bool((got["dB"][:, 0] == kept).all())
-    assert int(got["dx"].sum()) == 4 and int(got["dB"].sum()) == int(kept.sum()) and not got["dA"].any() and not got["db"].any()
+    assert int(got["dx"].sum()) == tokens and int(got["dB"].sum()) == int(kept.sum()) and not got["dA"].any() and not got["db"].any()
 
 
 @pytest.mark.parametrize("scaling", ZEROS)
 @pytest.mark.parametrize("weight", [True, False])
-def test_a_scaling_of_0_hides_nothing(device, dtype, scaling, weight):
-    hides_nothing(ops.apt_linear, device, dtype, scaling, weight)
+@pytest.mark.parametrize("tokens, R", [(4, 2), (70, 17)])
+def test_a_scaling_of_0_hides_nothing(device, dtype, scaling, weight, tokens, R):
+    hides_nothing(ops.apt_linear, device, dtype, scaling, weight, tokens, R)
 
 
+@pytest.mark.parametrize("sizes", [((7,), 10, 12, 3), PADDED_RANK], ids=["small", "padded rank"])
 @pytest.mark.parametrize("weight,bias", [(False, False), (False, True), (True, False)])
-def test_weight_and_bias_are_optional(device, dtype, weight, bias):
-    problem = Problem((7,), 10, 12, 3, dtype, device, "soft", weight=weight, bias=bias)
+def test_weight_and_bias_are_optional(device, dtype, weight, bias, sizes):
+    problem = Problem(*sizes, dtype, device, "soft", weight=weight, bias=bias)
     problem.check(problem.run(ops.apt_linear))
 
 
@@ -103,9 +109,10 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("sizes", [((16,), 24, 32, 8), PADDED_RANK], ids=["small", "padded rank"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_any_strides(device, dtype, layout):
-    problem = Problem((16,), 24, 32, 8, dtype, device, "soft")
+def test_any_strides(device, dtype, layout, sizes):
+    problem = Problem(*sizes, dtype, device, "soft")
     contiguous = problem.run(ops.apt_linear)
     for name in ("x", "grad", "weight", "lora_A", "lora_B"):
         setattr(problem, name, LAYOUTS[layout](getattr(problem, name)))
@@ -153,21 +160,42 @@ def test_half_range_of_the_low_rank_path(device, rank, scaling, small):
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
-def test_a_token_that_is_not_finite_leaves_the_others_alone(device, bad):
+@pytest.mark.parametrize("tokens", [9, 70])
+def test_a_token_that_is_not_finite_leaves_the_others_alone(device, bad, tokens):
     """In float16 above rank 16 all tokens share a scale."""
-    problem = Problem((9,), 16, 24, 20, torch.float16, device, "none")
+    problem = Problem((tokens,), 16, 24, 20, torch.float16, device, "none")
     good = problem.run(ops.apt_linear)["y"]
     problem.x[4, 3] = bad
     y = problem.run(ops.apt_linear)["y"]
     assert not y[4].isfinite().any()
-    assert torch.equal(y[torch.arange(9) != 4], good[torch.arange(9) != 4])
+    assert torch.equal(y[torch.arange(tokens) != 4], good[torch.arange(tokens) != 4])
 
 
-def test_bitwise_the_same_twice(device, dtype):
-    problem = Problem((64,), 48, 56, 8, dtype, device, "soft")
+@pytest.mark.parametrize("sizes", [((64,), 48, 56, 8), PADDED_RANK], ids=["small", "padded rank"])
+def test_bitwise_the_same_twice(device, dtype, sizes):
+    problem = Problem(*sizes, dtype, device, "soft")
     first, second = problem.run(ops.apt_linear), problem.run(ops.apt_linear)
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+def gradients_alone(compute, problem, asked):
+    """Of a layer without bias, the gradients of some of x, lora_A and lora_B."""
+    expected, magnitude, names = problem.oracle(), problem.magnitudes(), ("dx", "dA", "dB")
+    leaves = [t.detach().clone().requires_grad_(i in asked) for i, t in enumerate((problem.x, problem.lora_A, problem.lora_B))]
+    masks = problem.mask_in, problem.mask_out, problem.scaling
+    y = compute(leaves[0], problem.weight, None, *leaves[1:], *masks)
+    for i, got in zip(asked, torch.autograd.grad(y, [leaves[i] for i in asked], problem.grad), strict=True):
+        assert_accurate(got, expected[names[i]], magnitude[names[i]], problem.dtype, names[i])
+
+
+SOME = [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2)]
+
+
+@pytest.mark.parametrize("asked", SOME)
+@pytest.mark.parametrize("sizes", [((20,), 24, 32, 5), ((70,), 33, 41, 5), PADDED_RANK], ids=["small", "padded widths", "padded rank"])
+def test_some_gradients_alone(device, dtype, sizes, asked):
+    gradients_alone(ops.apt_linear, Problem(*sizes, dtype, device, "soft", bias=False), asked)
 
 
 def test_gradcheck_and_only_what_is_asked_for():
