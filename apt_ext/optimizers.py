@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 # One optimizer, accelerate's wrapper (it has `.optimizer`), or a list or tuple of them, nested or not.
 OptimizerLike = Optimizer | Sequence[Any]
@@ -58,7 +59,9 @@ def optimizers_of(optimizer: object | None) -> list[Optimizer]:
     if isinstance(optimizer, list | tuple):
         for item in optimizer:
             found += optimizers_of(item)
-    elif isinstance(inner, Optimizer):  # asked first: accelerate's wrapper is a subclass of Optimizer
+    elif isinstance(inner, Optimizer) and not isinstance(
+        optimizer, LRScheduler
+    ):  # asked first: accelerate's wrapper is a subclass of Optimizer
         found += optimizers_of(inner)
         if isinstance(optimizer, Optimizer) and optimizer.state is not inner.state:
             found.append(optimizer)

@@ -180,6 +180,7 @@ def _fresh_memory_is_nan(request):
     on_cuda = request.node.get_closest_marker("cuda") is not None
     torch.use_deterministic_algorithms(not on_cuda)
     if on_cuda and torch.cuda.is_available():
+        torch.cuda.empty_cache()
         blocks = [torch.full((size,), float("nan"), device="cuda") for size in (*[1 << 18] * 8, 5 << 20)]
         del blocks
     yield

@@ -419,10 +419,12 @@ def test_arguments_are_refused_in_words(options, kind, words):
 
 def test_a_model_without_adapters_and_an_optimizer_that_is_none_are_refused():
     apt, optimizer = built(FAMILIES["bert"])
-    with pytest.raises(TypeError, match="model: expected an APTModel or a module that holds one, got Linear with 0"):
+    with pytest.raises(TypeError, match="model: expected an APTModel or a module that holds one, got Linear that holds 0"):
         Controller(torch.nn.Linear(2, 2), optimizer, 10)
     with pytest.raises(TypeError, match="optimizer: expected torch's Optimizer"):
         Controller(apt, None, 10)
+    with pytest.raises(TypeError, match="optimizer: expected torch's Optimizer.* got StepLR"):
+        Controller(apt, torch.optim.lr_scheduler.StepLR(optimizer, 1), 10)
 
 
 def test_a_change_that_is_refused_changes_nothing():

@@ -363,6 +363,8 @@ def test_a_state_of_another_is_refused_and_nothing_changes():
         ({"teacher": "self", "logits": float("nan")}, ValueError, "logits must be a finite number, got nan"),
         ({"teacher": "self", "logits": 0, "layers": 0}, ValueError, "got 0 and 0"),
         ({"teacher": "self", "quarters": 0}, ValueError, "quarters must be at least 1, got 0"),
+        ({"scaling": "x"}, TypeError, "scaling must be a number, got str"),
+        ({"teacher": torch.nn.Linear(2, 2)}, ValueError, "teacher: expected a config with hidden_size, got Linear"),
     ],
 )
 def test_arguments_are_refused_in_words(arguments, error, words):
@@ -390,6 +392,8 @@ def test_what_does_not_fit_is_said():
         distiller.loss(batch, apt(**batch))
     with pytest.raises(ValueError, match="progress: expected a number, got NaN"):
         passed(apt, distiller, batch, float("nan"))
+    with pytest.raises(TypeError, match="progress: expected a number, got bool"):
+        passed(apt, distiller, batch, True)
     with pytest.raises(RuntimeError, match='made with teacher="self"'):
         Distiller(apt).refresh()
 

@@ -482,7 +482,7 @@ def apt_model_in(model: nn.Module) -> APTModel:
     """The APTModel itself, or the one that a wrapper holds; TypeError where there is none."""
     found = [module for module in model.modules() if isinstance(module, APTModel)] if isinstance(model, nn.Module) else []
     if len(found) != 1:
-        raise TypeError(f"model: expected an APTModel or a module that holds one, got {type(model).__name__} with {len(found)}")
+        raise TypeError(f"model: expected an APTModel or a module that holds one, got {type(model).__name__} that holds {len(found)}")
     return found[0]
 
 

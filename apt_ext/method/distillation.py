@@ -81,6 +81,7 @@ class Distiller:
             raise ValueError("temperature must be above 0, got 0")
         checked_int("quarters", quarters, 1)
         checked_int("rank", rank, 1)
+        checked_number("scaling", scaling)
         self.model, self.logits, self.layers, self.temperature, self.quarters = model, logits, layers, temperature, quarters
         self.own = teacher == "self"
         self._generator = checked_seed("seed", seed)
@@ -89,12 +90,10 @@ class Distiller:
         self.transform: APTAdapter | None = None
         if teacher is None:
             return
-        width = _width(model)
+        width = _width("model", model)
         if isinstance(teacher, nn.Module):
-            if layers and _width(teacher) != width:
-                raise ValueError(
-                    f"teacher: expected the student's hidden size {width}, got {_width(teacher)}; layers=0 compares logits alone"
-                )
+            if layers and (found := _width("teacher", teacher)) != width:
+                raise ValueError(f"teacher: expected the student's hidden size {width}, got {found}; layers=0 compares logits alone")
             self.teacher = teacher.eval()
         if layers:
             first = next(model.parameters())
@@ -131,7 +130,7 @@ class Distiller:
         teacher's; RuntimeError while an adapter is merged into weights that the teacher shares.
         """
         checked_mapping("batch", batch)
-        if not isinstance(progress, Real):
+        if not isinstance(progress, Real) or isinstance(progress, bool):
             raise TypeError(f"progress: expected a number, got {type(progress).__name__}")
         if math.isnan(progress):
             raise ValueError("progress: expected a number, got NaN")
@@ -314,10 +313,10 @@ def _two_stacks(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def _width(model: nn.Module) -> int:
+def _width(name: str, model: nn.Module) -> int:
     width = getattr(getattr(model, "config", None), "hidden_size", None)
     if not isinstance(width, int):
-        raise ValueError(f"model: expected a config with hidden_size, got {type(model).__name__}; layers=0 compares logits alone")
+        raise ValueError(f"{name}: expected a config with hidden_size, got {type(model).__name__}; layers=0 compares logits alone")
     return width
 
 

@@ -144,7 +144,7 @@ def block_scores(model: APTModel, kinds: Collection[str], batches: Iterable[Mapp
                 with torch.enable_grad():
                     loss = getattr(model(**checked_mapping(f"batches[{number}]", batch)), "loss", None)
                     if loss is None:
-                        raise ValueError("batches: expected labels in each, got one for which the model computes no loss")
+                        raise ValueError(f"batches[{number}]: expected labels, got a batch for which the model computes no loss")
                     if not bool(torch.isfinite(loss)):
                         raise ValueError(f"batches[{number}]: expected a finite loss, got {loss.item()}")
                     loss.backward()
