@@ -59,9 +59,8 @@ def optimizers_of(optimizer: object | None) -> list[Optimizer]:
     if isinstance(optimizer, list | tuple):
         for item in optimizer:
             found += optimizers_of(item)
-    elif isinstance(inner, Optimizer) and not isinstance(
-        optimizer, LRScheduler
-    ):  # asked first: accelerate's wrapper is a subclass of Optimizer
+    # Asked before what is an Optimizer itself, which accelerate's wrapper is.
+    elif isinstance(inner, Optimizer) and not isinstance(optimizer, LRScheduler):
         found += optimizers_of(inner)
         if isinstance(optimizer, Optimizer) and optimizer.state is not inner.state:
             found.append(optimizer)

@@ -208,7 +208,8 @@ def test_of_many_failures_the_first_few_and_the_number_are_said(place, monkeypat
 
 
 @pytest.mark.parametrize(
-    "row, density, words", [("apt", None, "a density between 0 and 1"), ("apt", 2.0, "a density"), ("lora", 0.4, "no density")]
+    "row, density, words",
+    [("apt", None, "a density between 0 and 1"), ("apt", 2.0, "a density"), ("apt", 0.0, "a density"), ("lora", 0.4, "no density")],
 )
 def test_a_density_that_the_row_has_not_is_said(tmp_path, row, density, words):
     folder = written(tmp_path / "cells", made("full", 0, 80.0), made(row, 0, 80.0, density))

@@ -188,7 +188,7 @@ def read(path: Path) -> dict[str, Any] | None:
     if found["task"] not in TASKS or found["row"] not in rows_of(TASKS[found["task"]]):
         raise Missing(f"{path}: expected a task and a row of this version, got {found['task']}, {found['row']}")
     pruned, density = rows_of(TASKS[found["task"]])[found["row"]].pruned, found["density"]
-    if pruned != (density is not None) or not 0 < (density or 0.5) < 1:
+    if pruned != (density is not None) or (density is not None and not 0 < density < 1):
         expected = "a density between 0 and 1" if pruned else "no density"
         raise Missing(f"{path}: expected {expected} in a cell of {found['row']}, got {density}")
     one = Cell(found["task"], found["row"], found["seed"], found["density"], found["config"]["rate"] if found["trial"] else None)

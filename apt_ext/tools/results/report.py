@@ -39,8 +39,8 @@ Made by `apt-ext results` from the files in `{folder}`; each has its commit, con
 - "kept" are the layers' weights; embeddings, pooler and head are left out. Heads and neurons go, at least one head and 8 neurons of a
   layer stay. On MiniLM each layer keeps its own number, on SmolLM2 all the same, which a stock config can say.
 - A score is the mean over the seeds, with its range. A difference is paired by seed, with its 95 % bootstrap interval over the seeds;
-  with so few seeds such intervals are too narrow. Cells come from different machines, which the last table names, also
-  those of one seed.
+  with so few seeds such intervals are too narrow. Cells, also those of one seed, come from the different machines that the last table
+  names.
 - Times are of cells that ran alone on their machine, n of them, after the same row had run in a few steps on a model that was thrown
   away, so that they do not hold the first use of each kernel ("warmed" in the cell; a line below the times names the rows with others).
   Where a machine is said to have cuDNN's attention they hold its preparation, which takes longer than a step for every new length and
