@@ -166,6 +166,26 @@ def test_a_change_that_was_refused_is_made_by_the_next_call(disturb, at):
     assert_equal(all_of(apt, optimizer, controller), all_of(plain, its, expected))
 
 
+@pytest.mark.parametrize("at", [5, 13])
+def test_a_refused_event_is_not_lost_by_going_on(at):
+    apt, optimizer = built(BERT)
+    controller = Controller(apt, optimizer, 16, **SHORT)
+    train(apt, optimizer, controller, BERT, at)
+    apt(**batch_for(BERT, at)).loss.backward()
+    controller.observe()
+    optimizer.step()
+    optimizer.zero_grad()
+    undo = merged(apt, controller)
+    with pytest.raises(RuntimeError, match="step: .* is merged"):
+        controller.step()
+    undo()
+    before = controller.density
+    train(apt, optimizer, controller, BERT, 1, at + 1)
+    assert controller.now == at + 1 and controller.density < before
+    train(apt, optimizer, controller, BERT, 15 - at, at + 2)
+    assert controller.done and controller.now == 16 and controller.density <= 0.65 and not controller.listening
+
+
 def test_an_error_of_the_log_comes_after_the_change():
     plain, expected, its = trained("bert")
     apt, optimizer = built(BERT)

@@ -176,7 +176,7 @@ class Controller:
         if "hidden" in self.blocks:
             place_carriers(self.model.model, "hidden", self.blocks["hidden"])  # now: modules do not change while training
         self.scores = BlockScores(self.model, kinds, decay, kurtosis)
-        self._observed, self._stepped, self._taken, self._since = False, False, False, 0  # _taken: the averages have the step
+        self._observed, self._stepped, self._taken, self._since = False, False, False, 0  # _taken: counted when its change is made
         self._handles = [one.register_step_post_hook(self._note_step) for one in optimizers]
         note_controller(self.model, self)
 
@@ -232,18 +232,18 @@ class Controller:
 
         Raises RuntimeError where observe() was not called; where the model was cut or its masks were set by others, where salience is not
         finite or 0 everywhere, where a change is refused (a merged adapter, a Parameter that DDP holds without max_rank, ranks of a process
-        group that disagree) with masks and ranks as before; once the cause is gone, step() makes the change.
+        group that disagree) with masks and ranks as before; the next call of step() makes the change.
         """
         self._since = 0
-        if not self._stepped:
+        if not (self._stepped or self._taken):
             self.scores.salience.drop_overflow()
             return
         if not self.done:
             self._check_uncut("step")
-            if not self._observed:
-                self._stepped = False
-                raise RuntimeError("step: expected observe() before the optimizer's step, got none that found the gradients")
-            if not self._taken:  # a call after an error makes the same step
+            if self._stepped:
+                observed, self._observed, self._stepped = self._observed, False, False
+                if not observed:
+                    raise RuntimeError("step: expected observe() before the optimizer's step, got none that found the gradients")
                 self.scores.salience.update()
                 self.importance.update()
                 self._taken = True
@@ -255,7 +255,7 @@ class Controller:
             except BaseException:
                 self.now -= 1
                 raise
-        self._observed = self._stepped = self._taken = False
+        self._stepped = self._taken = False
         if self.now == self.steps.end:
             self.scores.salience.remove()
         if threshold is not None:
