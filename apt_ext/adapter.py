@@ -461,11 +461,13 @@ class APTAdapter(Saving):
         """lora_A Gaussian, lora_B zero, masks one. The rank stays; refused while merged."""
         if self._merged:
             raise RuntimeError("reset_parameters: the weight is merged; call unmerge_weights() first")
+        ones = {name: torch.ones_like(self.get_buffer(name)) for name in ("mask_in", "mask_out")}
+        self._refuse_rising("reset_parameters", ones)
+        change = self.mask_change(ones)
         with torch.no_grad():
-            self.lora_A.zero_()
-            self.lora_A[: self._rank].normal_(0.0, self.init_std)
+            self.lora_A.zero_()[: self._rank].normal_(0.0, self.init_std)
             self.lora_B.zero_()
-        self.mask_change({name: torch.ones_like(self.get_buffer(name)) for name in ("mask_in", "mask_out")})()
+        change()
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, rank={self._rank}, scaling={self._scaling}"

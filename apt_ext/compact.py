@@ -107,6 +107,8 @@ class Compacting(Merging):
         checked_choice("dense", dense, DENSE)
         if self._merged:
             raise RuntimeError("compact: the weight is merged; call unmerge_weights() first")
+        if on and dense != "keep" and self._disabled:
+            raise RuntimeError(f"compact: dense={dense!r} would put away the weight that disable_adapter computes with; call it outside")
         if on:
             self._refuse_sharded("compact")
             if self.mask_in.is_meta:
@@ -162,7 +164,7 @@ class Compacting(Merging):
             )
 
     def _refuse_rising(self, what: str, masks: dict[str, Tensor]) -> None:
-        if not (self._away and self._dense == "release"):
+        if not ((self._away or self._merged) and self._dense == "release"):
             return
         for name, mask in masks.items():
             if bool(((on_host(mask) != 0) & (self.host_mask(name) == 0)).any()):

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from . import growth
 from .arguments import all_ones, checked_mapping, checked_mask
 from .compact import Compacting
-from .merging import hold, merged_into
+from .merging import Merging, hold, merged_into
 
 _SEED_NAMES = {"Wa": "lora_A", "Wb": "lora_B"}
 
@@ -118,7 +118,7 @@ def _load(
             param.set_(storage)  # type: ignore[call-overload]
             param.grad = None
     if adapter._merged:
-        adapter.unmerge_weights()
+        Merging.unmerge_weights(adapter)  # and not the adapter's own, which would put the weight away again
     adapter._rank = rank
     for name in ("rank", "merged", *_SEED_NAMES):
         state.pop(prefix + name, None)

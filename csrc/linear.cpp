@@ -167,7 +167,7 @@ Tensor output_of(const Tensor& x, const Tensor& t, const Layer& layer) {
     if (layer.weight.has_value()) {
       y = at::linear(x, *layer.weight, layer.bias);
     } else if (layer.bias.has_value()) {
-      y = layer.bias->expand({x.size(0), -1}).contiguous();
+      y = layer.bias->expand({x.size(0), -1}).clone(at::MemoryFormat::Contiguous);
     } else {
       y = at::zeros({x.size(0), layer.lora_B.size(0)}, x.options());
     }
@@ -227,13 +227,18 @@ std::array<Tensor, 4> widened_backward(const Tensor& grad, const Tensor& x, cons
   return grads;
 }
 
+// oneDNN's bfloat16 product may read what lies between the rows of a view, and a NaN there reaches the result.
+Tensor without_gaps(const Tensor& rows) {
+  return rows.is_cpu() && rows.scalar_type() == at::kBFloat16 ? rows.contiguous() : rows;
+}
+
 LinearPlan plan_for(const Tensor& x, const Layer& layer) {
   return launch_plan({x.size(0), layer.lora_B.size(0), x.size(1), layer.lora_A.size(0), dtype_of(x)},
                      limits_of(x));
 }
 
 std::tuple<Tensor, Tensor> library_forward(const Tensor& x, const Layer& layer) {
-  Tensor masked = lanes(x, layer.mask_in, 1, false);
+  Tensor masked = lanes(without_gaps(x), layer.mask_in, 1, false);
   // Pruned columns of A are selected too: 0 * NaN is NaN.
   Tensor factor = lanes(as(layer.lora_A, x.scalar_type()), layer.mask_in, 1, true);
   Tensor t = down(masked, factor.t());
@@ -245,7 +250,7 @@ std::array<Tensor, 4> library_backward(const Tensor& grad, const Tensor& x, cons
   auto [need_x, need_A, need_B, need_bias] = need;
   at::ScalarType dtype = grad.scalar_type();
   std::array<Tensor, 4> out;
-  Tensor g = lanes(grad, layer.mask_out, 1, false);
+  Tensor g = lanes(without_gaps(grad), layer.mask_out, 1, false);
   Skinny u;  // g B [M, R], and A
   if (need_x || need_A) {
     Tensor low = down(g, lanes(as(layer.lora_B, dtype), layer.mask_out, 0, true));
@@ -264,7 +269,7 @@ std::array<Tensor, 4> library_backward(const Tensor& grad, const Tensor& x, cons
   }
   if (need_A) {
     // From the unmasked x: the mask is the store factor, so a NaN in a pruned lane ends in a pruned column.
-    out[1] = factor_grad(u.low.t(), x, layer.scaling, u.multiplier, layer.lora_A.scalar_type());
+    out[1] = factor_grad(u.low.t(), without_gaps(x), layer.scaling, u.multiplier, layer.lora_A.scalar_type());
     lanes_(out[1], layer.mask_in, 1, false);
   }
   if (need_B) {

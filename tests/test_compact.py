@@ -5,7 +5,7 @@ import torch
 from conftest import Problem, assert_accurate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_linear import LAYOUTS, MASKS, PADDED_RANK, SHAPES, SOME, ZEROS, gradients_alone, hides_nothing
+from test_linear import LAYOUTS, MASKS, PADDED_RANK, SHAPES, SOME, ZEROS, gradients_alone, hides_nothing, writes_no_bias
 from test_memory import banded, bits, outside
 
 from apt_ext import reference
@@ -93,6 +93,11 @@ def test_a_scaling_of_0_hides_nothing(device, dtype, scaling, weight):
 def test_weight_and_bias_are_optional(device, dtype, weight, bias):
     problem = Problem((7,), 10, 12, 3, dtype, device, "soft", weight=weight, bias=bias)
     problem.check(problem.run(compact_linear))
+
+
+@pytest.mark.parametrize("masks", ["none", "soft"])
+def test_a_bias_without_a_weight_is_not_written(device, dtype, masks):
+    writes_no_bias(compact_linear, Problem((1,), 33, 12, 3, dtype, device, masks, weight=False))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -153,6 +153,57 @@ def test_what_needs_the_whole_weight_gets_it(device, dense, way):
     assert adapter.compacted and torch.isnan(adapter.weight).all() and adapter._dense == dense
 
 
+@pytest.mark.parametrize("dense", ["keep", "cpu", "release"])
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("of_merged", [False, True])
+def test_a_merged_adapter_loads_the_weight_that_it_would_put_away(dense, assign, of_merged):
+    source, adapter = make(), make()
+    adapter.compact(dense=dense)
+    adapter.merge_weights()
+    x = torch.randn(4, 10, dtype=torch.float64)
+    want = source(x)
+    if of_merged:
+        source.merge_weights()
+    adapter.eval()  # a merged one that trains warns
+    adapter.load_state_dict({key: value.clone() for key, value in source.state_dict().items()}, assign=assign)
+    assert adapter.merged == of_merged and adapter.compacted
+    torch.testing.assert_close(adapter(x), want)
+    adapter.unmerge_weights()
+    torch.testing.assert_close(adapter(x), want)
+    assert adapter._away == (dense != "keep")
+
+
+def test_masks_of_a_state_must_not_rise_in_a_merged_adapter_whose_weights_were_released():
+    adapter, _ = put_away("release")
+    state = {name: value for name, value in make().state_dict().items() if "base_layer" not in name}
+    before = adapter.mask_in.clone()
+    adapter.merge_weights()
+    with pytest.raises(RuntimeError, match="load_state_dict: mask_in must not rise from 0"):
+        adapter.load_state_dict(state, strict=False)
+    assert adapter.merged and torch.equal(adapter.mask_in, before)
+
+
+@AWAY
+def test_weights_are_not_put_away_while_they_are_all_that_computes(dense):
+    family = FAMILIES["bert-mlm"]
+    apt = adapted(family)
+    with apt.disable_adapter():
+        plain = outputs(apt, family.inputs())
+        with pytest.raises(RuntimeError, match=f"dense='{dense}' would put away the weight that disable_adapter computes with"):
+            apt.compact(dense=dense)
+        close(outputs(apt, family.inputs()), plain)
+    assert not any(adapter.compacted for _, adapter in adapters(apt))
+
+
+def test_a_refused_reset_leaves_the_factors():
+    adapter, _ = put_away("release")
+    x = torch.randn(4, 10, dtype=torch.float64)
+    before, A, B = adapter(x), adapter.lora_A.clone(), adapter.lora_B.clone()
+    with pytest.raises(RuntimeError, match="reset_parameters: mask_in must not rise from 0"):
+        adapter.reset_parameters()
+    assert torch.equal(adapter.lora_A, A) and torch.equal(adapter.lora_B, B) and torch.equal(adapter(x), before)
+
+
 @AWAY
 def test_a_whole_model_without_its_dense_weights(dense, tmp_path):
     family = FAMILIES["bert-mlm"]

@@ -90,6 +90,36 @@ def test_weight_and_bias_are_optional(device, dtype, weight, bias, sizes):
     problem.check(problem.run(ops.apt_linear))
 
 
+def writes_no_bias(compute, problem):
+    """One row of a bias is contiguous already."""
+    before = problem.bias.clone()
+    for x in (problem.x, problem.x[0]):
+        with torch.no_grad():
+            y = compute(x, None, problem.bias, problem.lora_A, problem.lora_B, problem.mask_in, problem.mask_out, problem.scaling)
+        assert torch.equal(problem.bias, before) and y.data_ptr() != problem.bias.data_ptr()
+    problem.check(problem.run(compute))
+
+
+@pytest.mark.parametrize("masks", ["none", "soft"])
+@pytest.mark.parametrize("R", [0, 3, 17])
+def test_a_bias_without_a_weight_is_not_written(device, dtype, masks, R):
+    writes_no_bias(ops.apt_linear, Problem((1,), 10, 12, R, dtype, device, masks, weight=False))
+
+
+@pytest.mark.parametrize("name", ["x", "grad"])
+def test_what_lies_between_the_rows_of_a_view_does_not_matter(device, name):
+    """oneDNN's bfloat16 product reads it at such sizes."""
+    problem = Problem((130,), 512, 776, 2, torch.bfloat16, device, "none", bias=False)
+    inside = getattr(problem, name)
+    around = torch.full((130, inside.shape[1] + 5), float("nan"), dtype=torch.bfloat16, device=device)
+    around[:, :-5] = inside
+    setattr(problem, name, around[:, :-5])
+    leaves = [problem.x.detach().requires_grad_(), problem.lora_A.clone().requires_grad_(), problem.lora_B.clone().requires_grad_()]
+    y = ops.apt_linear(leaves[0], problem.weight, None, *leaves[1:], None, None, problem.scaling)
+    got = dict(zip(("y", "dx", "dA", "dB"), (y.detach(), *torch.autograd.grad(y, leaves, problem.grad)), strict=True))
+    problem.check(got)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("tokens, N, K, R", [(9, 16, 24, 4), (70, 33, 41, 5), (70, 33, 41, 20), (70, 40, 72, 20)])
 def test_float32_factors_over_a_16_bit_base(device, dtype, tokens, N, K, R):

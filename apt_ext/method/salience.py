@@ -24,7 +24,8 @@ class Salience:
     H is what a block hands on: the input of the linear that reads it (the down projection for neurons, the output projection for heads).
     A block of several channels (a head) has the sum of their products. Only vectors of one entry a channel are kept, whatever the batch
     and length. An activation counts when its gradient arrives, so passes without gradients (a teacher's, an evaluation's) and the
-    recomputation of gradient checkpointing leave the state unchanged.
+    recomputation of gradient checkpointing leave the state unchanged. (Checkpointing itself makes transformers ask for the gradient of the
+    first layer's input, which hidden dimensions then hear as well.)
 
     Tokens that the model's `attention_mask` [batch, length] marks 0 (padding) count on neither side, where H is [batch, length, channels];
     elsewhere (a feed-forward in chunks) all count, with a warning. At the sites of a decoder behind an encoder it is
