@@ -227,7 +227,8 @@ std::array<Tensor, 4> widened_backward(const Tensor& grad, const Tensor& x, cons
   return grads;
 }
 
-// oneDNN's bfloat16 product may read what lies between the rows of a view, and a NaN there reaches the result.
+// oneDNN's bfloat16 product may read what lies between the rows of a view, and a NaN there reaches the
+// result.
 Tensor without_gaps(const Tensor& rows) {
   return rows.is_cpu() && rows.scalar_type() == at::kBFloat16 ? rows.contiguous() : rows;
 }
