@@ -8,8 +8,6 @@
 namespace apt {
 namespace {
 
-int64_t rounded(int64_t size) { return (size + 7) / 8 * 8; }
-
 // matrix [rows, cols] under its mask along `dim`, with that many rows and columns: more are zeros. Itself
 // where nothing is to do.
 Tensor resized(const Tensor& matrix, int64_t rows, int64_t cols, const OptTensor& mask = std::nullopt,
@@ -19,7 +17,7 @@ Tensor resized(const Tensor& matrix, int64_t rows, int64_t cols, const OptTensor
 }
 
 Tensor padded_columns(const Tensor& matrix, const OptTensor& mask = std::nullopt) {
-  return resized(matrix, matrix.size(0), rounded(matrix.size(1)), mask);
+  return resized(matrix, matrix.size(0), padded_width(matrix.size(1)), mask);
 }
 
 Tensor padded_low(const Tensor& t) { return resized(t, t.size(0), padded_rank(t.size(1))); }
@@ -36,7 +34,7 @@ Tensor cut(Tensor result, int64_t rows, int64_t cols, const OptTensor& mask = st
 // The layer in widths of whole 16 bytes. Pruned lanes of the factors are selected; what else the masks do is
 // done in the copies of x, g, y and dx.
 Layer padded(const Layer& layer) {
-  const int64_t N = rounded(layer.lora_B.size(0)), K = rounded(layer.lora_A.size(1)),
+  const int64_t N = padded_width(layer.lora_B.size(0)), K = padded_width(layer.lora_A.size(1)),
                 R = padded_rank(layer.lora_A.size(0));
   Layer out;
   if (layer.weight.has_value()) out.weight = resized(*layer.weight, N, K);
@@ -52,8 +50,8 @@ Layer padded(const Layer& layer) {
 std::tuple<Tensor, Tensor> padded_forward(const Tensor& x, const Layer& layer) {
   auto [y, t] = linear_forward(padded_columns(x, layer.mask_in), padded(layer));
   int64_t M = x.size(0);
-  if (!layer.keep_low) t = Tensor();
-  return {cut(y, M, layer.lora_B.size(0), layer.mask_out), t.defined() ? cut(t, M, layer.lora_A.size(0)) : t};
+  return {cut(y, M, layer.lora_B.size(0), layer.mask_out),
+          layer.keep_low ? cut(t, M, layer.lora_A.size(0)) : Tensor()};
 }
 
 std::array<Tensor, 4> padded_backward(const Tensor& grad, const Tensor& x, const Tensor& t,

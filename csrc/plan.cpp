@@ -35,13 +35,15 @@ int64_t span_of(int64_t M, int64_t channels, const DeviceLimits& device) {
 
 }  // namespace
 
-int64_t padded_rank(int64_t R) { return R <= kMostRank ? R : divided(R, 8) * 8; }
+int64_t padded_width(int64_t size) { return divided(size, 8) * 8; }
+
+int64_t padded_rank(int64_t R) { return R <= kMostRank ? R : padded_width(R); }
 
 LinearPlan launch_plan(const LinearProblem& p, const DeviceLimits& device) {
   LinearPlan plan;
   if (device.multiprocessors == 0 || p.M == 0 || p.N == 0 || p.K == 0) return plan;
   bool sixteen = p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16;
-  bool aligned = p.N % 8 == 0 && p.K % 8 == 0;
+  bool aligned = padded_width(p.N) == p.N && padded_width(p.K) == p.K;
   // Below 64 tokens the copy of W costs more than the slow product does.
   plan.padded = sixteen && (!aligned || padded_rank(p.R) != p.R) && p.M >= 64;
   if (!has_passes(p, device) || !(aligned || plan.padded)) return plan;

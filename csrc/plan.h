@@ -37,7 +37,9 @@ struct LinearPlan {
 
 LinearPlan launch_plan(const LinearProblem& problem, const DeviceLimits& device);
 
-// The rank of a layer in padded widths.
+// A width, and the rank, of a layer that is padded: the next multiple of 8, but ranks of our own passes as
+// they are.
+int64_t padded_width(int64_t size);
 int64_t padded_rank(int64_t R);
 
 // The merge of a weight [N, K]: an up pass over its rows, where the factors have its 16-bit dtype.

@@ -65,6 +65,11 @@ class Cells:
     def tests(self, row: str, density: float | None = None) -> dict[int, float]:
         return {seed: result["scores"]["test"] for seed, result in sorted(self.of(row, density).items())}
 
+    def shares(self, row: str, density: float | None = None) -> list[float]:
+        """Of the dense LoRA's test score, by seed."""
+        tests, dense = self.tests(row, density), self.tests("lora")
+        return [share_of(self.task, tests[seed], dense[seed]) for seed in tests if seed in dense]
+
     def lines(self) -> list[Line]:
         """Each line of the tables; extra rows and densities where there are cells of them."""
         found: list[Line] = []
@@ -174,6 +179,10 @@ def _spread(values: Sequence[float], form: str = "{:.1f}") -> str:
     return mean if len(values) == 1 else f"{mean} ({form.format(min(values))} to {form.format(max(values))})"
 
 
+def _percent(shares: Sequence[float]) -> str:
+    return f"{100 * statistics.fmean(shares):.1f} %" if shares else _NONE
+
+
 def _difference(ours: dict[int, float], theirs: dict[int, float]) -> str:
     found = paired(ours, theirs)
     if found is not None:
@@ -194,15 +203,14 @@ def _section(cells: Cells) -> str:
     for name, density in cells.lines():
         found, tests = cells.of(name, density), cells.tests(name, density)
         dense = cells.tests("lora")
-        both = [share_of(task, tests[seed], dense[seed]) for seed in tests if seed in dense]
-        kept = [100 * result["kept"]["weights"] for result in found.values()]
+        kept = [result["kept"]["weights"] for result in found.values()]
         rows.append(
             [
                 _titled(task, name, density),
-                f"{statistics.fmean(kept):.1f} %" if kept else _NONE,
+                _percent(kept),
                 str(len(tests)),
                 _spread(list(tests.values())),
-                f"{100 * statistics.fmean(both):.1f} %" if both else _NONE,
+                _percent(cells.shares(name, density)),
                 "" if name == "lora" else _difference(tests, dense),
                 "" if density is None or name == "oneshot" else _difference(tests, cells.tests("oneshot", density)),
                 ", ".join(sorted({f"{result['config']['rate']:g}" for result in found.values()})) or _NONE,
@@ -270,27 +278,23 @@ def _aims(every: dict[str, Cells]) -> str:
     """What was aimed at, and what came out."""
     rows = []
 
-    def add(task: Task, aim: str, least: float, found: float | None, text: str) -> None:
-        rows.append([task.title, aim, text, _NONE if found is None else "yes" if found >= least else "no"])
+    def add(task: Task, aim: str, least: float, found: Sequence[float], text: str) -> None:
+        rows.append([task.title, aim, text, _NONE if not found else "yes" if statistics.fmean(found) >= least else "no"])
 
     for cells in every.values():
         task = cells.task
         if not task.classes:
             continue
         for density, least in ((0.4, 0.99), (0.2, 0.98)):
-            ours, dense = cells.tests("apt", density), cells.tests("lora")
-            both = [share_of(task, ours[seed], dense[seed]) for seed in ours if seed in dense]
-            share = statistics.fmean(both) if both else None
-            text = _NONE if share is None else f"{100 * share:.1f} %"
-            add(task, f"APT at {100 * density:g} %: {100 * least:g} % of dense LoRA's score", least, share, text)
+            shares = cells.shares("apt", density)
+            add(task, f"APT at {100 * density:g} %: {100 * least:g} % of dense LoRA's score", least, shares, _percent(shares))
         ours, once = cells.tests("apt", 0.2), cells.tests("oneshot", 0.2)
         above = [ours[seed] - once[seed] for seed in ours if seed in once]
-        add(task, "APT at 20 %: 3 points above one-shot", 3.0, statistics.fmean(above) if above else None, _difference(ours, once))
+        add(task, "APT at 20 %: 3 points above one-shot", 3.0, above, _difference(ours, once))
         inferences = _inferences(cells.of("apt", 0.4).values())
         for where, least, dtype in (("CUDA", 1.6, "bfloat16"), ("a CPU", 2.0, "float32")):  # the precisions that cells infer in there
             ratios = [one["speedup"] for one in inferences if one["dtype"] == dtype]
-            mean = statistics.fmean(ratios) if ratios else None
-            add(task, f"APT at 40 %: inference {least:g} times dense on {where}", least, mean, _spread(ratios, "{:.2f}"))
+            add(task, f"APT at 40 %: inference {least:g} times dense on {where}", least, ratios, _spread(ratios, "{:.2f}"))
     return "## Aims\n\n" + _table(["task", "aim", "found", "reached"], rows) + "\n"
 
 
