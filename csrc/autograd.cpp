@@ -23,8 +23,10 @@ struct Linear : torch::autograd::Function<Linear> {
                         const Tensor& lora_A, const Tensor& lora_B, const OptTensor& mask_in,
                         const OptTensor& mask_out, double scaling) {
     at::AutoDispatchBelowADInplaceOrView below;
-    auto [y, t] = handle<&apt_linear_forward>("apt_linear_forward")
-                      .call(x, weight, bias, lora_A, lora_B, mask_in, mask_out, scaling);
+    auto [y, t] = is_traced(x, lora_A)
+                      ? handle<&apt_linear_forward>("apt_linear_forward")
+                            .call(x, weight, bias, lora_A, lora_B, mask_in, mask_out, scaling)
+                      : linear_with_low(x, weight, bias, lora_A, lora_B, mask_in, mask_out, scaling);
     bool need_bias = bias.has_value() && bias->requires_grad();
     std::array<bool, 4> need{x.requires_grad(), lora_A.requires_grad(), lora_B.requires_grad(), need_bias};
     // The factors are always saved: growth between forward and backward is then torch's own "modified by an

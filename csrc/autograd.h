@@ -3,6 +3,7 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <optional>
 #include <string>
@@ -38,6 +39,13 @@ inline bool is_transformed(const Tensor& tensor) {
          (tensor.defined() && tensor.key_set().has(c10::DispatchKey::FuncTorchGradWrapper));
 }
 inline bool is_transformed(const OptTensor& tensor) { return tensor.has_value() && is_transformed(*tensor); }
+
+// Whether shapes must be known without the values: fake tensors, meta, and modes that look at each call.
+inline bool is_traced(const Tensor& x, const Tensor& lora_A) {
+  auto has_python = [](const Tensor& tensor) { return tensor.key_set().has(c10::DispatchKey::Python); };
+  return x.is_meta() || has_python(x) || has_python(lora_A) ||
+         c10::impl::TorchDispatchModeTLS::any_modes_set();
+}
 
 // A layout that is a Python subclass (jagged) would reach its own code before an op's door.
 template <class Name>

@@ -13,6 +13,7 @@
 #include "kept.h"
 #include "linear.h"
 #include "ops.h"
+#include "remade.h"
 
 namespace apt {
 namespace {
@@ -67,16 +68,24 @@ OptTensor kept_vector(const OptTensor& vector, const Side& side) {
   return gathered(vector->unsqueeze(0), side.index, side.width).squeeze(0);
 }
 
-// The dense layer that is left. Where a side moves, its mask acts on the way; a factor that is not asked for
-// is missing.
-Layer inner_layer(const CompactLayer& layer, const Sides& sides, bool need_A = true, bool need_B = true) {
+// The factors of the dense layer that is left, both made in one launch. `rank` may be padded.
+struct InnerFactors {
+  Remade A, B;
+};
+
+InnerFactors inner_factors(const CompactLayer& layer, const Sides& sides, int64_t rank) {
+  auto lanes_of = [](const Side& side) { return side.whole ? std::nullopt : OptTensor(side.index); };
+  return {{.from = layer.lora_A, .rows = rank, .columns = sides.in.width, .column_index = lanes_of(sides.in)},
+          {.from = layer.lora_B, .rows = sides.out.width, .columns = rank, .row_index = lanes_of(sides.out)}};
+}
+
+// The dense layer that is left, without its factors. Where a side moves, its mask acts on the way.
+Layer inner_layer(const CompactLayer& layer, const Sides& sides) {
   const Side &in = sides.in, &out = sides.out;
   Layer inner;
   if (layer.packed.has_value()) {
     inner.weight = layer.packed->narrow(0, 0, out.width * in.width).view({out.width, in.width});
   }
-  if (need_A) inner.lora_A = in.whole ? layer.lora_A : gathered(layer.lora_A, in.index, in.width);
-  if (need_B) inner.lora_B = out.whole ? layer.lora_B : gathered(layer.lora_B.t(), out.index, out.width).t();
   if (!in.moves()) inner.mask_in = kept_vector(in.mask, in);
   if (!out.moves()) inner.mask_out = kept_vector(out.mask, out);
   inner.scaling = layer.scaling;
@@ -88,14 +97,16 @@ struct Passes {
   LinearPlan plan;
   KeptSides kept;
   bool fit;
+  int64_t rank;  // that the products are made with: padded where the library would be slow
 };
 
 Passes passes_for(const Tensor& x, int64_t tokens, const CompactLayer& layer, const Sides& sides) {
-  LinearPlan plan =
-      launch_plan({tokens, sides.out.width, sides.in.width, layer.lora_A.size(0), dtype_of(x)}, limits_of(x));
+  const int64_t R = layer.lora_A.size(0);
+  LinearPlan plan = launch_plan({tokens, sides.out.width, sides.in.width, R, dtype_of(x)}, limits_of(x));
   KeptSides kept{sides.in.moves() ? &sides.in : nullptr, sides.out.moves() ? &sides.out : nullptr,
                  layer.lora_A, layer.lora_B};
-  return {plan, kept, layer.packed.has_value() && passes_fit(x, plan, kept)};
+  return {plan, kept, layer.packed.has_value() && passes_fit(x, plan, kept),
+          plan.padded ? padded_rank(R) : R};
 }
 
 void check_width(const Tensor& x, const char* name, bool compact, const Side& side) {
@@ -188,7 +199,10 @@ CompactForward compact_forward(const Tensor& x, const CompactLayer& layer) {
   Scope scope(x);
   Tensor used = reachable(flat(x)), y, t;
   Passes passes = passes_for(x, used.size(0), layer, sides);
-  Layer inner = inner_layer(layer, sides, true, !passes.fit || !sides.out.moves());
+  Layer inner = inner_layer(layer, sides);
+  auto [A, B] = inner_factors(layer, sides, passes.rank);
+  if (passes.fit && sides.out.moves()) B.from = Tensor();  // the scatter takes the full-size one
+  std::tie(inner.lora_A, inner.lora_B) = std::tuple_cat(remade(A, B));
   if (!sides.out.moves()) inner.bias = kept_vector(layer.bias, sides.out);
   if (passes.fit) {
     if (sides.out.moves()) inner.bias = layer.bias;  // added while y is scattered
@@ -196,6 +210,7 @@ CompactForward compact_forward(const Tensor& x, const CompactLayer& layer) {
   } else {
     if (sides.in.moves()) used = gathered(used, sides.in);
     std::tie(y, t) = linear_forward(used, inner);
+    t = t.narrow(1, 0, R);
     if (sides.out.moves()) y = scattered(y, sides.out, layer.bias);
   }
   return {y.view_symint(with_last(x, y.size(1))), t.view_symint(with_last(x, R)),
@@ -217,7 +232,7 @@ std::tuple<Tensor, Tensor> compact_linear_forward(const Tensor& x, const OptTens
             at::empty_symint(with_last(x, lora_A.sym_size(0)), low_rank_options(x))};
   }
   CompactForward done = compact_forward(x, layer);
-  return {done.y, done.t};
+  return {done.y, done.t.contiguous()};
 }
 
 Tensor compact_linear(const Tensor& x, const OptTensor& packed, const OptTensor& bias, const Tensor& lora_A,
@@ -268,7 +283,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compact_linear_backward(
     Tensor used = reachable(flat(x)), g = reachable(flat(grad));
     Passes passes = passes_for(x, g.size(0), layer, sides);
     const bool scatters = passes.fit && in_side.moves(), gathers = passes.fit && out_side.moves();
-    Layer inner = inner_layer(layer, sides, !scatters, true);
+    Layer inner = inner_layer(layer, sides);
+    auto [A, B] = inner_factors(layer, sides, passes.rank);
+    B.by_column = gathers;  // as a pass that gathers reads it; one that scatters reads all of A so
+    if (scatters) {
+      A = {.from = need_x ? lora_A : Tensor(),
+           .rows = lora_A.size(0),
+           .columns = lora_A.size(1),
+           .by_column = true};
+    }
+    std::tie(inner.lora_A, inner.lora_B) = std::tuple_cat(remade(A, B));
+    if (scatters && need_x) passes.kept.lora_A = inner.lora_A;
     if (in_side.moves() && !is_gathered) {
       // Without a gradient of A only its shape is looked at.
       used = need_A ? gathered(used, in_side) : used.new_empty({1}).expand({used.size(0), in_side.width});
@@ -278,16 +303,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> compact_linear_backward(
     } else {
       if (!need_x) inner.weight.reset();  // a copy of it may be spared
       if (out_side.moves()) g = gathered(g, out_side);
-      out = linear_backward(g, used, flat(t), inner, output_mask);
+      out = linear_backward(g, used, low_of_rank(flat(t), passes.rank), inner, output_mask);
     }
     if (need_x) {
       if (in_side.moves() && !scatters) out[0] = scattered(out[0], in_side);
       out[0] = out[0].view_symint(with_last(x, K));
     }
-    if (need_A && !in_side.whole && !scatters) out[1] = gathered(out[1], in_side.position, in_side.size);
-    if (need_B && !out_side.whole && !gathers) {
-      out[2] = gathered(out[2].t(), out_side.position, out_side.size).t().contiguous();
-    }
+    auto places = [](const Side& side, bool placed) {
+      return side.whole || placed ? std::nullopt : OptTensor(side.position);
+    };
+    const Remade dA{.from = out[1],
+                    .rows = lora_A.size(0),
+                    .columns = lora_A.size(1),
+                    .column_index = places(in_side, scatters)},
+        dB{.from = out[2],
+           .rows = lora_B.size(0),
+           .columns = lora_B.size(1),
+           .row_index = places(out_side, gathers)};
+    std::tie(out[1], out[2]) = std::tuple_cat(remade(dA, dB));
     if (need_bias && !out_side.whole) {
       out[3] = gathered(out[3].unsqueeze(0), out_side.position, out_side.size).squeeze(0);
     }

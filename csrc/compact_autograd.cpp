@@ -1,7 +1,6 @@
 // Autograd and autocast of a compacted layer.
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -14,13 +13,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-// Whether shapes must be known without the values: fake tensors, meta, and modes that look at each call.
-bool is_traced(const Tensor& x, const Tensor& lora_A) {
-  auto has_python = [](const Tensor& tensor) { return tensor.key_set().has(c10::DispatchKey::Python); };
-  return x.is_meta() || has_python(x) || has_python(lora_A) ||
-         c10::impl::TorchDispatchModeTLS::any_modes_set();
-}
 
 struct Compact : torch::autograd::Function<Compact> {
   static Tensor forward(AutogradContext* ctx, const Tensor& x, const OptTensor& packed, const OptTensor& bias,

@@ -198,6 +198,24 @@ struct ScatterArgs {
   DType low_dtype;
 };
 
+// One small matrix made of another: dst[i, j] = mask * src[row_index[i], column_index[j]], zeros selected,
+// and 0 where an index is negative or src has no such row or column.
+struct MatrixCopy {
+  const void* src;
+  void* dst = nullptr;    // contiguous, by_column: as [columns, rows]; null: nothing to do
+  int64_t rows, columns;  // of dst
+  int64_t src_rows, src_columns, src_stride[2];
+  const int32_t *row_index, *column_index;  // [rows], [columns], or null: i and j themselves
+  Mask mask;                                // of src's columns, or rows
+  bool mask_of_rows, select_only, by_column;
+  DType dtype;
+};
+
+// Two in one launch (cuda/copies.cu): a layer's factors, or their gradients.
+struct MatrixCopies {
+  MatrixCopy job[2];
+};
+
 using Stream = void*;  // cudaStream_t; null on the CPU
 
 // A device is this table. ops.cpp looks it up once a call and knows nothing else of devices.
@@ -208,6 +226,7 @@ struct Kernels {
   void (*gather)(const GatherArgs&, Stream);
   void (*scatter)(const ScatterArgs&, Stream);
   void (*channel_sums)(const ChannelSumArgs&, Stream);
+  void (*copies)(const MatrixCopies&, Stream);
   // Null where the device leaves the low-rank products to the library.
   void (*low_rank)(const LowRankArgs&, Stream) = nullptr;
   void (*token_sums)(const TokenSumArgs&, Stream) = nullptr;

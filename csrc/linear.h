@@ -25,7 +25,7 @@ struct Layer {
   bool keep_low = true;  // whether forward's t is wanted
 };
 
-// x [M, K] -> (y [M, N], t [M, R])
+// x [M, K] -> (y [M, N], t [M, R]); t may be the first columns of rows that are longer
 std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Layer& layer);
 
 // grad [M, N], x [M, K], t [M, R] -> dx [M, K], dA [R, K], dB [N, R], db [N]; undefined where not needed
@@ -68,6 +68,10 @@ OptTensor aligned_vector(const OptTensor& vector, at::ScalarType dtype);
 std::tuple<Tensor, Tensor> padded_forward(const Tensor& x, const Layer& layer);
 std::array<Tensor, 4> padded_backward(const Tensor& grad, const Tensor& x, const Tensor& t,
                                       const Layer& layer, const std::array<bool, 4>& need);
+
+// t [M, ..] with this rank, larger than its own: the longer rows that it was made in where it has them,
+// whatever they hold there (it ends in entries that are cut off), else a copy filled up with zeros.
+Tensor low_of_rank(const Tensor& t, int64_t R);
 
 // matrix [rows, cols] scaled by a mask along `dim` (0: one value a row), zeros selected; select_only: only
 // the zeros act. Without a mask the matrix itself comes back.

@@ -122,6 +122,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Layer& layer) {
 
 }  // namespace
 
+std::tuple<Tensor, Tensor> linear_with_low(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                                           const Tensor& lora_A, const Tensor& lora_B,
+                                           const OptTensor& mask_in, const OptTensor& mask_out,
+                                           double scaling) {
+  return forward(x, {weight, bias, lora_A, lora_B, mask_in, mask_out, scaling, /*keep_low=*/true});
+}
+
 Tensor apt_linear(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const Tensor& lora_A,
                   const Tensor& lora_B, const OptTensor& mask_in, const OptTensor& mask_out, double scaling) {
   return std::get<0>(
@@ -132,7 +139,8 @@ std::tuple<Tensor, Tensor> apt_linear_forward(const Tensor& x, const OptTensor& 
                                               const Tensor& lora_A, const Tensor& lora_B,
                                               const OptTensor& mask_in, const OptTensor& mask_out,
                                               double scaling) {
-  return forward(x, {weight, bias, lora_A, lora_B, mask_in, mask_out, scaling, /*keep_low=*/true});
+  auto [y, t] = linear_with_low(x, weight, bias, lora_A, lora_B, mask_in, mask_out, scaling);
+  return {y, t.contiguous()};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> apt_linear_backward(const Tensor& grad, const Tensor& x,

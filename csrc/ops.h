@@ -30,6 +30,12 @@ std::tuple<Tensor, Tensor> apt_linear_forward(const Tensor& x, const OptTensor& 
                                               const OptTensor& mask_in, const OptTensor& mask_out,
                                               double scaling);
 
+// The same without an op's promise about t, which may be a view with gaps between its rows.
+std::tuple<Tensor, Tensor> linear_with_low(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
+                                           const Tensor& lora_A, const Tensor& lora_B,
+                                           const OptTensor& mask_in, const OptTensor& mask_out,
+                                           double scaling);
+
 // (dx, dA, dB, db); one that output_mask does not ask for is an empty tensor [0].
 std::tuple<Tensor, Tensor, Tensor, Tensor> apt_linear_backward(const Tensor& grad, const Tensor& x,
                                                                const OptTensor& weight, const Tensor& lora_A,

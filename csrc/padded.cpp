@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 
 #include "linear.h"
+#include "remade.h"
 
 namespace apt {
 namespace {
@@ -20,14 +21,10 @@ Tensor padded_columns(const Tensor& matrix, const OptTensor& mask = std::nullopt
   return resized(matrix, matrix.size(0), padded_width(matrix.size(1)), mask);
 }
 
-Tensor padded_low(const Tensor& t) { return resized(t, t.size(0), padded_rank(t.size(1))); }
-
-// A result of its own in its own size, under its mask: in place where the size is that already.
-Tensor cut(Tensor result, int64_t rows, int64_t cols, const OptTensor& mask = std::nullopt, int64_t dim = 1,
-           bool select_only = false) {
-  if (result.size(0) != rows || result.size(1) != cols)
-    return lanes_resized(result, rows, cols, mask, dim, select_only);
-  lanes_(result, mask, dim, select_only);
+// A result of its own in its own width, under its mask: in place where the width is that already.
+Tensor cut(Tensor result, int64_t cols, const OptTensor& mask) {
+  if (result.size(1) != cols) return lanes_resized(result, result.size(0), cols, mask, 1, false);
+  lanes_(result, mask, 1, false);
   return result;
 }
 
@@ -39,19 +36,34 @@ Layer padded(const Layer& layer) {
   Layer out;
   if (layer.weight.has_value()) out.weight = resized(*layer.weight, N, K);
   if (layer.bias.has_value()) out.bias = resized(layer.bias->unsqueeze(1), N, 1).squeeze(1);
-  out.lora_A = resized(layer.lora_A, R, K, layer.mask_in, 1, true);
-  out.lora_B = resized(layer.lora_B, N, R, layer.mask_out, 0, true);
+  const Remade A{.from = layer.lora_A, .rows = R, .columns = K, .mask = layer.mask_in, .select_only = true},
+      B{.from = layer.lora_B,
+        .rows = N,
+        .columns = R,
+        .mask = layer.mask_out,
+        .mask_dim = 0,
+        .select_only = true};
+  auto factors = remade(A, B);
+  out.lora_A = factors[0], out.lora_B = factors[1];
   out.scaling = layer.scaling, out.keep_low = layer.keep_low;
   return out;
 }
 
 }  // namespace
 
+Tensor low_of_rank(const Tensor& t, int64_t R) {
+  const int64_t M = t.size(0);
+  if (t.size(1) == R) return t;
+  // Not in float32, which float16 travels in: its scale is decided by all entries.
+  const bool has_room = M > 0 && t.element_size() == 2 && t.stride(1) == 1 && t.stride(0) == R &&
+                        (t.storage_offset() + M * R) * 2 <= static_cast<int64_t>(t.storage().nbytes());
+  return has_room ? t.as_strided({M, R}, {R, 1}) : lanes_resized(t, M, R, std::nullopt, 1, false);
+}
+
 std::tuple<Tensor, Tensor> padded_forward(const Tensor& x, const Layer& layer) {
   auto [y, t] = linear_forward(padded_columns(x, layer.mask_in), padded(layer));
-  int64_t M = x.size(0);
-  return {cut(y, M, layer.lora_B.size(0), layer.mask_out),
-          layer.keep_low ? cut(t, M, layer.lora_A.size(0)) : Tensor()};
+  return {cut(y, layer.lora_B.size(0), layer.mask_out),
+          layer.keep_low ? t.narrow(1, 0, layer.lora_A.size(0)) : Tensor()};
 }
 
 std::array<Tensor, 4> padded_backward(const Tensor& grad, const Tensor& x, const Tensor& t,
@@ -62,11 +74,14 @@ std::array<Tensor, 4> padded_backward(const Tensor& grad, const Tensor& x, const
   if (!need_x) used.weight.reset();  // before it is copied
   Layer wide = padded(used);
   Tensor g = padded_columns(grad, layer.mask_out);
-  std::array<Tensor, 4> out = linear_backward(g, padded_columns(x), padded_low(t), wide, need);
-  if (need_x) out[0] = cut(out[0], x.size(0), K, layer.mask_in);
+  std::array<Tensor, 4> out =
+      linear_backward(g, padded_columns(x), low_of_rank(t, wide.lora_A.size(0)), wide, need);
+  if (need_x) out[0] = cut(out[0], K, layer.mask_in);
   // From the unmasked x: a NaN in a pruned lane ends in a pruned column.
-  if (need_A) out[1] = cut(out[1], R, K, layer.mask_in);
-  if (need_B) out[2] = cut(out[2], N, R, layer.mask_out, 0, true);
+  const Remade dA{.from = out[1], .rows = R, .columns = K, .mask = layer.mask_in},
+      dB{.from = out[2], .rows = N, .columns = R, .mask = layer.mask_out, .mask_dim = 0, .select_only = true};
+  auto gradients = remade(dA, dB);
+  out[1] = gradients[0], out[2] = gradients[1];
   if (need_bias) out[3] = out[3].narrow(0, 0, N).contiguous();
   return out;
 }

@@ -198,6 +198,7 @@ const Kernels kCpuKernels{.lanes = &lanes,
                           .mask_grads = &mask_grads,
                           .gather = &gather_kept,
                           .scatter = &scatter_kept,
-                          .channel_sums = &channel_sums};
+                          .channel_sums = &channel_sums,
+                          .copies = &copies};
 
 }  // namespace apt

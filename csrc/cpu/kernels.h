@@ -10,5 +10,6 @@ void gather_kept(const GatherArgs& args, Stream);
 void scatter_kept(const ScatterArgs& args, Stream);
 
 void channel_sums(const ChannelSumArgs& args, Stream);  // sums.cpp
+void copies(const MatrixCopies& copies, Stream);        // copies.cpp
 
 }  // namespace apt
