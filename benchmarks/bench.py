@@ -27,7 +27,7 @@ import report
 import torch
 from host import host_time, profile_rows
 from peers import by_hand, compiled, lorafusion, naive, peft_linear
-from timing import keep_freed_memory, labels_of, measure, rows_of
+from timing import captured, keep_freed_memory, labels_of, measure, rows_of
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -108,21 +108,6 @@ def timed(layer, labels, rounds, device, only=None, inner=2, prefix="", wrap=lam
 def layer_rows(M, N, K, rank, dtype, device, rounds):
     layer, labels = Layer(M, N, K, rank, dtype, device), labels_of(M, N, K, rank, dtype)
     yield from timed(layer, labels, rounds, device, inner=4 if device == "cuda" else 2)
-
-
-def captured(call):
-    """Ten calls in one CUDA graph, so that no host time is left."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(10):
-            call()
-    return graph.replay
 
 
 def graph_rows(M, N, K, rank, dtype, device, rounds):

@@ -14,8 +14,8 @@ import sys
 from pathlib import Path
 
 import torch
-from peers import naive
-from timing import labels_of, measure, rows_of
+from peers import naive, peft_model
+from timing import captured, labels_of, measure, rows_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -81,15 +81,21 @@ class Kept:
         return library | {name: step(*peer, self.factors[name]) for name, peer in self.peers.items()}
 
 
+def timed(peers, rounds, device):
+    """The Times of these calls; on a GPU in CUDA graphs, where the host has no part in them."""
+    if device != "cuda":
+        return measure(peers, rounds, device, 2)
+    return measure({name: captured(call, 4) for name, call in peers.items()}, rounds, device, 1)
+
+
 def density_rows(M, N, K, rank, dtype, sides, shares, device, rounds):
     for share in shares:
         layer = Kept(M, N, K, rank, dtype, device, share, sides)
         labels = {**labels_of(M, N, K, rank, dtype), "density": share, "sides": sides}
-        inner = 4 if device == "cuda" else 2
         with torch.no_grad():
-            times = measure(layer.forwards(), rounds, device, inner)
+            times = timed(layer.forwards(), rounds, device)
         yield from rows_of(times, "frozen", work=f"{share:.0%} of {sides} kept: fwd", **labels)
-        times = measure(layer.steps(), rounds, device, inner)
+        times = timed(layer.steps(), rounds, device)
         yield from rows_of(times, "frozen", work=f"{share:.0%} of {sides} kept: f+b", **labels)
 
 
@@ -142,14 +148,8 @@ def step_rows(layers, batch, length, rank, dtype, device, rounds):
     inputs = {"input_ids": torch.randint(0, config.vocab_size, (batch, length), device=device)}
     labels = torch.zeros(batch, dtype=torch.long, device=device)
 
-    def build(masked, change=lambda model: None):
-        torch.manual_seed(0)
-        model = get_apt_model(copy.deepcopy(base), APTConfig(r=rank, target_modules=targets)).train()
-        for name, block in model.blocks.items() if masked else ():
-            if block.kind != "hidden":
-                model.set_block_mask(name, some(block.count, 0.5, device))
-        change(model)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    def stepping(model):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True, capturable=device == "cuda")
 
         def step():
             optimizer.zero_grad()
@@ -158,21 +158,36 @@ def step_rows(layers, batch, length, rank, dtype, device, rounds):
 
         return step
 
+    def build(masked, change=lambda model: None):
+        torch.manual_seed(0)
+        model = get_apt_model(copy.deepcopy(base), APTConfig(r=rank, target_modules=targets)).train()
+        for name, block in model.blocks.items() if masked else ():
+            if block.kind != "hidden":
+                model.set_block_mask(name, some(block.count, 0.5, device))
+        change(model)
+        return stepping(model)
+
     def in_torch(model):
         for name, adapter in list(adapters(model)):
             model.model.set_submodule(name, Naive(adapter))
 
     peers = {
-        "dense step": build(False),
-        "masked": build(True),
-        "compact": build(True, lambda model: model.compact()),
-        "compact, chain": build(True, lambda model: model.compact(chain=True)),
-        "cut": build(True, lambda model: model.cut()),
-        "naive eager, masks": build(True, in_torch),
+        "dense step": lambda: build(False),
+        "masked": lambda: build(True),
+        "compact": lambda: build(True, lambda model: model.compact()),
+        "compact, chain": lambda: build(True, lambda model: model.compact(chain=True)),
+        "cut": lambda: build(True, lambda model: model.cut()),
+        "naive eager, masks": lambda: build(True, in_torch),
+        "full fine-tuning": lambda: stepping(copy.deepcopy(base).train().requires_grad_(True)),
     }
+    if peft_model(copy.deepcopy(base), rank, targets) is not None:
+        peers["PEFT, dense"] = lambda: stepping(peft_model(copy.deepcopy(base), rank, targets).train())
     labels_ = labels_of(batch * length, config.hidden_size, config.hidden_size, rank, dtype)
-    times = measure(peers, max(3, rounds // 2), device, 1)
-    yield from rows_of(times, "dense step", work=f"step of {layers} layers, half kept", **labels_)
+    work, rounds = f"step of {layers} layers, half kept", max(3, rounds // 2)
+    yield from rows_of(measure({name: make() for name, make in peers.items()}, rounds, device, 1), "dense step", work=work, **labels_)
+    if device == "cuda":
+        times = measure({name: captured(make(), 1) for name, make in peers.items()}, rounds, device, 4)
+        yield from rows_of(times, "dense step", work=f"{work}, in a CUDA graph", **labels_)
 
 
 def jobs(options, dtype):

@@ -57,6 +57,18 @@ def peft_linear(linear: nn.Linear, rank: int, scaling: float):
     return layer.to(linear.weight.device, linear.weight.dtype)
 
 
+def peft_model(model: nn.Module, rank: int, targets: list[str]):
+    """`model` with PEFT's LoRA in its dtype, or None where PEFT is not installed."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        return None
+    dtype = next(model.parameters()).dtype
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT's own, about transformers
+        return get_peft_model(model, LoraConfig(r=rank, target_modules=targets)).to(dtype)
+
+
 def compiled(W, A, B, scaling, mask_in, mask_out):
     """The naive formula through torch.compile, for one shape: compiled at the first call, once with and once without gradients."""
     return torch.compile(naive(W, A, B, scaling, mask_in, mask_out), dynamic=False, fullgraph=True)
