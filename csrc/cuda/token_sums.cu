@@ -113,35 +113,50 @@ __global__ void __launch_bounds__(kThreads, 2) apt_token_sums(const __grid_const
   }
 }
 
-// One job of the second launch: entry (r, e) of the gradient.
-template <class T>
-__device__ void add_spans(const FactorGrad& job, int64_t i) {
-  const int64_t r = i / job.E, e = i % job.E, c = job.position == nullptr ? e : job.position[e];
+constexpr int kAddThreads = 128;
+constexpr int kAddLanes =
+    4;  // of a warp that share the spans of an entry: few entries leave a chip waiting for memory
+
+// One job of the second launch: entry i = (r, e) of the gradient, of which this lane adds every fourth span.
+template <class T, class Index>
+__device__ __forceinline__ void add_spans(const FactorGrad& job, Index i, int lane) {
+  const Index E = static_cast<Index>(job.E), r = i / E, e = i % E;
+  const int64_t c = job.position == nullptr ? e : job.position[e];
   float value = 0.f;
   if (c >= 0) {
     const int64_t size = job.R * job.C;
     const float* partial = job.partial + r * job.C + c;
 #pragma unroll 8
-    for (int64_t s = 0; s < job.spans; ++s) value += partial[s * size];
+    for (int64_t s = lane; s < job.spans; s += kAddLanes) value += partial[s * size];
+  }
+#pragma unroll
+  for (int apart = 16; apart > 16 / kAddLanes; apart /= 2) value += __shfl_xor_sync(~0u, value, apart);
+  if (lane != 0) return;
+  if (c >= 0) {
     const float mask = job.mask == nullptr ? 1.f : job.mask[c];
     value = mask == 0.f ? 0.f : value * float(job.scaling) * mask;
   }
-  static_cast<T*>(job.grad)[job.by_channel ? e * job.R + r : i] = narrow<T>(value);
+  static_cast<T*>(job.grad)[job.by_channel ? e * static_cast<Index>(job.R) + r : i] = narrow<T>(value);
 }
 
-constexpr int kAddThreads = 128;
-
+// A warp has 32 / kAddLanes neighbouring entries, which are neighbours in a partial sum as well: 32 bytes.
+template <class Index>
 __global__ void __launch_bounds__(kAddThreads) apt_add_spans(const __grid_constant__ FactorGradPair pair) {
+  constexpr int kEntries = 32 / kAddLanes;
   const FactorGrad& job = pair.job[blockIdx.y];
-  const int64_t i = int64_t{blockIdx.x} * kAddThreads + threadIdx.x;
-  if (i >= job.R * job.E) return;
+  const int lane = threadIdx.x % 32 / kEntries;
+  const Index size = static_cast<Index>(job.R * job.E);
+  const Index first = (Index{blockIdx.x} * (kAddThreads / 32) + threadIdx.x / 32) * kEntries;
+  if (first >= size) return;  // the whole warp
+  // A warp's lanes add together, so one beyond the last entry does the last once more: the same bits.
+  const Index own = first + threadIdx.x % kEntries, i = own < size ? own : size - 1;
   switch (job.dtype) {
     case DType::kFloat16:
-      return add_spans<__half>(job, i);
+      return add_spans<__half>(job, i, lane);
     case DType::kBFloat16:
-      return add_spans<__nv_bfloat16>(job, i);
+      return add_spans<__nv_bfloat16>(job, i, lane);
     default:
-      return add_spans<float>(job, i);
+      return add_spans<float>(job, i, lane);
   }
 }
 
@@ -167,8 +182,14 @@ void add_spans(const FactorGradPair& pair, Stream stream) {
   for (; jobs < 2 && pair.job[jobs].grad != nullptr; ++jobs) {
     largest = std::max(largest, pair.job[jobs].R * pair.job[jobs].E);
   }
-  dim3 grid(static_cast<unsigned>((largest + kAddThreads - 1) / kAddThreads), jobs);
-  apt_add_spans<<<grid, kAddThreads, 0, static_cast<cudaStream_t>(stream)>>>(pair);
+  constexpr int kEach = kAddThreads / kAddLanes;
+  const dim3 grid(static_cast<unsigned>((largest + kEach - 1) / kEach), jobs);
+  auto queue = static_cast<cudaStream_t>(stream);
+  if (largest < 0x7fff0000) {
+    apt_add_spans<uint32_t><<<grid, kAddThreads, 0, queue>>>(pair);
+  } else {
+    apt_add_spans<uint64_t><<<grid, kAddThreads, 0, queue>>>(pair);
+  }
   check_launch("apt_add_spans");
 }
 
