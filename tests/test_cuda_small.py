@@ -49,6 +49,29 @@ def test_kept_lanes(device, dtype, masks, shape):
     problem.check(problem.run(compact_linear))
 
 
+@pytest.mark.parametrize("op", [ops.apt_linear, compact_linear], ids=["linear", "kept lanes"])
+def test_what_is_saved_may_come_back_as_copies(device, dtype, op):
+    """t is saved in the longer rows it was made in; hooks that move saved tensors away bring it back without them."""
+    tokens, N, K, R, _ = SHAPES["a padded rank"]
+    problem = Problem((tokens,), N, K, R, dtype, device, "hard")
+    with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved.clone(memory_format=torch.contiguous_format), lambda saved: saved):
+        problem.check(problem.run(op))
+
+
+def test_t_may_lie_in_longer_rows(device, dtype):
+    """Whatever lies behind its own entries there takes no part."""
+    tokens, N, K, R, _ = SHAPES["a padded rank"]
+    g = torch.Generator().manual_seed(3)
+    grad, x, W, A, B = (torch.randn(size, generator=g).to(device, dtype) for size in ((tokens, N), (tokens, K), (N, K), (R, K), (N, R)))
+    t = torch.ops.apt_ext.apt_linear_forward(x, W, None, A, B, None, None, 0.5)[1]
+    assert t.is_contiguous()
+    longer = torch.full((tokens, 24), float("nan"), dtype=t.dtype, device=device)
+    longer[:, :R] = t
+    every = [True] * 4
+    found = [torch.ops.apt_ext.apt_linear_backward(grad, x, W, A, B, each, None, None, 0.5, every) for each in (t, longer[:, :R])]
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("size", [(37, 131), (40, 1032)], ids=str)
 @pytest.mark.parametrize("rank", [0, 3])
 def test_merge(device, dtype, rank, size):
