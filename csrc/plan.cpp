@@ -14,14 +14,21 @@ bool has_passes(const LinearProblem& p, const DeviceLimits& device) {
          p.R <= kMostRank;
 }
 
-// A block owns whole rows, 32 of them as long as three quarters of the multiprocessors have work.
-int rows_of(int64_t M, const DeviceLimits& device) {
-  return divided(M, 32) * 4 >= device.multiprocessors * 3 ? 32 : 16;
+// A block owns whole rows: 32 of them where then three quarters of the multiprocessors have so many blocks.
+int rows_of(int64_t M, int64_t blocks_each, const DeviceLimits& device) {
+  return divided(M, 32) * 4 >= device.multiprocessors * 3 * blocks_each ? 32 : 16;
+}
+
+// Of the low-rank pass: blocks of 32 read the factor half as often, which counts where rows are long; two
+// blocks that take turns with reading and writing count for more (docs/performance.md).
+int rows_of_pass(const LinearProblem& p, const DeviceLimits& device) {
+  constexpr int64_t kLong = 4096;
+  return std::max(p.N, p.K) >= kLong ? rows_of(p.M, 2, device) : 16;
 }
 
 // Of the up pass alone the columns can be cut too, until there are two blocks for each multiprocessor.
-int splits_of_up(int64_t M, int64_t columns, const DeviceLimits& device) {
-  int64_t blocks = divided(M, rows_of(M, device));
+int splits_of_up(int64_t M, int rows, int64_t columns, const DeviceLimits& device) {
+  int64_t blocks = divided(M, rows);
   return static_cast<int>(std::clamp<int64_t>(2 * device.multiprocessors / blocks, 1,
                                               std::max<int64_t>(1, divided(columns, 512))));
 }
@@ -48,17 +55,18 @@ LinearPlan launch_plan(const LinearProblem& p, const DeviceLimits& device) {
   plan.padded = sixteen && (!aligned || padded_rank(p.R) != p.R) && p.M >= 64;
   if (!has_passes(p, device) || !(aligned || plan.padded)) return plan;
   plan.route = LinearPlan::Route::kPasses;
-  plan.rows = rows_of(p.M, device);
-  plan.up_splits_N = splits_of_up(p.M, p.N, device);
-  plan.up_splits_K = splits_of_up(p.M, p.K, device);
+  plan.rows = rows_of_pass(p, device);
+  plan.up_splits_N = splits_of_up(p.M, plan.rows, p.N, device);
+  plan.up_splits_K = splits_of_up(p.M, plan.rows, p.K, device);
   plan.span_N = span_of(p.M, p.N, device);
   plan.span_K = span_of(p.M, p.K, device);
   return plan;
 }
 
 MergePlan merge_plan(const LinearProblem& p, const DeviceLimits& device) {
-  bool fits = has_passes(p, device) && p.K % 8 == 0;
-  return fits ? MergePlan{rows_of(p.N, device), splits_of_up(p.N, p.K, device)} : MergePlan{};
+  if (!has_passes(p, device) || p.K % 8 != 0) return {};
+  const int rows = rows_of(p.N, 1, device);
+  return {rows, splits_of_up(p.N, rows, p.K, device)};
 }
 
 int64_t channel_sum_spans(int64_t M, int64_t C, const DeviceLimits& device) {

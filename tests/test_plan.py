@@ -25,6 +25,20 @@ def test_every_shape_gets_a_plan_that_fits(M, N, K, R, capability):
 
 
 @pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        ((8192, 4096, 4096), 32),
+        ((8192, 768, 4096), 32),
+        ((8192, 2048, 2048), 16),  # short rows
+        ((4096, 4096, 4096), 16),  # one block of 32 for each multiprocessor
+        ((4096, 768, 768), 16),
+    ],
+)
+def test_rows_a_block(shape, rows):
+    assert launch_plan(*shape, 16).rows == rows
+
+
+@pytest.mark.parametrize(
     "change",
     [
         {"dtype": "float32"},

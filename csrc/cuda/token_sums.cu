@@ -121,7 +121,7 @@ constexpr int kAddLanes =
 template <class T, class Index>
 __device__ __forceinline__ void add_spans(const FactorGrad& job, Index i, int lane) {
   const Index E = static_cast<Index>(job.E), r = i / E, e = i % E;
-  const int64_t c = job.position == nullptr ? e : job.position[e];
+  const int64_t c = job.position == nullptr ? int64_t{e} : int64_t{job.position[e]};
   float value = 0.f;
   if (c >= 0) {
     const int64_t size = job.R * job.C;
