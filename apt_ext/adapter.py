@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from . import agreement, growth, ops
-from .arguments import FLOATING, all_ones, checked_choice, checked_device, checked_int, checked_mask, checked_number, linear_shape, on_host
+from .arguments import FLOATING, checked_choice, checked_device, checked_int, checked_mask, checked_number, linear_shape
 from .guard import guard, reserve
+from .host_mask import HostMask
 from .optimizers import OptimizerLike, optimizers_of
 from .sharding import is_sharded, replicated
 from .state import Saving
@@ -284,41 +285,38 @@ class APTAdapter(Saving):
     def _what(self, call: str) -> str:
         return f"{call} of {self._label or f'APTAdapter({self.in_features}, {self.out_features})'}"
 
-    def mask_change(self, masks: dict[str, Tensor]) -> Callable[[], None]:
+    def mask_change(self, masks: Mapping[str, Tensor | HostMask]) -> Callable[[], None]:
         """The change to ``masks``, {"mask_in" or "mask_out": checked values}: what can fail is done here, calling the result makes it.
 
         Values of the present size are copied into the buffer, which compiled and captured graphs hold; others replace it: after a cut.
-        Values on the host make no device wait.
+        Present values write nothing. Values on the host make no device wait.
         """
-        with torch.inference_mode(False), torch.no_grad():
-            masks = {name: on_host(mask).clone() for name, mask in masks.items()}
-            ones = {name: all_ones(mask) for name, mask in masks.items()}
-            present = {name: self.get_buffer(name) for name in masks}
-            others = {name: mask.to(present[name].device, copy=True) for name, mask in masks.items() if mask.shape != present[name].shape}
-        follow = self._compaction_change(masks)
+        new = {name: HostMask.of(mask) for name, mask in masks.items()}
+        if all(self._carries(name, mask) for name, mask in new.items()):
+            return self._changes.note
+        ones = {name: mask.ones for name, mask in new.items()}
+        with torch.inference_mode(False):
+            resized = {name: mask.values for name, mask in new.items() if mask.values.shape != getattr(self, name).shape}
+            others = {name: values.to(getattr(self, name).device, copy=True) for name, values in resized.items()}
+        follow = self._compaction_change(new)
 
         def make() -> None:
             with torch.no_grad():
-                for name, mask in masks.items():
-                    buffer = self.get_buffer(name)
+                for name, mask in new.items():
                     if name in others:
                         self._buffers[name] = others[name]
                     else:
-                        buffer.copy_(mask, non_blocking=True)  # pageable memory is read before this returns
+                        getattr(self, name).copy_(mask.values, non_blocking=True)  # pageable memory is read before this returns
                     self._stamp_mask(name, ones[name])
-                    self._keep_values(name, mask)
+                    self._keep_values(name, mask.values)
             follow()
 
         return make
 
     def _stamp_mask(self, name: str, ones: bool) -> None:
-        buffer = self.get_buffer(name)
+        buffer: Tensor = getattr(self, name)
         self._changes.note()
         self._mask_stamps[name] = (buffer, buffer._version if ones and not buffer.is_inference() else None)
-
-    def _known_ones(self, name: str) -> bool:
-        placed, version = self._mask_stamps.get(name, (None, None))
-        return version is not None and placed is self.get_buffer(name) and version == placed._version
 
     def _masks_are_own(self) -> bool:
         """Whether the masks in place are the adapter's, and not others that ``torch.func.functional_call`` put there for a call."""

@@ -59,7 +59,8 @@ def change(what: str) -> Iterator[Callable[..., None]]:
 
         with agreement.change("set_masks of layer 3") as agree:
             mask = checked(mask)        # what raises here is reported to the other ranks, which then raise too
-            agree(mask, old_mask)       # RuntimeError on every rank unless all propose this, tensors compared bit by bit
+            agree(mask, old_mask)       # RuntimeError on every rank unless all propose this, tensors compared bit by bit; a function of
+                                    # nothing stands for what it returns, and is called where there are others to agree with
             old_mask.copy_(mask)
 
     A change within a change exchanges nothing, so a batch of them costs one exchange: agree on all of it, then make each. In one process
@@ -88,7 +89,8 @@ def change(what: str) -> Iterator[Callable[..., None]]:
 
 
 def digest(values: object) -> str:
-    """16 hexadecimal digits that identify tensors (dtype, shape and bytes), plain values, and lists and tuples of them."""
+    """16 hexadecimal digits that identify tensors (dtype, shape and bytes), plain values, functions by what they return, and lists and
+    tuples of them."""
     hashed = hashlib.sha256()
 
     def take(value: object) -> None:
@@ -101,6 +103,8 @@ def digest(values: object) -> str:
             if value.numel() and not value.is_meta:
                 value = value.detach().cpu().contiguous()
                 hashed.update(ctypes.string_at(value.data_ptr(), value.nbytes))
+        elif callable(value):
+            take(value())
         else:
             hashed.update(f"{value!r},".encode())
 

@@ -19,6 +19,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from .arguments import checked_bool, checked_choice, on_host
 from .compaction import Compaction
 from .guard import is_guarded
+from .host_mask import HostMask
 from .merging import Merging
 from .ops import dropped
 from .sharding import is_sharded
@@ -58,6 +59,7 @@ class Compacting(Merging):
     dropout: float
     _scaling: float
     _disabled: bool
+    _mask_stamps: dict[str, tuple[Tensor, int | None]]
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,8 +120,10 @@ class Compacting(Merging):
 
     def _put_away(self) -> None:
         """Give the memory of the base layer's weight back, where dense says so."""
+        if self._compaction is None or self._dense == "keep":
+            return
         weight = self.weight
-        if self._compaction is None or self._dense == "keep" or self._merged or weight is None or weight.is_meta:
+        if self._merged or weight is None or weight.is_meta:
             return
         with torch.inference_mode(False), torch.no_grad():
             if not self._away:
@@ -184,7 +188,8 @@ class Compacting(Merging):
 
     def host_mask(self, name: str) -> Tensor:
         """The values of "mask_in" or "mask_out", to be read only; waits for the device where somebody else has written them."""
-        buffer: Tensor = getattr(self, name)
+        buffer = self._buffers[name]
+        assert buffer is not None
         placed, version, values = self._mask_values.get(name, (None, None, buffer))
         if placed is not buffer or version != buffer._version:
             values = on_host(buffer)
@@ -195,6 +200,18 @@ class Compacting(Merging):
         buffer: Tensor = getattr(self, name)
         if buffer.device.type not in ("cpu", "meta") and not buffer.is_inference():
             self._mask_values[name] = (buffer, buffer._version, values)
+
+    def _carries(self, name: str, mask: HostMask) -> bool:
+        """Whether this mask is in place already, and so is all that follows from the masks and the weight, whoever has written them."""
+        if mask.values.is_meta or not torch.equal(self.host_mask(name), mask.values) or self._known_ones(name) != mask.ones:
+            return False
+        kept = self._compaction
+        return kept is None or kept.knows(self.host_mask("mask_in"), self.host_mask("mask_out")) and not self._is_stale()
+
+    def _known_ones(self, name: str) -> bool:
+        """Whether the mask `name` is noted as all ones and has not changed since."""
+        placed, version = self._mask_stamps.get(name, (None, None))
+        return version is not None and placed is getattr(self, name) and version == placed._version
 
     def _compare_chains(self) -> None:
         for chain in (self._chain_in, self._chain_out):
@@ -222,30 +239,32 @@ class Compacting(Merging):
         self._look()
         self._compare_chains()
 
-    def _compaction_change(self, masks: dict[str, Tensor]) -> Callable[[], None]:
+    def _compaction_change(self, masks: dict[str, HostMask]) -> Callable[[], None]:
         """What follows from a change to masks on the host that were checked: what can fail is done here, unless sizes change (a cut)."""
         kept = self._compaction
-        if kept is None or any(mask.shape != self.host_mask(name).shape for name, mask in masks.items()):
+        if kept is None:
+            return self._compact_anew
+        present = {name: self.host_mask(name) for name in ("mask_in", "mask_out")}
+        if any(mask.values.shape != present[name].shape for name, mask in masks.items()):
             return self._compact_anew
         self._refuse_sharded("set_masks")
-        self._refuse_rising("set_masks", masks)
-        released = self._away and self._dense == "release"
-        present = {name: self.host_mask(name) for name in ("mask_in", "mask_out")}
-        if released and any(bool(((mask == 0) & (present[name] != 0)).any()) for name, mask in masks.items()):
+        self._refuse_rising("set_masks", {name: mask.values for name, mask in masks.items()})
+        released, stale = self._away and self._dense == "release", self._is_stale()
+        if released and any(bool((~mask.live & (present[name] != 0)).any()) for name, mask in masks.items()):
             change = kept.narrow(**(present | masks))
         else:
-            stale = self._is_stale() and not self._away
-            change = kept.change(**(present | masks), matrix=None if released else self._source(), anew=stale)
+            change = kept.change(**(present | masks), matrix=None if released else self._source(), anew=stale and not self._away)
 
         def make() -> None:
             change()
-            self._look()
+            if stale:
+                self._look()
             self._compare_chains()
 
         return make
 
     def _refuse_sharded(self, call: str) -> None:
-        weight, shape = self._source(), (len(self.mask_out), len(self.mask_in))
+        weight, shape = self._matrix(), (len(self.mask_out), len(self.mask_in))
         if is_sharded(self.lora_A) or (weight is not None and (is_sharded(weight) or weight.shape != shape)):
             raise RuntimeError(f"{call}: FSDP has sharded this layer, so no rank has the whole weight to copy kept rows and columns from")
 

@@ -15,6 +15,7 @@ from torch.compiler import is_compiling
 
 from . import _C
 from .arguments import on_host
+from .host_mask import HostMask
 from .ops import call
 
 _compact_linear = torch.ops.apt_ext.compact_linear.default
@@ -59,59 +60,69 @@ class Compaction:
             for name, size in zip(_INDICES, sizes, strict=True):
                 setattr(self, name, torch.full((size,), -1, dtype=torch.int32, device=device))
             self.kept = torch.zeros((), dtype=torch.int64, device="cpu")
-        self._live: dict[str, Tensor] = {}  # {"in" or "out": bool [size] on the host, the lanes that are kept}
+        self._masks: dict[str, HostMask] = {}  # {"in" or "out": the mask whose kept lanes these are}
         self.change(mask_in, mask_out, matrix, anew=True)()
 
-    def change(self, mask_in: Tensor, mask_out: Tensor, matrix: Tensor | None, anew: bool = False) -> Callable[[], None]:
+    def change(
+        self, mask_in: Tensor | HostMask, mask_out: Tensor | HostMask, matrix: Tensor | None, anew: bool = False
+    ) -> Callable[[], None]:
         """The change to what these masks keep: what can fail is done here. W is copied where the exact zeros changed, or `anew`.
 
         Masks on the host make no device wait.
         """
-        mask_in, mask_out = on_host(mask_in), on_host(mask_out)
-        if mask_in.is_meta or mask_out.is_meta:
+        masks = {"in": self._known("in", mask_in), "out": self._known("out", mask_out)}
+        if any(mask.values.is_meta for mask in masks.values()):
             return lambda: None
-        new: dict[str, Tensor] = {}
-        changed: dict[str, Tensor] = {}
         word = 0
-        with torch.inference_mode(False), torch.no_grad():
-            for shift, side, mask in ((0, "in", mask_in), (1, "out", mask_out)):
-                live = mask != 0
-                kept = int(live.sum())
-                word |= kept << 30 * shift | (int((mask == 1).sum()) < kept) << 60 + shift
-                if anew or not torch.equal(live, self._live[side]):
-                    changed[side] = live
-                    capacity = len(getattr(self, f"index_{side}"))
-                    new |= {f"index_{side}": _index(live, capacity), f"position_{side}": _positions(live)}
+        new: dict[str, Tensor] = {}
+        for i, (side, mask) in enumerate(masks.items()):
+            word |= mask.kept << 30 * i | mask.soft << 60 + i
+            if anew or not torch.equal(mask.live, self._masks[side].live):
+                capacity = len(getattr(self, f"index_{side}"))
+                new |= {f"index_{side}": mask.index(capacity), f"position_{side}": mask.positions}
 
         def make() -> None:
+            self._masks = masks
+            if int(self.kept) != word:
+                self.kept.fill_(word)
+            if not new:
+                return
             with torch.no_grad():
                 for name, value in new.items():
                     getattr(self, name).copy_(value, non_blocking=True)  # pageable memory is read before this returns
-                if int(self.kept) != word:
-                    self.kept.fill_(word)
-            self._live |= changed
             self._view()
-            if new:
-                self.pack(matrix)
+            self.pack(matrix)
 
         return make
+
+    def _known(self, side: str, mask: Tensor | HostMask) -> HostMask:
+        """The mask with what follows from it, which is known already where the values are those of the last one."""
+        if isinstance(mask, HostMask):
+            return mask
+        last = self._masks.get(side)
+        return HostMask.of(mask) if last is None or mask.is_meta or not torch.equal(on_host(mask), last.values) else last
+
+    def knows(self, mask_in: Tensor, mask_out: Tensor) -> bool:
+        """Whether it is that of these masks, which are on the host."""
+        return bool(self._masks) and all(torch.equal(m, self._masks[side].values) for side, m in (("in", mask_in), ("out", mask_out)))
 
     def hands_over(self, other: Compaction) -> bool:
         """Whether what this one writes are the lanes that the other reads, fewer than all."""
         fewer = other.lanes_in.numel() < other.position_in.numel()
-        return fewer and torch.equal(self._live["out"], other._live["in"])
+        return fewer and torch.equal(self._masks["out"].live, other._masks["in"].live)
 
-    def narrow(self, mask_in: Tensor, mask_out: Tensor) -> Callable[[], None]:
+    def narrow(self, mask_in: Tensor | HostMask, mask_out: Tensor | HostMask) -> Callable[[], None]:
         """The change to masks that keep less, from the copy itself, which then holds what is left and nothing more."""
+        masks = HostMask.of(mask_in), HostMask.of(mask_out)
         with torch.inference_mode(False), torch.no_grad():
-            index_in, index_out = (mask.nonzero().flatten().to(self.index_in.device) for mask in (mask_in, mask_out))
+            index_in, index_out = (mask.lanes.to(self.index_in.device) for mask in masks)
             rows, columns = self.position_out[index_out], self.position_in[index_in]
             packed = None
             if self.packed is not None:
-                n_in, n_out = width(len(index_in), len(mask_in)), width(len(index_out), len(mask_out))
+                n_in, n_out = (width(mask.kept, len(mask.values)) for mask in masks)
                 packed = self.packed.new_zeros(n_out * n_in)
                 packed.view(n_out, n_in)[: len(rows), : len(columns)] = self._matrix().index_select(0, rows).index_select(1, columns)
-        follow = self.change(mask_in, mask_out, None)
+        follow = self.change(*masks, None)
 
         def make() -> None:
             follow()
@@ -174,17 +185,3 @@ class Compaction:
         if type(x) is Tensor and not is_compiling() and not _is_torch_function_mode_enabled():
             return _C.compact_linear(x, packed, bias, A, B, *given)
         return call(_compact_linear, x, packed, bias, A, B, *given)  # type: ignore[no-any-return]
-
-
-def _index(live: Tensor, capacity: int) -> Tensor:
-    """int32 [capacity]: the kept lanes ascending, then -1."""
-    lanes = live.nonzero().flatten()
-    index = torch.full((capacity,), -1, dtype=torch.int32, device="cpu")
-    index[: len(lanes)] = lanes
-    return index
-
-
-def _positions(live: Tensor) -> Tensor:
-    """int32 [size]: a lane's place among the kept ones; of a pruned lane ~(the kept lanes before it)."""
-    before = live.cumsum(0)
-    return torch.where(live, before - 1, ~before).to(torch.int32)

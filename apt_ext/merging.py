@@ -41,7 +41,8 @@ class Merging(nn.Module):
     @property
     def weight(self) -> Tensor | None:
         """The base layer's weight as it stores it, read-only: [N, K], or Conv1D's [K, N]."""
-        return None if self.base_layer is None else self.base_layer.weight  # type: ignore[return-value]
+        base = self._modules.get("base_layer")  # the registry itself: attribute access through nn.Module is slow
+        return None if base is None else base.weight  # type: ignore[return-value]
 
     @property
     def bias(self) -> Tensor | None:

@@ -45,10 +45,6 @@ class Saving(Compacting):
         """Note whether the mask `name`, as it is now, is all ones."""
         raise NotImplementedError
 
-    def _known_ones(self, name: str) -> bool:
-        """Whether the mask `name` is noted as all ones and has not changed since."""
-        raise NotImplementedError
-
     def _guard(self) -> None:
         """The factors are new objects, or their sizes or the rank changed."""
         raise NotImplementedError

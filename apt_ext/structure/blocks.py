@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import chain
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from ..adapter import APTAdapter
 from ..arguments import all_ones, checked_mask
+from ..host_mask import HostMask
 from ..sharding import is_sharded
 from .architectures import Block, Side, architecture_of, is_linear, side_width, stored, unknown_modules
 from .carriers import StreamCarrier, carrier_for, is_carrier
@@ -32,23 +34,29 @@ def set_mask(model: nn.Module, name: str, block: Block, mask: Tensor, agree: Cal
     if mask.is_meta and not next(modules[block.scaling_side.module].parameters()).is_meta:
         raise ValueError(f"mask of block {name!r} must hold values, got one on meta")
     values = checked_mask(f"mask of block {name!r}", mask, torch.empty(block.count, device=mask.device))
-    present = host_mask(model, block)
     sides = [side for side in block.sides if side.acts]
     if all_ones(values) and any(not is_carrier(modules[side.module]) for side in sides):
-        return agree(values, present)  # nothing to carry, and nothing was carried
+        return agree(values, partial(host_mask, model, block))  # nothing to carry, and nothing was carried
     placed = missing_carriers(modules, name, block)
     modules |= placed
     kept = (values != 0).to(values.dtype)
-    new: dict[str, dict[str, Tensor]] = {}
+    whole: dict[tuple[bool, int], HostMask] = {}  # {(scales, width): what modules carry of which the block has a whole side}
+    new: dict[str, dict[str, Tensor | HostMask]] = {}
     for side in sides:
         carrier, name = modules[side.module], f"mask_{side.side}"
         assert isinstance(carrier, APTAdapter | StreamCarrier)
-        masks = new.setdefault(side.module, {})
-        if name not in masks:
-            masks[name] = carrier.host_mask(name).clone()
-        stretch(masks[name], side).copy_(expand(values if side.scales else kept, side, len(masks[name])))
+        masks, given = new.setdefault(side.module, {}), values if side.scales else kept
+        width = len(getattr(carrier, name))
+        if side.parts == 1:
+            if (side.scales, width) not in whole:
+                whole[side.scales, width] = HostMask(expand(given, side, width))
+            masks[name] = whole[side.scales, width]
+        else:
+            lanes = masks[name] if name in masks else masks.setdefault(name, carrier.host_mask(name).clone())
+            assert isinstance(lanes, Tensor)
+            stretch(lanes, side).copy_(expand(given, side, width))
     changes = [modules[name].mask_change(masks) for name, masks in new.items()]  # type: ignore[operator]  # carriers have it
-    agree(values, present)
+    agree(values, partial(host_mask, model, block))
     # Nothing above changed anything, and nothing below can fail.
     for module, wrapped in placed.items():
         model.set_submodule(module, wrapped)
@@ -57,7 +65,18 @@ def set_mask(model: nn.Module, name: str, block: Block, mask: Tensor, agree: Cal
 
 
 def _modules(model: nn.Module, block: Block) -> dict[str, nn.Module]:
-    return {side.module: model.get_submodule(side.module) for side in block.sides}
+    return {side.module: submodule(model, side.module) for side in block.sides}
+
+
+def submodule(model: nn.Module, name: str) -> nn.Module:
+    """`model.get_submodule(name)`, from the registries themselves: attribute access through nn.Module is slow."""
+    found = model
+    for part in name.split("."):
+        inner = found._modules.get(part)
+        if inner is None:
+            return model.get_submodule(name)  # which finds what a wrapper passes on, or says what is missing
+        found = inner
+    return found
 
 
 def missing_carriers(modules: Mapping[str, nn.Module], block_name: str, block: Block) -> dict[str, nn.Module]:
@@ -96,7 +115,7 @@ def get_mask(model: nn.Module, block: Block) -> Tensor:
 def host_mask(model: nn.Module, block: Block) -> Tensor:
     """The block's mask on the host; waits for the device where somebody else has written it."""
     side = block.scaling_side
-    carrier = model.get_submodule(side.module)
+    carrier = submodule(model, side.module)
     if not isinstance(carrier, APTAdapter | StreamCarrier):
         return torch.ones(block.count, dtype=torch.float32, device="cpu")
     lanes = stretch(carrier.host_mask(f"mask_{side.side}"), side)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..adapter import APTAdapter
 from ..arguments import on_host
 from ..changes import Changes
+from ..host_mask import HostMask
 from ..reference import scale_lanes
 
 
@@ -71,10 +72,11 @@ class StreamCarrier(nn.Module):
         """A mask [width] that was checked."""
         self.mask_change({"mask_out": mask_out})()
 
-    def mask_change(self, masks: dict[str, Tensor]) -> Callable[[], None]:
+    def mask_change(self, masks: Mapping[str, Tensor | HostMask]) -> Callable[[], None]:
         """As APTAdapter's: what can fail is done here, calling the result makes the change; another width replaces the buffer."""
         with torch.inference_mode(False), torch.no_grad():
-            (mask,) = masks.values()
+            (given,) = masks.values()
+            mask = given.values if isinstance(given, HostMask) else given
             new = mask.to(self.mask_out.device, copy=True)
             derived = self._derived(mask)
 
