@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import agreement
+from ..adapter import APTAdapter
 from ..arguments import checked_bool, checked_choice, checked_int, checked_number, checked_seed
 from ..config import APTConfig, Schedule
 from ..growth import resizable_state
@@ -20,7 +21,7 @@ from ..model import APTModel, adapters
 from ..optimizers import OptimizerLike, optimizers_of
 from ..sharding import is_sharded
 from ..structure.architectures import architecture_of
-from ..structure.blocks import host_mask, place_carriers
+from ..structure.blocks import host_mask, place_carriers, submodule
 from ..structure.cutting import decodes
 from .allocation import AdapterImportance, grown_ranks
 from .cost import Cost, Latency, cost_of
@@ -314,10 +315,10 @@ class Controller:
 
     def _check_change(self, masks: Mapping[str, Tensor], ranks: Mapping[str, int]) -> None:
         """RuntimeError for what would be refused, before anything changes."""
-        touched = {side.module for name in masks for side in self.blocks[name].sides}
-        found = {name: adapter for name, adapter in adapters(self.model) if name in touched or name in ranks}
-        merged = next((name for name, adapter in found.items() if adapter.merged), None)
-        if merged is not None:
+        touched = {side.module for name in masks for side in self.blocks[name].sides} | ranks.keys()
+        found = {name: module for name in touched if isinstance(module := submodule(self.model.model, name), APTAdapter)}
+        if any(adapter.merged for adapter in found.values()):
+            merged = next(name for name, adapter in adapters(self.model) if name in touched and adapter.merged)
             raise RuntimeError(f"step: {merged} is merged under its present masks; call unmerge_weights() first")
         free = [factor for name in ranks if found[name].max_rank is None for factor in (found[name].lora_A, found[name].lora_B)]
         resizable_state(free, self.optimizer)
@@ -338,19 +339,17 @@ class Controller:
         budget = density * self._dense * (1 + 1e-12)  # 0.29 * 100 is a little below 29
         live = {name: self._live[name] for name in self.blocks}
         found = search(checked_scores("step", self.scores.scores()), live, self.groups, self.cost, self._counts(), budget, self.joint)
-        masks = {}
-        for name, keep in found.keep.items():
-            old = self._masks[name]
-            if not torch.equal(host_mask(self.model.model, self.blocks[name]), old):
+        for name in found.keep:
+            if not torch.equal(host_mask(self.model.model, self.blocks[name]), self._masks[name]):
                 raise RuntimeError(
                     f"step: expected block {name!r} under the mask that this Controller gave it, got another; nobody else sets the "
                     f"masks of {self.config.prune} while it is at work: call remove() and make another for the steps that are left"
                 )
-            last = hard and (not self.steps.per_step or self.now == self.steps.end)
-            new = keep.to(old.dtype) if last else step_mask(old, keep, self.steps.window)
-            if not torch.equal(new, old):
-                masks[name] = new
-        return masks, found.threshold
+        old, keep = torch.cat([self._masks[name] for name in found.keep]), torch.cat(list(found.keep.values()))
+        last = hard and (not self.steps.per_step or self.now == self.steps.end)
+        new = keep.to(old.dtype) if last else step_mask(old, keep, self.steps.window)
+        masks = dict(zip(found.keep, torch.split(new, [self.blocks[name].count for name in found.keep]), strict=True))
+        return {name: mask for name, mask in masks.items() if not torch.equal(mask, self._masks[name])}, found.threshold
 
     def _refresh_outliers(self) -> None:
         """At the beginning of a window, from which on masks move towards one event."""
@@ -383,7 +382,7 @@ class Controller:
         self._compacted = True
 
     def _counts(self) -> dict[str, int]:
-        return {name: int((mask != 0).sum()) for name, mask in self._masks.items()}
+        return {name: int(mask.count_nonzero()) for name, mask in self._masks.items()}
 
     def _ranks_now(self) -> dict[str, int]:
         return {name: adapter.rank for name, adapter in self.importance.adapters.items()}

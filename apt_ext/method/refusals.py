@@ -73,13 +73,14 @@ def gradients_came(adapters: Collection[APTAdapter], listened: bool, heard: bool
 
 def checked_scores(call: str, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """`scores` {block: [count], on the host}; RuntimeError where choosing by them would be chance: one is not finite, or all are 0."""
-    bad = next((name for name, score in scores.items() if not bool(score.isfinite().all())), None)
-    if bad is not None:
+    every = torch.cat(list(scores.values()))
+    if not bool(every.isfinite().all()):
+        bad = next(name for name, score in scores.items() if not bool(score.isfinite().all()))
         raise RuntimeError(
             f"{call}: expected finite salience, got {scores[bad][~scores[bad].isfinite()][0].item()} for block {bad!r}: activations, "
             "gradients or weights were not finite"
         )
-    if not any(bool(score.any()) for score in scores.values()):
+    if not bool(every.any()):
         raise RuntimeError(f"{call}: expected salience above 0 for some block, got 0 for all: every gradient was 0 there, or came to none")
     return scores
 

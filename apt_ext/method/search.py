@@ -64,9 +64,11 @@ def search(
     """
     if not groups:
         raise ValueError("groups: expected at least one, got none")
-    for name in (name for group in groups for name in group.blocks):
-        _check_block(name, checked_mapping("scores", scores), checked_mapping("live", live))
-    order = {name: _ranked(scores[name], live[name]) for group in groups for name in group.blocks}
+    checked_mapping("scores", scores), checked_mapping("live", live)
+    names = [name for group in groups for name in group.blocks]
+    for name in names:
+        _check_block(name, scores, live)
+    order = {name: _ranked(scores[name], live[name]) for name in names}
     try:
         unit = cost.marginal({**counts, **{name: len(ranks) for name, ranks in order.items()}})
     except KeyError as error:
@@ -74,10 +76,7 @@ def search(
     unknown = next((name for name in order if name not in unit), None)
     if unknown is not None:
         raise ValueError(f"cost: expected one that knows the blocks of the groups, got one that does not know {unknown!r}")
-    chunks = [_chunks(group, scores, order, unit) for group in groups]
-    owner = torch.cat([torch.full((len(c.sizes),), i, device="cpu") for i, c in enumerate(chunks)])
-    sizes, worth = torch.cat([c.sizes for c in chunks]), torch.cat([c.worth for c in chunks])
-    forced = torch.cat([torch.arange(len(c.sizes), device="cpu") < group.floor for c, group in zip(chunks, groups, strict=True)])
+    owner, sizes, worth, forced = _chunks(groups, scores, order, unit)
     key = -worth if joint else _shares(worth, forced, owner, groups)
     line = torch.argsort(torch.where(forced, -torch.inf, key), stable=True)
     owner, sizes = owner[line], sizes[line]
@@ -94,10 +93,10 @@ def search(
             low = middle
         else:
             high = middle - 1
-    keep = {}
+    sizes_of = [len(scores[name]) for name in names]
+    keep = dict(zip(names, torch.split(torch.zeros(sum(sizes_of), dtype=torch.bool, device="cpu"), sizes_of), strict=True))
     for name, number in kept(low).items():
-        keep[name] = torch.zeros(len(scores[name]), dtype=torch.bool, device="cpu")
-        keep[name][order[name][:number]] = True
+        keep[name].index_fill_(0, order[name][:number], True)
     return Found(keep, float(worth[line[low - 1]]) if low > least else float("inf"))
 
 
@@ -121,27 +120,37 @@ def _ranked(score: Tensor, live: Tensor) -> Tensor:
     return order[live[order]]
 
 
-@dataclass(frozen=True)
-class _Chunks:
-    """The chunks of one group, the most salient first: how many of each block are in one, and salience for the cost."""
+def _chunks(
+    groups: Sequence[Group], scores: Mapping[str, Tensor], order: Mapping[str, Tensor], unit: Mapping[str, float]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All chunks in the order of the groups, the most salient of each first: its group's number, how many of each block are in it, its
+    salience for the cost (float64, never rising within a group), and whether it is one of the floor.
 
-    sizes: Tensor  # [chunks] int64
-    worth: Tensor  # [chunks] float64, never rising
+    Blocks of a group of different length are as long as the shortest.
+    """
+    lengths = [min(len(order[name]) for name in group.blocks) for group in groups]
+    numbers = [-(-length // group.chunk) for group, length in zip(groups, lengths, strict=True)]
+    sums = torch.cat([_sums(*of, scores, order) for of in zip(groups, lengths, numbers, strict=True)])
+    # The rest is done for all groups at once: as a rule many are small.
+    owner, at = torch.arange(len(groups), device="cpu"), torch.tensor(numbers, device="cpu")
+    owner = owner.repeat_interleave(at)
+    place = torch.arange(len(owner), device="cpu") - (at.cumsum(0) - at)[owner]
+    chunk, floor, length = torch.tensor(
+        [(group.chunk, group.floor, n) for group, n in zip(groups, lengths, strict=True)], device="cpu"
+    ).t()[:, owner]
+    sizes = torch.minimum(chunk, length - place * chunk)
+    cost = torch.tensor([max(sum(unit[name] for name in group.blocks), 1e-30) for group in groups], device="cpu")[owner]
+    table = torch.full((len(groups), max(numbers)), torch.inf, dtype=torch.float64, device="cpu")
+    table[owner, place] = sums / (sizes * cost)
+    return owner, sizes, table.cummin(1).values[owner, place], place < floor  # sums may round upwards
 
 
-def _chunks(group: Group, scores: Mapping[str, Tensor], order: Mapping[str, Tensor], unit: Mapping[str, float]) -> _Chunks:
-    """Blocks of different length are as long as the shortest."""
-    length = min(len(order[name]) for name in group.blocks)
-    number = -(-length // group.chunk)
-    sums = torch.zeros(number, dtype=torch.float64, device="cpu")
-    for name in group.blocks:
-        ranked = scores[name].double().nan_to_num(nan=0.0)[order[name][:length]]
-        sums += torch.nn.functional.pad(ranked, (0, number * group.chunk - length)).view(number, group.chunk).sum(1)
-    sizes = torch.full((number,), group.chunk, device="cpu")
-    if number:
-        sizes[-1] = length - (number - 1) * group.chunk
-    worth = sums / (sizes * max(sum(unit[name] for name in group.blocks), 1e-30))
-    return _Chunks(sizes, torch.cummin(worth, 0).values if number else worth)  # sums may round upwards
+def _sums(group: Group, length: int, number: int, scores: Mapping[str, Tensor], order: Mapping[str, Tensor]) -> Tensor:
+    """[number] float64: the salience of the chunks of a group, which has `length` of each block."""
+    ranked = [scores[name].double().nan_to_num(nan=0.0)[order[name][:length]] for name in group.blocks]
+    if group.chunk > 1:
+        ranked = [torch.nn.functional.pad(one, (0, number * group.chunk - length)).view(number, group.chunk).sum(1) for one in ranked]
+    return sum(ranked[1:], ranked[0])
 
 
 def _shares(worth: Tensor, forced: Tensor, owner: Tensor, groups: Sequence[Group]) -> Tensor:
