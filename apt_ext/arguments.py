@@ -31,9 +31,10 @@ def checked_mask(name: str, mask: Any, like: Tensor) -> Tensor:
     if mask.device != like.device:
         raise ValueError(f"{name} must be on the module's device {like.device}, got {mask.device}")
     value = on_host(mask)
-    if not value.is_meta and not bool(((value >= 0) & (value <= 1)).all()):  # false for NaN as well; before float64 is rounded
-        low, high = value.min().item(), value.max().item()
-        raise ValueError(f"{name} must hold values in [0, 1], got values from {low} to {high}")
+    if value.numel() and not value.is_meta:
+        low, high = (limit.item() for limit in value.aminmax())
+        if not (low >= 0 and high <= 1):  # false for NaN as well; before float64 is rounded
+            raise ValueError(f"{name} must hold values in [0, 1], got values from {low} to {high}")
     return value.to(torch.float32)
 
 

@@ -190,6 +190,8 @@ class Compacting(Merging):
         """The values of "mask_in" or "mask_out", to be read only; waits for the device where somebody else has written them."""
         buffer = self._buffers[name]
         assert buffer is not None
+        if buffer.is_cpu:
+            return buffer.detach()
         placed, version, values = self._mask_values.get(name, (None, None, buffer))
         if placed is not buffer or version != buffer._version:
             values = on_host(buffer)
@@ -211,7 +213,7 @@ class Compacting(Merging):
     def _known_ones(self, name: str) -> bool:
         """Whether the mask `name` is noted as all ones and has not changed since."""
         placed, version = self._mask_stamps.get(name, (None, None))
-        return version is not None and placed is getattr(self, name) and version == placed._version
+        return placed is not None and version is not None and placed is self._buffers[name] and version == placed._version
 
     def _compare_chains(self) -> None:
         for chain in (self._chain_in, self._chain_out):

@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .arguments import all_ones, on_host
+from .arguments import on_host
 
 
 class HostMask:
@@ -28,9 +28,14 @@ class HostMask:
             return cls(on_host(mask).clone())
 
     @cached_property
+    def whole(self) -> int:
+        """How many lanes are exactly 1; none on meta."""
+        return 0 if self.values.is_meta else int((self.values == 1).count_nonzero())
+
+    @property
     def ones(self) -> bool:
-        """Whether it masks nothing."""
-        return all_ones(self.values)
+        """Whether it masks nothing, as far as is known."""
+        return not self.values.is_meta and self.whole == len(self.values)
 
     @cached_property
     def live(self) -> Tensor:
@@ -42,10 +47,10 @@ class HostMask:
         """How many those are."""
         return int(self.live.count_nonzero())
 
-    @cached_property
+    @property
     def soft(self) -> bool:
         """Whether there are fractions among them."""
-        return int((self.values == 1).count_nonzero()) < self.kept
+        return self.whole < self.kept
 
     @cached_property
     def lanes(self) -> Tensor:

@@ -3,6 +3,7 @@
 import copy
 import pathlib
 import pickle
+import re
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import apt_ext
 from apt_ext import APTConfig, APTModel, Architecture, adapters, get_apt_model, register_architecture, shrink
 from apt_ext.structure import architectures
 from apt_ext.structure.architectures import BlockRule, Layers, Side
+from apt_ext.structure.blocks import submodule
 from apt_ext.structure.carriers import MaskedNorm
 
 PLAIN = APTConfig(r=1, target_modules=r".*\.(query|q_lin|q_proj|c_attn|q)")
@@ -351,3 +353,48 @@ def test_the_documented_row_works(table):
     small = shrink(apt)
     assert torch.allclose(small(tokens), expected, rtol=0, atol=1e-12)
     assert (small.embed.embedding_dim, small.layers[0]["attn"]["q"].out_features, small.config.hidden_size) == (9, 8, 9)
+
+
+def test_what_carries_a_mask_has_it_for_itself():
+    """Sides of one block share what is found out about a mask, but no memory: neither with each other nor with the caller."""
+    apt = adapted(FAMILIES["llama"])
+    apt.compact()
+
+    def is_all_as(expected):
+        for name, adapter in adapters(apt):
+            for side, mask in expected[name].items():
+                assert torch.equal(getattr(adapter, f"mask_{side}"), mask), (name, side)
+                assert torch.equal(adapter._compaction._masks[side].values, mask), (name, side)
+
+    for kind in ("heads", "neurons"):
+        mask = torch.linspace(0, 1, apt.blocks[f"1.{kind}"].count)
+        apt.set_block_mask(f"1.{kind}", mask)
+        expected = {name: {"in": adapter.mask_in.clone(), "out": adapter.mask_out.clone()} for name, adapter in adapters(apt)}
+        mask.fill_(1.0)
+        is_all_as(expected)
+        layer = apt.model.model.layers[1]
+        writer = layer.self_attn.q_proj if kind == "heads" else layer.mlp.up_proj
+        writer.set_masks(mask_out=torch.ones_like(writer.mask_out))
+        with torch.no_grad():
+            writer.mask_out.fill_(0.5)
+        writer.set_masks(mask_out=expected[next(name for name, adapter in adapters(apt) if adapter is writer)]["out"])
+        is_all_as(expected)
+        with torch.no_grad():
+            writer.mask_out.fill_(1.0)
+        apt.set_block_mask(f"1.{kind}", torch.linspace(0, 1, len(mask)))
+        is_all_as(expected)
+
+
+def test_submodules_are_those_that_torch_finds():
+    apt = adapted(FAMILIES["bert"])
+    apt.set_block_mask("hidden", torch.arange(24).clamp(max=1).float())  # now embeddings and norms are wrapped, and pass on attributes
+    model = apt.model
+    for name in [name for name, _ in model.named_modules()] + ["bert.embeddings.LayerNorm.base_layer"]:
+        assert submodule(model, name) is model.get_submodule(name), name
+    model.passed_on = torch.compile(nn.Sequential(nn.Linear(2, 2)), backend="eager")
+    assert submodule(model, "passed_on.0") is model.get_submodule("passed_on.0")
+    for name in ("bert.encoder.layers.0", "bert.encoder.layer.7.output", "bert.config"):
+        with pytest.raises(AttributeError) as error:
+            model.get_submodule(name)
+        with pytest.raises(AttributeError, match=f"^{re.escape(str(error.value))}$"):
+            submodule(model, name)

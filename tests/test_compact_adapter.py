@@ -102,6 +102,32 @@ def test_a_change_of_fractions_alone_copies_nothing(device):
     assert adapter._compaction.packed._version > before
 
 
+def test_setting_present_masks_writes_nothing(device):
+    """And yet what somebody else has written meanwhile is noticed: the other mask, the weight, a mask that is all ones again."""
+    adapter = compacted(device)
+    adapter.set_masks(mask_in=torch.ones(10, device=device))
+    kept, before = adapter._compaction, (adapter.mask_in._version, adapter.mask_out._version, adapter._compaction.packed._version)
+    adapter.set_masks(*adapter.get_masks())
+    assert (adapter.mask_in._version, adapter.mask_out._version, kept.packed._version) == before and adapter._known_ones("mask_in")
+    with torch.no_grad():
+        adapter.mask_in.copy_(torch.ones(10))
+    assert not adapter._known_ones("mask_in")
+    adapter.set_masks(*adapter.get_masks())
+    assert adapter._known_ones("mask_in")
+    with torch.no_grad():
+        adapter.mask_out.copy_((torch.arange(7) % 2).float())
+    adapter.set_masks(mask_in=torch.ones(10, device=device))
+    fresh = copy.deepcopy(adapter)
+    fresh.compact(False)
+    fresh.compact()
+    x = torch.randn(3, 10, dtype=torch.float64, device=device)
+    assert torch.equal(adapter(x), fresh(x)) and torch.equal(kept.kept, fresh._compaction.kept)
+    with torch.no_grad():
+        adapter.weight.mul_(2)
+    adapter.set_masks(*adapter.get_masks())
+    assert not adapter._is_stale() and torch.equal(kept.full(), adapter.weight * (adapter.mask_out != 0).unsqueeze(1))
+
+
 def test_a_weight_that_somebody_writes_is_copied_again(device):
     adapter, x = compacted(device), torch.randn(4, 10, dtype=torch.float64, device=device)
     with torch.no_grad():

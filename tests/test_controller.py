@@ -442,6 +442,10 @@ def test_a_change_that_is_refused_changes_nothing():
     with pytest.raises(RuntimeError, match=f"step: {name} is merged under its present masks"):
         controller.step()
     assert_equal(state_of(apt), before)
+    first, other = next((n, a) for n, a in adapters(apt) if n.endswith("0.attention.self.query"))  # of several, the first in the model
+    other.merge_weights()
+    with pytest.raises(RuntimeError, match=f"step: {first} is merged under its present masks"):
+        controller.step()
 
 
 def test_a_cut_before_the_end_is_an_error_that_says_what_to_do():

@@ -227,6 +227,7 @@ def test_digest_tells_values_shapes_and_types_apart():
     assert agreement.digest(torch.arange(6.0).view(2, 3).t()) == agreement.digest(torch.tensor([[0.0, 3], [1, 4], [2, 5]]))
     assert agreement.digest([1, torch.empty(0), zero.bfloat16()]) == agreement.digest((1, torch.empty(0), zero.bfloat16()))
     assert agreement.digest(zero.to("meta")) == agreement.digest(torch.ones(2, 3, device="meta"))
+    assert agreement.digest([1, lambda: zero]) == agreement.digest([1, zero])
 
 
 @pytest.mark.parametrize("world", [2, 4])

@@ -289,3 +289,12 @@ def test_kinds_compete_by_salience_for_their_cost_or_keep_the_same_share():
     joint, apart = (search(scores, live, groups, cost, counts, 22.0, together).keep for together in (True, False))
     assert [int(joint[name].sum()) for name in counts] == [4, 1]
     assert [int(apart[name].sum()) for name in counts] == [2, 2]
+
+
+def test_what_rounding_makes_of_equal_chunks_does_not_change_their_order():
+    """The last, shorter one never comes first: what is kept stays a multiple of the chunk."""
+    live, groups = {"a": torch.ones(8, dtype=torch.bool)}, [Group(("a",), "neurons", 3, 0)]
+    for unit in range(1, 50):
+        cost = Products({("a",): 0.1 * unit})
+        keep = search({"a": torch.full((8,), 0.7)}, live, groups, cost, {"a": 8}, 0.35 * unit).keep
+        assert keep["a"].nonzero().flatten().tolist() == [0, 1, 2], unit

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import APTAdapter
-from ..arguments import all_ones, checked_mask
+from ..arguments import checked_mask
 from ..host_mask import HostMask
 from ..sharding import is_sharded
 from .architectures import Block, Side, architecture_of, is_linear, side_width, stored, unknown_modules
@@ -34,13 +34,14 @@ def set_mask(model: nn.Module, name: str, block: Block, mask: Tensor, agree: Cal
     if mask.is_meta and not next(modules[block.scaling_side.module].parameters()).is_meta:
         raise ValueError(f"mask of block {name!r} must hold values, got one on meta")
     values = checked_mask(f"mask of block {name!r}", mask, torch.empty(block.count, device=mask.device))
+    scaling = HostMask.of(values)
     sides = [side for side in block.sides if side.acts]
-    if all_ones(values) and any(not is_carrier(modules[side.module]) for side in sides):
+    if scaling.ones and any(not is_carrier(modules[side.module]) for side in sides):
         return agree(values, partial(host_mask, model, block))  # nothing to carry, and nothing was carried
     placed = missing_carriers(modules, name, block)
     modules |= placed
     kept = (values != 0).to(values.dtype)
-    whole: dict[tuple[bool, int], HostMask] = {}  # {(scales, width): what modules carry of which the block has a whole side}
+    whole = {(True, block.count): scaling}  # {(scales, width): what modules carry of which the block has a whole side}
     new: dict[str, dict[str, Tensor | HostMask]] = {}
     for side in sides:
         carrier, name = modules[side.module], f"mask_{side.side}"
