@@ -126,6 +126,10 @@ def test_setting_present_masks_writes_nothing(device):
         adapter.weight.mul_(2)
     adapter.set_masks(*adapter.get_masks())
     assert not adapter._is_stale() and torch.equal(kept.full(), adapter.weight * (adapter.mask_out != 0).unsqueeze(1))
+    for one in (adapter, make(device)):
+        for value in (0.5, 0.25):
+            one.set_masks(mask_in=torch.full((10,), value, device=device))
+            assert bool((one.mask_in == value).all())
 
 
 def test_a_weight_that_somebody_writes_is_copied_again(device):
