@@ -92,6 +92,9 @@ class Compacting(Merging):
         With "cpu" and "release" ``weight`` reads NaN, and what computes full-size (a forward with masks of its own, disable_adapter) is
         refused; merge_weights, state_dict and load_state_dict bring the weight back as long as they need it.
 
+        Masks are changed by set_masks, a block's mask or load_state_dict; what is written into a mask's buffer past them is looked at with
+        the next such change.
+
         A backward after a change of exact zeros raises torch's error about a tensor modified in place; a second derivative is refused.
 
         Raises RuntimeError while merged, under FSDP and on meta; nothing has then changed.
@@ -168,10 +171,11 @@ class Compacting(Merging):
             )
 
     def _refuse_rising(self, what: str, masks: dict[str, Tensor]) -> None:
-        if not ((self._away or self._merged) and self._dense == "release"):
+        kept = self._compaction
+        if kept is None or not ((self._away or self._merged) and self._dense == "release"):
             return
         for name, mask in masks.items():
-            if bool(((on_host(mask) != 0) & (self.host_mask(name) == 0)).any()):
+            if bool(((on_host(mask) != 0) & ~kept.live(name)).any()):
                 raise RuntimeError(f"{what}: {name} must not rise from 0, since compact(dense='release') keeps no pruned weights")
 
     def merge_weights(self, keep: str = "device") -> None:
@@ -205,7 +209,10 @@ class Compacting(Merging):
 
     def _carries(self, name: str, mask: HostMask) -> bool:
         """Whether this mask is in place already, and so is all that follows from the masks and the weight, whoever has written them."""
-        if mask.values.is_meta or not torch.equal(self.host_mask(name), mask.values) or self._known_ones(name) != mask.ones:
+        buffer, (placed, _) = self._buffers[name], self._mask_stamps.get(name, (None, None))
+        if buffer is None or placed is not buffer or buffer.is_meta or mask.values.is_meta:
+            return False
+        if not torch.equal(self.host_mask(name), mask.values) or self._known_ones(name) != mask.ones:
             return False
         kept = self._compaction
         return kept is None or kept.knows(self.host_mask("mask_in"), self.host_mask("mask_out")) and not self._is_stale()
@@ -250,12 +257,16 @@ class Compacting(Merging):
         if any(mask.values.shape != present[name].shape for name, mask in masks.items()):
             return self._compact_anew
         self._refuse_sharded("set_masks")
-        self._refuse_rising("set_masks", {name: mask.values for name, mask in masks.items()})
-        released, stale = self._away and self._dense == "release", self._is_stale()
-        if released and any(bool((~mask.live & (present[name] != 0)).any()) for name, mask in masks.items()):
-            change = kept.narrow(**(present | masks))
+        stale = self._is_stale()
+        if stale and not self._is_gathered():
+            self._refuse_away("another weight in the place of the base layer's")
+        if self._away and self._dense == "release":  # against what the copy holds: buffers may have been written by others
+            every = {name: HostMask.of(mask) for name, mask in (present | masks).items()}
+            self._refuse_rising("set_masks", {name: mask.values for name, mask in every.items()})
+            falls = any(bool((kept.live(name) & ~mask.live).any()) for name, mask in every.items())
+            change = kept.narrow(**every) if falls else kept.change(every["mask_in"], every["mask_out"], None)
         else:
-            change = kept.change(**(present | masks), matrix=None if released else self._source(), anew=stale and not self._away)
+            change = kept.change(**(present | masks), matrix=self._source(), anew=stale and not self._away)
 
         def make() -> None:
             change()

@@ -106,6 +106,10 @@ class Compaction:
         """Whether it is that of these masks, which are on the host."""
         return bool(self._masks) and all(torch.equal(m, self._masks[side].values) for side, m in (("in", mask_in), ("out", mask_out)))
 
+    def live(self, name: str) -> Tensor:
+        """bool [size] on the host: the lanes of "mask_in" or "mask_out" whose part of W it holds."""
+        return self._masks[name.removeprefix("mask_")].live
+
     def hands_over(self, other: Compaction) -> bool:
         """Whether what this one writes are the lanes that the other reads, fewer than all."""
         fewer = other.lanes_in.numel() < other.position_in.numel()
@@ -160,10 +164,16 @@ class Compaction:
             _pack_kept_(self.packed, matrix.detach().to(self.packed.device), self.index_in, self.index_out, self.kept)
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """What `nn.Module._apply` does to a module's tensors."""
-        for name in ("packed", *_INDICES):
-            value = getattr(self, name)
-            setattr(self, name, None if value is None else fn(value))
+        """What `nn.Module._apply` does to a module's tensors; indices are written anew, since `to_empty` leaves them without values."""
+        self.packed = None if self.packed is None else fn(self.packed)
+        for name in _INDICES:
+            kind, side = name.split("_")
+            value, mask = getattr(self, name), self._masks.get(side)
+            moved = fn(value)
+            if moved is not value and not moved.is_meta and mask is not None:
+                with torch.no_grad():
+                    moved.copy_(mask.index(len(moved)) if kind == "index" else mask.positions)
+            setattr(self, name, moved)
         self._view()
 
     def apply(

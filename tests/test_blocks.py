@@ -398,3 +398,20 @@ def test_submodules_are_those_that_torch_finds():
             model.get_submodule(name)
         with pytest.raises(AttributeError, match=f"^{re.escape(str(error.value))}$"):
             submodule(model, name)
+
+
+def test_a_mask_from_the_host_on_a_model_without_memory():
+    family = FAMILIES["bert"]
+    model = adapted(family).to("meta")
+    model.set_block_mask("0.neurons", torch.zeros(model.blocks["0.neurons"].count))
+
+
+def test_masks_first_set_in_inference_mode_change_outside_it():
+    model = adapted(FAMILIES["bert"])
+    count = model.blocks["hidden"].count
+    with torch.inference_mode():
+        model.set_block_mask("hidden", (torch.arange(count) < count // 2).to(torch.float32))
+    model.set_block_mask("hidden", (torch.arange(count) < count // 4).to(torch.float32))
+    assert int(model.get_block_mask("hidden").sum()) == count // 4
+    model.load_state_dict(model.state_dict())
+    outputs(model, FAMILIES["bert"].inputs())

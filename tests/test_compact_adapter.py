@@ -332,6 +332,20 @@ def test_moves(device):
     torch.testing.assert_close(adapter(x), expected(adapter, x))
 
 
+def test_memory_without_values(device):
+    """`to_empty` leaves nothing in the indices either; they follow from the masks that are set again."""
+    adapter = compacted(device)
+    state, present = adapter.state_dict(), adapter.get_masks()
+    x = torch.randn(4, 10, dtype=torch.float64, device=device)
+    y, state = adapter(x), {name: value.clone() for name, value in state.items() if isinstance(value, torch.Tensor)}
+    adapter.to_empty(device=device)
+    with torch.no_grad():
+        for name, value in adapter.named_parameters():
+            value.copy_(state[name])
+    adapter.set_masks(*present)
+    torch.testing.assert_close(adapter(x), y)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpoints(device, reentrant):
     adapter = compacted(device)

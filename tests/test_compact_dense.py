@@ -257,3 +257,49 @@ def test_a_linear_that_trains_whole_is_refused_and_passed_over():
         whole[0].compact()
     apt.compact()
     assert whole and not any(adapter.compacted for adapter in whole)
+
+
+@AWAY
+def test_the_copy_counts_not_what_others_wrote_into_the_buffer(device, dense):
+    """Masks that others wrote in place, and that are then set, fall or rise against what is held of the weight."""
+    adapter, twin = put_away(dense, device)
+    x = torch.randn(4, 10, dtype=torch.float64, device=device)
+    fallen, risen = adapter.mask_in.clone(), adapter.mask_in.clone()
+    fallen[fallen.nonzero()[0]] = 0
+    risen[:] = 1
+    moved = adapter.mask_in.clone()  # as many lanes, others
+    moved[moved.nonzero()[0]], moved[(adapter.mask_in == 0).nonzero()[0]] = 0, 1
+    for mask in (risen, moved):
+        before = adapter.mask_in.clone()
+        adapter.mask_in.copy_(mask)
+        if dense == "release":
+            with pytest.raises(RuntimeError, match="mask_in must not rise from 0"):
+                adapter.set_masks(mask_in=mask)
+            adapter.mask_in.copy_(before)
+        else:
+            adapter.set_masks(mask_in=mask)
+            twin.set_masks(mask_in=mask)
+        torch.testing.assert_close(adapter(x), twin(x))
+    adapter.mask_in.copy_(fallen)
+    for one in (adapter, twin):
+        one.set_masks(mask_in=fallen)
+    torch.testing.assert_close(adapter(x), twin(x))
+
+
+@AWAY
+def test_a_buffer_that_was_replaced_is_the_adapters_again(device, dense):
+    adapter, twin = put_away(dense, device)
+    x = torch.randn(4, 10, dtype=torch.float64, device=device)
+    adapter.mask_in = adapter.mask_in.clone()
+    adapter.set_masks(mask_in=adapter.mask_in)
+    torch.testing.assert_close(adapter(x), twin(x))
+
+
+@AWAY
+def test_another_weight_is_refused_by_a_change_of_masks(device, dense):
+    adapter, _ = put_away(dense, device)
+    before = adapter.mask_in.clone()
+    adapter.base_layer.weight = torch.nn.Parameter(torch.randn_like(adapter.weight), requires_grad=False)
+    with pytest.raises(RuntimeError, match="another weight in the place"):
+        adapter.set_masks(mask_in=before * 0.5)
+    assert torch.equal(adapter.mask_in, before)

@@ -57,7 +57,8 @@ class StreamCarrier(nn.Module):
         self._changes = Changes()
         self.train(base_layer.training)
         device = next(base_layer.parameters()).device
-        self.register_buffer("mask_out", torch.ones(width, dtype=torch.float32, device=device))
+        with torch.inference_mode(False):  # a buffer born in inference mode could not be written outside it
+            self.register_buffer("mask_out", torch.ones(width, dtype=torch.float32, device=device))
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:
@@ -113,7 +114,8 @@ class StreamCarrier(nn.Module):
 
 
 def _after_load(carrier: StreamCarrier, _incompatible: Any) -> None:
-    carrier._buffers.update(carrier._derived(carrier.mask_out))
+    with torch.inference_mode(False), torch.no_grad():
+        carrier._buffers.update(carrier._derived(carrier.mask_out))
     carrier._changes.note()
 
 
