@@ -298,3 +298,12 @@ def test_what_rounding_makes_of_equal_chunks_does_not_change_their_order():
         cost = Products({("a",): 0.1 * unit})
         keep = search({"a": torch.full((8,), 0.7)}, live, groups, cost, {"a": 8}, 0.35 * unit).keep
         assert keep["a"].nonzero().flatten().tolist() == [0, 1, 2], unit
+
+
+@pytest.mark.parametrize("huge", [1000, 2**62, 2**100])
+def test_a_chunk_or_floor_of_more_than_all_is_all(huge):
+    cost, live = Products({("a",): 1.0, ("b",): 1.0}), {"a": torch.tensor([True, False, True, True]), "b": torch.ones(2, dtype=torch.bool)}
+    scores = {"a": torch.arange(4.0), "b": torch.full((2,), 9.0)}
+    for chunk, floor, budget, kept in ((huge, 0, 4.0, 0), (huge, 0, 5.0, 3), (1, huge, 0.0, 3)):
+        groups = [Group(("b",), "x", 1, 0), Group(("a",), "x", chunk, floor)]
+        assert int(search(scores, live, groups, cost, {"a": 4, "b": 2}, budget).keep["a"].sum()) == kept

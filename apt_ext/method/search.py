@@ -136,7 +136,7 @@ def _chunks(
     owner = owner.repeat_interleave(at)
     place = torch.arange(len(owner), device="cpu") - (at.cumsum(0) - at)[owner]
     chunk, floor, length = torch.tensor(
-        [(group.chunk, group.floor, n) for group, n in zip(groups, lengths, strict=True)], device="cpu"
+        [(_chunk(group, n), min(group.floor, n), n) for group, n in zip(groups, lengths, strict=True)], device="cpu"
     ).t()[:, owner]
     sizes = torch.minimum(chunk, length - place * chunk)
     cost = torch.tensor([max(sum(unit[name] for name in group.blocks), 1e-30) for group in groups], device="cpu")[owner]
@@ -145,11 +145,17 @@ def _chunks(
     return owner, sizes, table.cummin(1).values[owner, place], place < floor  # sums may round upwards
 
 
+def _chunk(group: Group, length: int) -> int:
+    """So many blocks at a time, of `length`: any larger number is all of them."""
+    return min(group.chunk, max(length, 1))
+
+
 def _sums(group: Group, length: int, number: int, scores: Mapping[str, Tensor], order: Mapping[str, Tensor]) -> Tensor:
     """[number] float64: the salience of the chunks of a group, which has `length` of each block."""
     ranked = [scores[name].double().nan_to_num(nan=0.0)[order[name][:length]] for name in group.blocks]
-    if group.chunk > 1:
-        ranked = [torch.nn.functional.pad(one, (0, number * group.chunk - length)).view(number, group.chunk).sum(1) for one in ranked]
+    chunk = _chunk(group, length)
+    if chunk > 1:
+        ranked = [torch.nn.functional.pad(one, (0, number * chunk - length)).view(number, chunk).sum(1) for one in ranked]
     return sum(ranked[1:], ranked[0])
 
 
