@@ -43,10 +43,6 @@ def on_host(tensor: Tensor) -> Tensor:
     return tensor.detach() if tensor.is_meta else tensor.detach().cpu()
 
 
-def all_ones(mask: Tensor) -> bool:
-    return not mask.is_meta and bool((mask == 1).all())
-
-
 def checked_int(name: str, value: Any, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")

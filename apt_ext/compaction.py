@@ -115,9 +115,9 @@ class Compaction:
         fewer = other.lanes_in.numel() < other.position_in.numel()
         return fewer and torch.equal(self._masks["out"].live, other._masks["in"].live)
 
-    def narrow(self, mask_in: Tensor | HostMask, mask_out: Tensor | HostMask) -> Callable[[], None]:
+    def narrow(self, mask_in: HostMask, mask_out: HostMask) -> Callable[[], None]:
         """The change to masks that keep less, from the copy itself, which then holds what is left and nothing more."""
-        masks = HostMask.of(mask_in), HostMask.of(mask_out)
+        masks = mask_in, mask_out
         with torch.inference_mode(False), torch.no_grad():
             index_in, index_out = (mask.lanes.to(self.index_in.device) for mask in masks)
             rows, columns = self.position_out[index_out], self.position_in[index_in]

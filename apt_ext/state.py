@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from . import growth
-from .arguments import all_ones, checked_mapping, checked_mask
+from .arguments import checked_mapping, checked_mask
 from .compact import Compacting
+from .host_mask import HostMask
 from .merging import Merging, hold, merged_into
 
 _SEED_NAMES = {"Wa": "lora_A", "Wb": "lora_B"}
@@ -94,7 +95,7 @@ def _load(
     merged = merged and adapter.base_layer is not None
 
     # What can run out of memory, before anything changes.
-    ones = {name: all_ones(mask) for name, mask in found.masks.items()}
+    ones = {name: HostMask.of(mask).ones for name, mask in found.masks.items()}
     stored = rank if adapter._max_rank is None else adapter._max_rank
     factors: dict[str, Tensor] = {}
     storages: list[tuple[nn.Parameter, Tensor]] = []

@@ -9,6 +9,7 @@ operands would have to be there already.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -180,7 +181,7 @@ def step_rows(layers, batch, length, rank, dtype, device, rounds):
         "naive eager, masks": lambda: build(True, in_torch),
         "full fine-tuning": lambda: stepping(copy.deepcopy(base).train().requires_grad_(True)),
     }
-    if peft_model(copy.deepcopy(base), rank, targets) is not None:
+    if importlib.util.find_spec("peft") is not None:
         peers["PEFT, dense"] = lambda: stepping(peft_model(copy.deepcopy(base), rank, targets).train())
     labels_ = labels_of(batch * length, config.hidden_size, config.hidden_size, rank, dtype)
     work, rounds = f"step of {layers} layers, half kept", max(3, rounds // 2)

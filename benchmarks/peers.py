@@ -58,11 +58,9 @@ def peft_linear(linear: nn.Linear, rank: int, scaling: float):
 
 
 def peft_model(model: nn.Module, rank: int, targets: list[str]):
-    """`model` with PEFT's LoRA in its dtype, or None where PEFT is not installed."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        return None
+    """`model` with PEFT's LoRA in its dtype."""
+    from peft import LoraConfig, get_peft_model
+
     dtype = next(model.parameters()).dtype
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT's own, about transformers

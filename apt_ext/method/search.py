@@ -129,14 +129,15 @@ def _chunks(
     Blocks of a group of different length are as long as the shortest.
     """
     lengths = [min(len(order[name]) for name in group.blocks) for group in groups]
-    numbers = [-(-length // group.chunk) for group, length in zip(groups, lengths, strict=True)]
-    sums = torch.cat([_sums(*of, scores, order) for of in zip(groups, lengths, numbers, strict=True)])
+    chunks = [min(group.chunk, max(length, 1)) for group, length in zip(groups, lengths, strict=True)]  # of more than all: all of them
+    numbers = [-(-length // chunk) for chunk, length in zip(chunks, lengths, strict=True)]
+    sums = torch.cat([_sums(*of, scores, order) for of in zip(groups, chunks, lengths, strict=True)])
     # The rest is done for all groups at once: as a rule many are small.
     owner, at = torch.arange(len(groups), device="cpu"), torch.tensor(numbers, device="cpu")
     owner = owner.repeat_interleave(at)
     place = torch.arange(len(owner), device="cpu") - (at.cumsum(0) - at)[owner]
     chunk, floor, length = torch.tensor(
-        [(_chunk(group, n), min(group.floor, n), n) for group, n in zip(groups, lengths, strict=True)], device="cpu"
+        [(chunk, min(group.floor, n), n) for group, chunk, n in zip(groups, chunks, lengths, strict=True)], device="cpu"
     ).t()[:, owner]
     sizes = torch.minimum(chunk, length - place * chunk)
     cost = torch.tensor([max(sum(unit[name] for name in group.blocks), 1e-30) for group in groups], device="cpu")[owner]
@@ -145,17 +146,11 @@ def _chunks(
     return owner, sizes, table.cummin(1).values[owner, place], place < floor  # sums may round upwards
 
 
-def _chunk(group: Group, length: int) -> int:
-    """So many blocks at a time, of `length`: any larger number is all of them."""
-    return min(group.chunk, max(length, 1))
-
-
-def _sums(group: Group, length: int, number: int, scores: Mapping[str, Tensor], order: Mapping[str, Tensor]) -> Tensor:
-    """[number] float64: the salience of the chunks of a group, which has `length` of each block."""
+def _sums(group: Group, chunk: int, length: int, scores: Mapping[str, Tensor], order: Mapping[str, Tensor]) -> Tensor:
+    """[chunks] float64: the salience of the chunks of a group, which has `length` of each block."""
     ranked = [scores[name].double().nan_to_num(nan=0.0)[order[name][:length]] for name in group.blocks]
-    chunk = _chunk(group, length)
     if chunk > 1:
-        ranked = [torch.nn.functional.pad(one, (0, number * chunk - length)).view(number, chunk).sum(1) for one in ranked]
+        ranked = [torch.nn.functional.pad(one, (0, -length % chunk)).view(-1, chunk).sum(1) for one in ranked]
     return sum(ranked[1:], ranked[0])
 
 
