@@ -7,8 +7,7 @@
 
 namespace apt {
 
-// How the merge of a weight is cut on a device with tensor cores (merge_plan); rows 0: by the kernel without
-// them.
+// How the merge of a weight is cut on a device with tensor cores (merge_plan). rows 0: the kernel without them.
 struct MergePlan {
   int rows = 0, splits = 0;
 };
@@ -25,8 +24,7 @@ struct Mask {
 // fractions do not scale: only the zeros act. src and dst may be the same matrix.
 struct LanesArgs {
   const void* src;  // [rows, cols], strides in elements
-  void*
-      dst;  // [rows + pad_rows, cols + pad_cols], zero in what src does not fill; contiguous if there is any
+  void* dst;        // [rows + pad_rows, cols + pad_cols], 0 in what src does not fill; contiguous if padded
   int64_t rows, cols;
   int64_t pad_rows, pad_cols;
   int64_t src_stride[2], dst_stride[2];
@@ -36,8 +34,8 @@ struct LanesArgs {
   DType dtype;
 };
 
-// weight <- diag(mask_out) (weight + scaling B A) diag(mask_in), accumulated in float32 (float64), rounded
-// once.
+// weight <- diag(mask_out) (weight + scaling B A) diag(mask_in), accumulated in float32 (float64) and
+// rounded once.
 struct MergeArgs {
   void* weight;        // [N, K], strides in elements; one of them is usually 1
   const void* lora_A;  // [R, K] contiguous
@@ -47,8 +45,8 @@ struct MergeArgs {
   Mask mask_in, mask_out;
   double scaling;
   DType dtype, factor_dtype;
-  int32_t*
-      not_finite;  // null: write. Else: write nothing, set *not_finite where a result would not be finite.
+  // null: write. Else: write nothing, set *not_finite where a result would not be finite.
+  int32_t* not_finite;
   const int32_t* unless;  // null, or: do nothing where *unless is not 0
   MergePlan plan;
 };
@@ -67,11 +65,10 @@ struct Factor {
   bool by_channel = false;
 };
 
-// The passes around the dense product, for 16-bit types (cuda/low_rank.cu). With x: low = (mask * x) down^T,
-// and the masked x to `masked` if that is given. With out: out = row_mask * column_mask * (accumulate * out +
-// scaling low up^T
-// + bias). Every pointer is aligned to 16 bytes, C, E and the strides are multiples of 8, R is at most
-// kMostRank.
+// The passes around the dense product, for 16-bit types (cuda/low_rank.cu).
+//   with x    low = (mask * x) down^T, and the masked x to `masked` if that is given
+//   with out  out = row_mask * column_mask * (accumulate * out + scaling low up^T + bias)
+// Every pointer is aligned to 16 bytes. C, E and the strides are multiples of 8. R is at most kMostRank.
 struct LowRankArgs {
   int64_t M, R;
   const void* x;  // [M, C], rows x_stride apart; null: low is an input
@@ -88,8 +85,8 @@ struct LowRankArgs {
   bool accumulate;
   double scaling;
   DType dtype, low_dtype;
-  int32_t*
-      not_finite;  // null: write. Else: write nothing, set *not_finite where a result would not be finite.
+  // null: write. Else: write nothing, set *not_finite where a result would not be finite.
+  int32_t* not_finite;
   const int32_t* unless;    // null, or: do nothing where *unless is not 0
   int rows, column_splits;  // of a block, from launch_plan
 };
@@ -111,8 +108,8 @@ constexpr int64_t kStagedBytes = 113664;  // of shared memory a block, gather.cu
 constexpr int64_t kMostRank = 16;  // beyond it the library's products are as fast (docs/performance.md)
 
 // grad [R, E], or by_channel [E, R] = mask * scaling * the sum of `spans` partial sums [R, C], zeros
-// selected; channel e of the gradient is channel e of the sums, or position[e] of them and zero where that is
-// negative.
+// selected. Channel e of the gradient is channel e of the sums, or channel position[e] of them, and zero
+// where position[e] is negative.
 struct FactorGrad {
   const float* partial;
   void* grad = nullptr;  // float32 or 16-bit
@@ -142,9 +139,12 @@ struct ChannelSumArgs {
   bool is_signed;
 };
 
-// half = wide / inverse rounded to float16, with the smallest power of two >= 1 that brings every entry to at
-// most 2^15 (1 where one is Inf or NaN); multiplier = scaling * inverse; grown = factor * inverse, float16,
-// which is exact, or so large that a product with it could not be represented anyway.
+// A matrix in float16's range:
+//   inverse     the smallest power of two >= 1 that brings every entry of wide / inverse to at most 2^15; 1
+//               where an entry is Inf or NaN
+//   half        wide / inverse, rounded to float16
+//   multiplier  scaling * inverse
+//   grown       factor * inverse in float16: exact, or so large that no product with it can be represented
 struct ToHalfArgs {
   int64_t count;
   const float* wide;  // [count]
@@ -158,8 +158,8 @@ struct ToHalfArgs {
 };
 
 // The kept lanes of a matrix side by side (cuda/gather.cu), the first end of a compacted layer:
-// gathered[m, j] = mask[index[j]] * x[row_index[m], index[j]], zeros selected; an index of -1 is a zero that
-// pads.
+//   gathered[m, j] = mask[index[j]] * x[row_index[m], index[j]], zeros selected
+// An index of -1 is a zero that pads.
 struct GatherArgs {
   int64_t M, C, kept;  // rows of the result; columns of x; columns of the result, padding included
   const void* x;       // [.., C], strides in elements
@@ -180,8 +180,9 @@ struct GatherArgs {
   DType low_dtype;
 };
 
-// Their way back (cuda/scatter.cu), the other end: out[m, c] = mask[c] * (values[m, position[c]] + bias[c] +
-// scaling (low up^T)[m, c]), and 0 where position[c] is negative or the mask is 0.
+// Their way back (cuda/scatter.cu), the other end:
+//   out[m, c] = mask[c] * (values[m, position[c]] + bias[c] + scaling (low up^T)[m, c])
+// and 0 where position[c] is negative or the mask is 0.
 struct ScatterArgs {
   int64_t M, E, kept;       // rows; columns of out; columns of values
   const void* values;       // [M, kept] contiguous

@@ -1,12 +1,13 @@
 // The op library: public C++ signatures and the table every binding is generated from.
 //
-// Symbols: M tokens, N out_features, K in_features, R rank. x' = mask_in * x, g = mask_out * grad, selection
-// where a mask is 0.
+// Symbols: M tokens, N out_features, K in_features, R rank. x' = mask_in * x, g = mask_out * grad; where a
+// mask is 0 the channel is skipped, not multiplied.
 //   apt_linear           y = mask_out * (x' W^T + s (x' A^T) B^T + b)
 //   apt_linear_forward   the same and t = x' A^T, which the backward needs
-//   apt_linear_backward  dx = mask_in * (g W + s u A), dA = mask_in * s u^T x, dB = s g^T t, db = sum g;  u =
-//   g B merge_               W <- diag(mask_out) (W + s B A) diag(mask_in), in place mask_grads_ grads[i]
-//   scaled along dims[i] by masks[i], in place
+//   apt_linear_backward  dx = mask_in * (g W + s u A), dA = mask_in * s u^T x, dB = s g^T t, db = sum g,
+//                        with u = g B
+//   merge_               W <- diag(mask_out) (W + s B A) diag(mask_in), in place
+//   mask_grads_          grads[i] scaled along dims[i] by masks[i], in place
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,8 +24,7 @@ using OptTensor = std::optional<Tensor>;
 Tensor apt_linear(const Tensor& x, const OptTensor& weight, const OptTensor& bias, const Tensor& lora_A,
                   const Tensor& lora_B, const OptTensor& mask_in, const OptTensor& mask_out, double scaling);
 
-// t [..., R] has x's dtype, but float32 where x is float16: its 65504 ends before many a low-rank activation
-// does.
+// t [..., R] has x's dtype, but is float32 where x is float16: low-rank activations may exceed 65504.
 std::tuple<Tensor, Tensor> apt_linear_forward(const Tensor& x, const OptTensor& weight, const OptTensor& bias,
                                               const Tensor& lora_A, const Tensor& lora_B,
                                               const OptTensor& mask_in, const OptTensor& mask_out,
@@ -92,39 +92,32 @@ void for_each_op(Def&& def) {
       "Tensor? mask_out=None, float scaling=1.0) -> Tensor",
       &apt_linear);
   def("apt_linear_forward",
-      "(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? mask_in, Tensor? "
-      "mask_out, "
-      "float scaling) -> (Tensor y, Tensor t)",
+      "(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? mask_in, "
+      "Tensor? mask_out, float scaling) -> (Tensor y, Tensor t)",
       &apt_linear_forward);
   def("apt_linear_backward",
       "(Tensor grad, Tensor x, Tensor? weight, Tensor lora_A, Tensor lora_B, Tensor t, Tensor? mask_in, "
       "Tensor? mask_out, float scaling, bool[4] output_mask) -> (Tensor dx, Tensor dA, Tensor dB, Tensor db)",
       &apt_linear_backward);
   def("merge_",
-      "(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? mask_in=None, Tensor? "
-      "mask_out=None, "
-      "bool check=True) -> ()",
+      "(Tensor(a!) weight, Tensor lora_A, Tensor lora_B, float scaling, Tensor? mask_in=None, "
+      "Tensor? mask_out=None, bool check=True) -> ()",
       &merge_);
   def("compact_linear",
-      "(Tensor x, Tensor? packed, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? mask_in, Tensor? "
-      "mask_out, "
-      "Tensor index_in, Tensor index_out, Tensor position_in, Tensor position_out, Tensor kept, float "
-      "scaling, "
-      "bool compact_in=False, bool compact_out=False) -> Tensor",
+      "(Tensor x, Tensor? packed, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? mask_in, "
+      "Tensor? mask_out, Tensor index_in, Tensor index_out, Tensor position_in, Tensor position_out, "
+      "Tensor kept, float scaling, bool compact_in=False, bool compact_out=False) -> Tensor",
       &compact_linear);
   def("compact_linear_forward",
-      "(Tensor x, Tensor? packed, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? mask_in, Tensor? "
-      "mask_out, "
-      "Tensor index_in, Tensor index_out, Tensor position_in, Tensor position_out, Tensor kept, float "
-      "scaling, "
-      "bool compact_in, bool compact_out) -> (Tensor y, Tensor t)",
+      "(Tensor x, Tensor? packed, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor? mask_in, "
+      "Tensor? mask_out, Tensor index_in, Tensor index_out, Tensor position_in, Tensor position_out, "
+      "Tensor kept, float scaling, bool compact_in, bool compact_out) -> (Tensor y, Tensor t)",
       &compact_linear_forward);
   def("compact_linear_backward",
       "(Tensor grad, Tensor x, Tensor? packed, Tensor lora_A, Tensor lora_B, Tensor t, Tensor? mask_in, "
-      "Tensor? mask_out, Tensor index_in, Tensor index_out, Tensor position_in, Tensor position_out, Tensor "
-      "kept, "
-      "float scaling, bool compact_in, bool compact_out, bool gathered, bool[4] output_mask) -> (Tensor dx, "
-      "Tensor dA, Tensor dB, Tensor db)",
+      "Tensor? mask_out, Tensor index_in, Tensor index_out, Tensor position_in, Tensor position_out, "
+      "Tensor kept, float scaling, bool compact_in, bool compact_out, bool gathered, bool[4] output_mask) "
+      "-> (Tensor dx, Tensor dA, Tensor dB, Tensor db)",
       &compact_linear_backward);
   def("pack_kept_",
       "(Tensor(a!) packed, Tensor weight, Tensor index_in, Tensor index_out, Tensor kept) -> ()",

@@ -2,8 +2,9 @@
 // speed of memory (cuda/low_rank.cu, cuda/token_sums.cu). What a mask on the output side decides is the
 // order:
 //
-//   no mask   low-rank part into the output first, then the dense product on top (beta = 1): one write of the
-//   output a mask    dense product first, then low-rank part, bias and mask in one pass over the output
+//   no mask   low-rank part into the output first, then the dense product on top (beta = 1): the output is
+//             written once
+//   a mask    dense product first, then low-rank part, bias and mask in one pass over the output
 //
 // A compacted layer (compact.cpp) goes the same way with other ends: x's kept lanes are gathered while the
 // low-rank product is made of them, and what the dense product gives is scattered, with the low-rank part,

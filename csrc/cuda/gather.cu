@@ -7,8 +7,7 @@
 namespace apt::cuda {
 namespace {
 
-// -- any dtype, any strides
-// --------------------------------------------------------------------------------------
+// -- any dtype, any strides --------------------------------------------------------------------------------
 
 // A thread owns kWidth neighbours of a row of the result, 16 bytes or one, and walks down the rows.
 template <class T, int kWidth>
@@ -43,8 +42,7 @@ __global__ void __launch_bounds__(kColumnThreads) apt_gather(const __grid_consta
   }
 }
 
-// -- 16 bits, rows of whole 16 bytes
-// ------------------------------------------------------------------------------
+// -- 16 bits, rows of whole 16 bytes -----------------------------------------------------------------------
 
 constexpr int kTiles = 2, kRows = 16 * kTiles;  // of x a block owns, 16 of them each half of its threads
 constexpr int kThreads = kTiles * kRowThreads, kWarps = kThreads / 32;

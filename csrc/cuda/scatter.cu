@@ -8,8 +8,7 @@
 namespace apt::cuda {
 namespace {
 
-// -- any dtype
-// ----------------------------------------------------------------------------------------------------
+// -- any dtype ---------------------------------------------------------------------------------------------
 
 // A thread owns kWidth neighbouring columns of the result, and walks down the rows.
 template <class T, int kWidth>
@@ -45,8 +44,7 @@ __global__ void __launch_bounds__(kColumnThreads) apt_scatter(const __grid_const
   }
 }
 
-// -- 16 bits, rows of whole 16 bytes
-// ------------------------------------------------------------------------------
+// -- 16 bits, rows of whole 16 bytes -----------------------------------------------------------------------
 
 // A block owns a strip of columns and walks up the rows, so what depends on the column alone is made once.
 // The strip's kept lanes are neighbours in `values`: they come to shared memory, get their low-rank part,
