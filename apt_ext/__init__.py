@@ -6,7 +6,8 @@ from ._version import __version__
 from .adapter import APTAdapter
 from .config import APTConfig, Schedule
 from .hold import hold_pruned
-from .method.controller import Controller, Growth
+from .method.allocation import Growth
+from .method.controller import Controller
 from .model import APTModel, adapter_parameters, adapters, get_apt_model
 from .structure.architectures import Architecture, BlockRule, Layers, Side, Stream, register_architecture
 from .structure.export import export

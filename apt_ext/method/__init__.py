@@ -1,8 +1,8 @@
 """The method: what is salient, which blocks stay, when masks move and which adapters grow. Everything here works on any model
 whose structure gives blocks and adapters, and knows no architecture."""
 
-from .allocation import AdapterImportance, grown_ranks
-from .controller import Controller, Growth
+from .allocation import AdapterImportance, Growth, grown_ranks
+from .controller import Controller
 from .cost import Cost, Latency, Products, cost_of
 from .distillation import Distiller
 from .kurtosis import kurtosis

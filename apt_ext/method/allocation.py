@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..adapter import APTAdapter
-from ..arguments import FLOATING, checked_mapping
+from ..arguments import FLOATING, checked_choice, checked_int, checked_mapping, checked_number
 from ..sharding import is_sharded, whole
 from .averages import Averages
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How ranks grow at the schedule's events, from the adapter parameters at the start to `budget` times as many.
+
+    budget      1 lets no rank grow; 4 in the authors' code
+    limit       no rank grows beyond; None: 8 times its rank at the start, and max_rank in any case
+    rule        "budget": the chosen half takes the whole increase (the authors' code); "paper": its ranks grow at the budget's own rate,
+                which falls short of it
+    importance  "signed" (the authors' code) or "paper", see AdapterImportance
+    """
+
+    budget: float = 4.0
+    limit: int | None = None
+    rule: str = "budget"
+    importance: str = "signed"
+
+    def __post_init__(self) -> None:
+        checked_number("growth.budget", self.budget, 1.0)
+        if self.limit is not None:
+            checked_int("growth.limit", self.limit, 1)
+        checked_choice("growth.rule", self.rule, ("budget", "paper"))
+        checked_choice("growth.importance", self.importance, ("signed", "paper"))
 
 
 class AdapterImportance:

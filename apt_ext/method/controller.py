@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ from ..sharding import is_sharded
 from ..structure.architectures import architecture_of
 from ..structure.blocks import host_mask, place_carriers, submodule
 from ..structure.cutting import decodes
-from .allocation import AdapterImportance, grown_ranks
-from .cost import Cost, Latency, cost_of
+from .allocation import AdapterImportance, Growth, grown_ranks
+from .cost import BUDGETS, Cost, budget_cost
 from .groups import groups_of
 from .refusals import check_held, check_state, checked_scores, gradients_came, note_controller, refuse_second
 from .schedule import Steps, linear_budget, step_mask
@@ -34,30 +34,6 @@ from .search import search
 logger = logging.getLogger("apt_ext")
 
 _FORGOTTEN = 20  # optimizer steps without Controller.step() before it warns
-
-
-@dataclass(frozen=True)
-class Growth:
-    """How ranks grow at the schedule's events, from the adapter parameters at the start to `budget` times as many.
-
-    budget      1 lets no rank grow; 4 in the authors' code
-    limit       no rank grows beyond; None: 8 times its rank at the start, and max_rank in any case
-    rule        "budget": the chosen half takes the whole increase (the authors' code); "paper": its ranks grow at the budget's own rate,
-                which falls short of it
-    importance  "signed" (the authors' code) or "paper", see AdapterImportance
-    """
-
-    budget: float = 4.0
-    limit: int | None = None
-    rule: str = "budget"
-    importance: str = "signed"
-
-    def __post_init__(self) -> None:
-        checked_number("growth.budget", self.budget, 1.0)
-        if self.limit is not None:
-            checked_int("growth.limit", self.limit, 1)
-        checked_choice("growth.rule", self.rule, ("budget", "paper"))
-        checked_choice("growth.importance", self.importance, ("signed", "paper"))
 
 
 class Controller:
@@ -136,7 +112,7 @@ class Controller:
             raise TypeError(f"config: expected an APTConfig, got {type(config).__name__}")
         self.config = replace(config, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
         self.growth = growth if isinstance(growth, Growth) else Growth(checked_number("growth", growth))
-        checked_choice("budget", budget, ("parameters", "flops", "memory", "latency"))
+        checked_choice("budget", budget, BUDGETS)
         checked_int("length", length, 1)
         checked_int("floor", floor, 0)
         for name, value in (("joint", joint), ("compact", compact)):
@@ -158,7 +134,7 @@ class Controller:
             known = sorted({block.kind for block in self.model.blocks.values()})
             raise ValueError(f"prune: expected kinds of blocks that the model has, {known}, got {self.config.prune}")
         self.groups = groups_of(self.model, self.blocks, self.config.round_to, self.config.uniform, floor)
-        self.cost: Cost = _cost(self.model, budget, length, latency, self.blocks)
+        self.cost: Cost = budget_cost(self.model.model, self.model.blocks, budget, length, latency, self.blocks)
         self.importance = AdapterImportance(adapters(self.model), decay, self.growth.importance == "signed")
         check_held(self.importance.adapters, optimizers)
         self.generator = checked_seed("seed", seed)
@@ -483,16 +459,6 @@ def apt_model_in(model: nn.Module) -> APTModel:
     if len(found) != 1:
         raise TypeError(f"model: expected an APTModel or a module that holds one, got {type(model).__name__} that holds {len(found)}")
     return found[0]
-
-
-def _cost(apt: APTModel, budget: str, length: int, latency: Mapping[str, Mapping[int, float]] | None, pruned: Mapping[str, Any]) -> Cost:
-    if budget != "latency":
-        if latency is not None:
-            raise ValueError(f"latency: expected None with budget={budget!r}, got tables")
-        return cost_of(apt.model, apt.blocks, budget, length)
-    if latency is None:
-        raise ValueError("latency: expected {kind: {number kept: seconds}} with budget='latency', got None; see measure_latency")
-    return Latency({name: block.kind for name, block in pruned.items()}, latency)
 
 
 def _range(numbers: list[int]) -> str:

@@ -13,6 +13,7 @@ from ..arguments import checked_int, checked_mapping, checked_number
 from ..structure.architectures import Block, architecture_of, ends_with, is_linear, owners, side_width
 
 Counts = Mapping[str, int]
+BUDGETS = ("parameters", "flops", "memory", "latency")  # what a density may be a share of
 
 
 class Cost(Protocol):
@@ -135,6 +136,24 @@ def cost_of(model: nn.Module, blocks: Mapping[str, Block], budget: str = "parame
             if block.kind == "heads":
                 add(4.0 * length, _channels(model, blocks, block.reader, "in"))
     return Products(terms)
+
+
+def budget_cost(
+    model: nn.Module,
+    blocks: Mapping[str, Block],
+    budget: str,
+    length: int,
+    latency: Mapping[str, Mapping[int, float]] | None,
+    pruned: Mapping[str, Block],
+) -> Cost:
+    """The cost of one of BUDGETS; "latency" counts the `pruned` blocks alone, by the tables. ValueError where they do not fit."""
+    if budget != "latency":
+        if latency is not None:
+            raise ValueError(f"latency: expected None with budget={budget!r}, got tables")
+        return cost_of(model, blocks, budget, length)
+    if latency is None:
+        raise ValueError("latency: expected {kind: {number kept: seconds}} with budget='latency', got None; see measure_latency")
+    return Latency({name: block.kind for name, block in pruned.items()}, latency)
 
 
 def _channels(model: nn.Module, blocks: Mapping[str, Block], name: str, direction: str) -> dict[str | None, float]:
