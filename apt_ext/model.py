@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,19 +14,17 @@ from torch import Tensor, nn
 from . import agreement, checkpoint
 from .adapter import APTAdapter
 from .arguments import checked_bool, checked_mapping, checked_module
+from .building import Adapted, build
 from .compact import Chain
-from .config import APTConfig, nearest, select
+from .config import APTConfig, nearest
 from .errors import naming
 from .guard import guard
 from .optimizers import OptimizerLike
 from .state import check_loadable
-from .structure.architectures import Block, find_blocks, is_linear, output_layer, side_width, stored, task_heads
+from .structure.architectures import Block, stored
 from .structure.blocks import get_mask, merged_linear, missing_block, place_carriers, set_mask
 from .structure.carriers import MaskedLinear, StreamCarrier
 from .structure.cutting import cut_in_place, folded
-
-# They hand the weights of their linears to a fused function, so an adapter's forward would never be called.
-_READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, APTAdapter]]:
@@ -61,10 +58,16 @@ def get_apt_model(model: nn.Module, config: APTConfig) -> APTModel:
     Raises TypeError (not a module, a quantised or fused linear), ValueError (a name that matches nothing, with the nearest names; a rank
     that does not fit; a weight that is tied or not finite; a model with adapters), naming the module; the model is then as before.
     """
-    return _build(model, config, lambda apt: None)
+
+    def finish(blocks: dict[str, Block], saved: list[str]) -> APTModel:
+        apt = APTModel(model, config, blocks, saved)
+        apt._guard()
+        return apt
+
+    return build(model, config, finish)
 
 
-class APTModel(nn.Module):
+class APTModel(Adapted):
     """A model with adapters; made by `get_apt_model` or `APTModel.from_pretrained`. `forward` and unknown attributes are the model's own.
 
     model       the model itself, with adapters in the place of linears
@@ -284,7 +287,15 @@ class APTModel(nn.Module):
         naming the file when it is missing, damaged or made for another model; `base_model` is then as before.
         """
         with checkpoint.opened(path) as saved:
-            return _build(base_model, saved.config(), lambda apt: apt._restore(saved))
+            config = saved.config()
+
+            def finish(blocks: dict[str, Block], whole: list[str]) -> APTModel:
+                apt = cls(base_model, config, blocks, whole)
+                apt._restore(saved)
+                apt._guard()
+                return apt
+
+            return build(base_model, config, finish)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """torch's own, and nothing is loaded where it raises. A state with masks of hidden dimensions brings what carries them; one from
@@ -356,99 +367,3 @@ class APTModel(nn.Module):
                 adapter.unmerge_weights()
             self.model.load_state_dict(saved, strict=False)
             raise
-
-
-def _build(model: nn.Module, config: APTConfig, then: Callable[[APTModel], None]) -> APTModel:
-    """Wrap `model` and call `then` on the result; whatever raises, the model has its own linears and flags again."""
-    found = match(model, config)
-    modules = dict(model.named_modules())
-    linears, saved, whole, targets = found.linears, found.saved, found.whole, found.targets
-    blocks = find_blocks(model)
-    touched = {linear for block in blocks.values() if block.kind != "hidden" for linear in block.linears}
-
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    apt = APTModel(model, config, blocks, saved)
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        for name in saved:
-            for parameter in modules[name].parameters():
-                parameter.requires_grad_(parameter.is_floating_point())
-        for name in linears:
-            if name in targets or name in touched:
-                with naming(name):
-                    if name in whole:
-                        adapter: APTAdapter = MaskedLinear.around(modules[name])
-                    else:
-                        rank = config.rank_of(name) if name in targets else 0
-                        reserved = config.max_rank if name in targets else None
-                        exact = torch.float32 if config.float32_factors and _is_16_bit(modules[name]) else None
-                        adapter = APTAdapter.from_linear(
-                            modules[name], rank, config.scaling_of(name), max_rank=reserved, dropout=config.lora_dropout, dtype=exact
-                        )
-                adapter._label = name
-                model.set_submodule(name, adapter)
-        then(apt)
-        apt._guard()
-    except BaseException:
-        for name in dict.fromkeys((*linears, *(side.module for block in blocks.values() for side in block.sides))):
-            model.set_submodule(name, modules[name])
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        raise
-    return apt
-
-
-def _is_16_bit(linear: nn.Module) -> bool:
-    return linear.weight.dtype in (torch.float16, torch.bfloat16)
-
-
-@dataclass(frozen=True)
-class Match:
-    """Names in a model: its linears, the modules that train whole, the linears within those, and the linears that get an adapter."""
-
-    linears: list[str]
-    saved: list[str]
-    whole: set[str]
-    targets: list[str]
-
-
-def match(model: nn.Module, config: APTConfig) -> Match:
-    """What `config` means in this model; the errors of `get_apt_model` about types, names and models that have adapters."""
-    checked_module("model", model)
-    if not isinstance(config, APTConfig):
-        raise TypeError(f"config: expected an APTConfig, got {type(config).__name__}")
-    if isinstance(model, APTModel) or any(True for _ in adapters(model)):
-        raise ValueError("model: expected a model without adapters, got one that has them; merge_and_unload() gives it back")
-    modules = dict(model.named_modules())
-    names = [name for name in modules if name]
-    saved = task_heads(model) if config.modules_to_save is None else select("modules_to_save", config.modules_to_save, names)
-    inside = tuple(f"{name}." for name in saved)
-    linears = [name for name in names if is_linear(modules[name])]
-    if not linears:
-        raise ValueError(f"model: expected linear layers within it, got a {type(model).__name__} with none (from_linear wraps a lone one)")
-    whole = {name for name in linears if name in saved or name.startswith(inside)}
-    targets = config.targets(linears, whole, output_layer(model))
-    _check_targets(model, targets)
-    for name in targets:
-        limit = min(side_width(modules[name], side) for side in ("out", "in"))  # 0 where a quantised weight is refused later, by name
-        if limit and config.rank_of(name) > limit:
-            raise ValueError(f"{name}: rank must be at most min(out_features, in_features) = {limit}, got {config.rank_of(name)}")
-    return Match(linears, saved, whole, targets)
-
-
-def _check_targets(model: nn.Module, targets: list[str]) -> None:
-    """A target's weight must be its own, and its forward must be what its parent calls."""
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    for name in targets:
-        tied = owners[id(model.get_submodule(name).weight)]
-        if len(tied) > 1:
-            raise ValueError(f"target_modules: expected weights of their own, but the weight of {name} is tied: {' = '.join(tied)}")
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, _READ_WEIGHTS):
-            raise TypeError(
-                f"target_modules: expected linears that are called, but {type(parent).__name__} reads the weight of {name} itself, "
-                "so an adapter there would be ignored; leave it out with exclude_modules"
-            )

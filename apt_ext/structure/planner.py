@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import checked_int
+from ..building import match
 from ..config import APTConfig
-from ..model import match
 from .architectures import Block, architecture_of, ends_with, find_blocks, is_linear, side_width, stored, weight_dim
 from .blocks import missing_block
 from .cutting import Changes, lanes_for, never_empty, parameter_changes

@@ -1,0 +1,121 @@
+"""Wrap the linears of a model in place: what a configuration names, what of it trains, and everything back where that fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from .adapter import APTAdapter
+from .arguments import checked_module
+from .config import APTConfig, select
+from .errors import naming
+from .structure.architectures import Block, find_blocks, is_linear, output_layer, side_width, task_heads
+from .structure.carriers import MaskedLinear
+
+# They hand the weights of their linears to a fused function, so an adapter's forward would never be called.
+_READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+T = TypeVar("T")
+
+
+class Adapted(nn.Module):
+    """The root of a model with adapters, which it holds as `model`."""
+
+    model: nn.Module
+
+
+def build(model: nn.Module, config: APTConfig, finish: Callable[[dict[str, Block], list[str]], T]) -> T:
+    """Wrap `model` in place and return `finish(blocks, names of what trains whole)`; whatever raises, the model is as it was."""
+    found = match(model, config)
+    modules = dict(model.named_modules())
+    linears, saved, whole, targets = found.linears, found.saved, found.whole, found.targets
+    blocks = find_blocks(model)
+    touched = {linear for block in blocks.values() if block.kind != "hidden" for linear in block.linears}
+
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in flags:
+            parameter.requires_grad_(False)
+        for name in saved:
+            for parameter in modules[name].parameters():
+                parameter.requires_grad_(parameter.is_floating_point())
+        for name in linears:
+            if name in targets or name in touched:
+                with naming(name):
+                    if name in whole:
+                        adapter: APTAdapter = MaskedLinear.around(modules[name])
+                    else:
+                        rank = config.rank_of(name) if name in targets else 0
+                        reserved = config.max_rank if name in targets else None
+                        exact = torch.float32 if config.float32_factors and _is_16_bit(modules[name]) else None
+                        adapter = APTAdapter.from_linear(
+                            modules[name], rank, config.scaling_of(name), max_rank=reserved, dropout=config.lora_dropout, dtype=exact
+                        )
+                adapter._label = name
+                model.set_submodule(name, adapter)
+        return finish(blocks, saved)
+    except BaseException:
+        for name in dict.fromkeys((*linears, *(side.module for block in blocks.values() for side in block.sides))):
+            model.set_submodule(name, modules[name])
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        raise
+
+
+def _is_16_bit(linear: nn.Module) -> bool:
+    return linear.weight.dtype in (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Match:
+    """Names in a model: its linears, the modules that train whole, the linears within those, and the linears that get an adapter."""
+
+    linears: list[str]
+    saved: list[str]
+    whole: set[str]
+    targets: list[str]
+
+
+def match(model: nn.Module, config: APTConfig) -> Match:
+    """What `config` means in this model; the errors of `get_apt_model` about types, names and models that have adapters."""
+    checked_module("model", model)
+    if not isinstance(config, APTConfig):
+        raise TypeError(f"config: expected an APTConfig, got {type(config).__name__}")
+    if any(isinstance(module, Adapted | APTAdapter) for module in model.modules()):
+        raise ValueError("model: expected a model without adapters, got one that has them; merge_and_unload() gives it back")
+    modules = dict(model.named_modules())
+    names = [name for name in modules if name]
+    saved = task_heads(model) if config.modules_to_save is None else select("modules_to_save", config.modules_to_save, names)
+    inside = tuple(f"{name}." for name in saved)
+    linears = [name for name in names if is_linear(modules[name])]
+    if not linears:
+        raise ValueError(f"model: expected linear layers within it, got a {type(model).__name__} with none (from_linear wraps a lone one)")
+    whole = {name for name in linears if name in saved or name.startswith(inside)}
+    targets = config.targets(linears, whole, output_layer(model))
+    _check_targets(model, targets)
+    for name in targets:
+        limit = min(side_width(modules[name], side) for side in ("out", "in"))  # 0 where a quantised weight is refused later, by name
+        if limit and config.rank_of(name) > limit:
+            raise ValueError(f"{name}: rank must be at most min(out_features, in_features) = {limit}, got {config.rank_of(name)}")
+    return Match(linears, saved, whole, targets)
+
+
+def _check_targets(model: nn.Module, targets: list[str]) -> None:
+    """A target's weight must be its own, and its forward must be what its parent calls."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for name in targets:
+        tied = owners[id(model.get_submodule(name).weight)]
+        if len(tied) > 1:
+            raise ValueError(f"target_modules: expected weights of their own, but the weight of {name} is tied: {' = '.join(tied)}")
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, _READ_WEIGHTS):
+            raise TypeError(
+                f"target_modules: expected linears that are called, but {type(parent).__name__} reads the weight of {name} itself, "
+                "so an adapter there would be ignored; leave it out with exclude_modules"
+            )
