@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from ..adapter import APTAdapter
 from ..arguments import checked_int, checked_mapping, checked_number, checked_seed
 from ..model import APTModel, adapters
+from ..structure.architectures import in_encoder, is_encoder_decoder
 from .refusals import generator_state
 
 _LABELS = ("labels", "start_positions", "end_positions")
@@ -140,7 +141,7 @@ class Distiller:
             return task
         if self.own:
             self._refuse_merged("loss")
-        shared = {key: value for key, value in batch.items() if key not in _LABELS or (key == "labels" and _two_stacks(self.model))}
+        shared = {key: value for key, value in batch.items() if key not in _LABELS or (key == "labels" and is_encoder_decoder(self.model))}
         with torch.no_grad():
             taught = self.teacher(**shared, **self.asks)
         total: Tensor | float = 0.0
@@ -176,7 +177,7 @@ class Distiller:
     # -- layers --------------------------------------------------------------------------------------------------------
 
     def _layer_loss(self, batch: Mapping[str, Any], outputs: Any, taught: Any) -> Tensor:
-        two = _two_stacks(self.model)
+        two = is_encoder_decoder(self.model)
         stacks = {"encoder.": "encoder_hidden_states", "decoder.": "decoder_hidden_states"} if two else {"": "hidden_states"}
         terms = []
         for prefix, name in stacks.items():
@@ -184,7 +185,7 @@ class Distiller:
             if len(ours) != len(theirs):
                 raise ValueError(f"teacher: expected the student's {len(ours) - 1} layers, got {len(theirs) - 1}; layers=0 leaves them out")
             counted = _counted(batch, self.model, name)
-            alive = self._alive(prefix, len(ours) - 1)
+            alive = self._alive(two and prefix == "encoder.", len(ours) - 1)
             term: Tensor | float = 0.0
             for layer in self._drawn(len(ours) - 1):
                 candidates = [self._distance(ours[i + 1], theirs[layer + 1], counted, two) for i in nearest_layers(layer, alive)]
@@ -199,9 +200,15 @@ class Distiller:
         pairs, generator = zip(bounds[:-1], bounds[1:], strict=True), self._generator
         return [int(torch.randint(low, high, (), generator=generator, device="cpu")) for low, high in pairs]
 
-    def _alive(self, prefix: str, count: int) -> list[bool]:
-        """Of each layer of a stack, whether something is left of each of its blocks; waits for the device once."""
-        names = [[name for name in self.model.blocks if name.rpartition(".")[0] == f"{prefix}{layer}"] for layer in range(count)]
+    def _alive(self, encoder: bool, count: int) -> list[bool]:
+        """Of each layer of the encoder, or of the other stack, whether something is left of each of its blocks.
+
+        Waits for the device once.
+        """
+        blocks, two = self.model.blocks, is_encoder_decoder(self.model)
+        model = self.model.model
+        own = {name: block.layer for name, block in blocks.items() if not two or in_encoder(model, block) == encoder}
+        names = [[name for name, layer in own.items() if layer == number] for number in range(count)]
         masks = {name: self.model.get_block_mask(name) for layer in names for name in layer}
         left = dict(zip(masks, torch.stack([(mask != 0).any() for mask in masks.values()]).tolist(), strict=True)) if masks else {}
         whole = [all(left[name] for name in layer) for layer in names]
@@ -309,10 +316,6 @@ def _wanted(outputs: Any, name: str) -> Any:
     return found
 
 
-def _two_stacks(model: nn.Module) -> bool:
-    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
-
-
 def _width(name: str, model: nn.Module) -> int:
     width = getattr(getattr(model, "config", None), "hidden_size", None)
     if not isinstance(width, int):
@@ -336,7 +339,7 @@ def _counted(batch: Mapping[str, Any], model: nn.Module, of: str) -> Tensor | No
     labels = batch.get("labels")
     if of == "logits" and isinstance(labels, Tensor) and labels.dim() == 2:
         return labels != -100
-    inner = of == "decoder_hidden_states" or (of == "logits" and _two_stacks(model))
+    inner = of == "decoder_hidden_states" or (of == "logits" and is_encoder_decoder(model))
     mask = batch.get("decoder_attention_mask" if inner else "attention_mask")
     return mask != 0 if isinstance(mask, Tensor) and mask.dim() == 2 else None
 

@@ -36,5 +36,5 @@ def _spared(apt: APTModel, blocks: Mapping[str, Block]) -> set[str]:
     found = {name for name, block in blocks.items() if block.kind == "hidden"}
     if row is not None:
         found |= set(never_empty(row, apt.model, dict(blocks)))
-    cross = [name for name in blocks if name.endswith(".cross_heads")]
+    cross = sorted((name for name, block in blocks.items() if block.is_cross), key=lambda name: blocks[name].layer)
     return found | set(cross[-1:])

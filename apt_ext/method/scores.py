@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..arguments import FLOATING, checked_keys, checked_mapping, checked_number
 from ..model import APTModel
+from ..structure.architectures import in_encoder, is_encoder_decoder
 from ..structure.cutting import alike
 from .kurtosis import outliers, row_outliers
 from .salience import Salience
@@ -36,16 +37,14 @@ class BlockScores:
             if name in self.blocks or (kurtosis and "hidden" in self.blocks):
                 sites[name] = self._module(reader), apt.blocks[name].count
         if "hidden" in self.blocks:
-            first = {"heads": 1, "neurons": 0}  # Q among V, Q, K, O; the first of the up projections
             for name in self._readers:
-                block = apt.blocks[name]
-                site = f"hidden {block.sides[first[block.kind]].module}"
+                site = f"hidden {apt.blocks[name].linear('q', 'up')}"
                 self._stream[site] = name
                 sites[site] = self._module(site.removeprefix("hidden ")), self.blocks["hidden"].count
         signed = [name for name in self._readers if name in sites and (apt.blocks[name].kind == "heads" or "hidden" in self.blocks)]
-        behind = [site for site in sites if site.removeprefix("hidden ").startswith(("decoder.", "model.decoder."))]
-        encoder_decoder = bool(getattr(getattr(apt.model, "config", None), "is_encoder_decoder", False))
-        self.salience = Salience(apt.model, sites, decay, signed if kurtosis else (), behind if encoder_decoder else ())
+        behind = [site for site in sites if not in_encoder(apt.model, apt.blocks[self._stream.get(site, site)])]
+        decoder = behind if is_encoder_decoder(apt.model) else ()
+        self.salience = Salience(apt.model, sites, decay, signed if kurtosis else (), decoder)
         self._outliers: dict[str, Tensor] = {}  # of the weights at the last look
 
     def _module(self, name: str) -> nn.Module:

@@ -9,13 +9,15 @@ from .architecture_types import Architecture, BlockRule, Layers, Side, Stream
 
 
 def _neurons(field: str, up: tuple[str, ...], down: str) -> BlockRule:
-    return BlockRule("neurons", field, (*(Side(name, "out") for name in up), Side(down, "in", scales=True)))
+    sides = (*(Side(name, "out", role="up") for name in up), Side(down, "in", scales=True, role="down"))
+    return BlockRule("neurons", field, sides)
 
 
 def _heads(*qkvo: str, **rest: Any) -> BlockRule:
     """Scales where V comes out: a head without scores would still attend everywhere alike, so Q and K alone would not remove it."""
     q, k, v, o = qkvo
-    return BlockRule("heads", "num_attention_heads", (Side(v, "out", scales=True), Side(q, "out"), Side(k, "out"), Side(o, "in")), **rest)
+    read = (Side(v, "out", scales=True, role="v"), Side(q, "out", role="q"), Side(k, "out", role="k"))
+    return BlockRule("heads", "num_attention_heads", (*read, Side(o, "in", role="o")), **rest)
 
 
 _BERT_HEADS = _heads(
@@ -120,8 +122,8 @@ ARCHITECTURES: list[Architecture] = [
                         "heads",
                         "num_attention_heads",
                         (
-                            *(Side("attn.c_attn", "out", scales=part == 2, part=part, parts=3) for part in (2, 0, 1)),
-                            Side("attn.c_proj", "in"),
+                            *(Side("attn.c_attn", "out", scales=part == 2, part=part, parts=3, role="qkv"[part]) for part in (2, 0, 1)),
+                            Side("attn.c_proj", "in", role="o"),
                         ),
                         owner="attn",
                         size="head_dim",

@@ -15,6 +15,9 @@ class Side:
     part    which of `parts` equal, adjacent stretches of the side it is, where one linear holds several (GPT-2's query, key and value)
     acts    whether the mask acts there; a side where it does not is only cut (a table of position biases, one column a head)
     of      "linear", "embedding" or "norm"; filled in for a Block
+    role    what the linear is to the block: "q", "k", "v" or "o" of heads, "up" or "down" of neurons, else "". Where
+            a rule gives none it is filled in for a Block: the output that scales is V, the other outputs are Q and K in
+            this order, the input is O; of neurons outputs are "up" and the input is "down"
     """
 
     module: str
@@ -24,6 +27,7 @@ class Side:
     parts: int = 1
     acts: bool = True
     of: str = "linear"
+    role: str = ""
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,7 @@ class BlockRule:
     kind         "heads" or "neurons"
     width_field  the entry of the model's config that says how many there are
     sides        where its mask acts; those that the model lacks are passed over, the one that scales must be there
-    name         the last part of the block's name, None: the kind
+    name         the last part of the block's name, None: the kind; "cross_heads": attention of a decoder to its encoder
     owner        the module that holds the attributes below, within the layer
     size         its attribute that says how many adjacent channels one of the block is (a head's size); "" for one
     counts       its attributes that a cut sets to the number of query heads
@@ -52,7 +56,13 @@ class BlockRule:
 
 @dataclass(frozen=True)
 class Layers:
-    """Layers of one kind. `pattern` matches the end of a layer's name, its group is the number; `prefix` begins the names of its blocks."""
+    """Layers of one kind.
+
+    pattern  matches the end of a layer's name; its group is the number
+    blocks   the rules of the blocks in each of them
+    prefix   begins the names of their blocks. Without one names begin with the number; where such layers lie in several
+             stacks of one model, what tells the paths of the stacks apart is their prefix: "encoder.0.heads"
+    """
 
     pattern: str
     blocks: tuple[BlockRule, ...]
@@ -116,6 +126,10 @@ class Block:
     size         how many adjacent channels one of them is where it scales: a head's size, else 1
     owner        the module that the rule's attributes belong to; "" for none
     rule         the table's rule; None for "hidden"
+    stack        the beginning of the names of all blocks of its stack of layers: the prefix of the row's Layers, or what
+                 tells the stacks of the model apart; "" where there is one stack
+    layer        the number of its layer; -1 for "hidden"
+    part         which of its layer's blocks it is: the rule's name or kind
     """
 
     kind: str
@@ -125,6 +139,9 @@ class Block:
     size: int = 1
     owner: str = ""
     rule: BlockRule | None = None
+    stack: str = ""
+    layer: int = -1
+    part: str = ""
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -140,3 +157,13 @@ class Block:
     def reader(self) -> str:
         """The linear that reads the channels of heads or neurons: its input is what the block hands on."""
         return next(side.module for side in self.sides if side.side == "in")
+
+    @property
+    def is_cross(self) -> bool:
+        """True for attention of a decoder to its encoder."""
+        return self.part == "cross_heads"
+
+    def linear(self, *roles: str) -> str:
+        """The linear of the first of these roles that the block has; of a block with none of them, the one that scales."""
+        found = {side.role: side.module for side in reversed(self.sides) if side.of == "linear"}
+        return next((found[role] for role in roles if role in found), self.scaling_side.module)

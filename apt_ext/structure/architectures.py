@@ -8,6 +8,7 @@ Imports only torch. `register_architecture` adds rows.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from torch import nn
@@ -16,6 +17,9 @@ from .architecture_table import ARCHITECTURES, TASK_HEADS
 from .architecture_types import Architecture, Block, BlockRule, Layers, Side, Stream
 
 __all__ = ["ARCHITECTURES", "TASK_HEADS", "Architecture", "Block", "BlockRule", "Layers", "Side", "Stream"]
+
+
+ROLES = {"heads": ("q", "k", "v", "o"), "neurons": ("up", "down")}  # {kind of block: what a side may be to it}
 
 
 def register_architecture(row: Architecture) -> None:
@@ -32,6 +36,9 @@ def register_architecture(row: Architecture) -> None:
         for rule in layers.blocks:
             if rule.kind not in ("heads", "neurons"):
                 raise ValueError(f"kind: expected 'heads' or 'neurons', got {rule.kind!r}")
+            odd = next((side for side in rule.sides if side.role not in ("", *ROLES[rule.kind])), None)
+            if odd is not None:
+                raise ValueError(f"role: expected one of {ROLES[rule.kind]} for {odd.module!r} of {rule.kind}, got {odd.role!r}")
             if not any(side.scales for side in rule.sides):
                 raise ValueError(f"sides: expected one that scales for {rule.name or rule.kind} of {layers.pattern!r}, got none")
     if row.stream is not None:
@@ -66,26 +73,53 @@ def output_layer(model: nn.Module) -> str | None:
 
 
 def find_blocks(model: nn.Module) -> dict[str, Block]:
-    """The blocks of a model: each layer's, in order, named "<layer>.<kind>", then "hidden"; empty for an architecture not in the table.
+    """The blocks of a model: each layer's, in order, named "<stack><layer>.<part>", then "hidden".
 
-    "hidden" is there only where the table accounts for every module with Parameters: see `unknown_modules`.
+    Empty for an architecture not in the table. "hidden" is there only where the table accounts for every module with
+    Parameters: see `unknown_modules`. ValueError where the row finds two blocks of one name.
     """
     row = architecture_of(model)
     blocks: dict[str, Block] = {}
     if row is None:
         return blocks
     modules = dict(model.named_modules())
-    for name in modules:
-        for layers in row.layers:
-            found = ends_with(layers.pattern, name)
-            for rule in layers.blocks if found else ():
-                block = _block(modules, name, rule)
-                if found is not None and block is not None:
-                    blocks[f"{layers.prefix}{found[1]}.{rule.name or rule.kind}"] = block
+    found = [
+        (name, match, layers, block)
+        for name in modules
+        for layers in row.layers
+        if (match := ends_with(layers.pattern, name)) is not None
+        for rule in layers.blocks
+        if (block := _block(modules, name, rule)) is not None
+    ]
+    stacks = _stacks({_path(match) for _, match, layers, _ in found if not layers.prefix})
+    for layer, match, layers, block in found:
+        stack = layers.prefix or stacks[_path(match)]
+        name = f"{stack}{match[1]}.{block.part}"
+        if name in blocks:
+            raise ValueError(
+                f"register_architecture: expected one block named {name!r}, got two, the second in {layer}; give Layers "
+                "of another stack another prefix, and two rules of one layer different names"
+            )
+        blocks[name] = replace(block, stack=stack, layer=int(match[1]))
     hidden = _hidden(modules, row.stream)
     if hidden is not None:
         blocks["hidden"] = hidden
     return blocks
+
+
+def in_encoder(model: nn.Module, block: Block) -> bool:
+    """True for a block of an encoder: its stack is "encoder.", or it lies outside an encoder-decoder's `get_decoder()`."""
+    if block.stack in ("encoder.", "decoder.") or not is_encoder_decoder(model):
+        return block.stack == "encoder."
+    get = getattr(model, "get_decoder", None)
+    inside = get() if callable(get) else model
+    decoder = next((name for name, module in model.named_modules() if module is inside), "")
+    return bool(decoder) and not block.reader.startswith(f"{decoder}.")
+
+
+def is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether the model's config says so."""
+    return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
 def unknown_modules(model: nn.Module) -> list[str]:
@@ -129,9 +163,39 @@ def ends_with(pattern: str, name: str) -> re.Match[str] | None:
     return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) if pattern else None
 
 
+def _path(layer: re.Match[str]) -> str:
+    """A layer's name without its number: the same for all layers of one stack."""
+    return layer.string[: layer.start(1)] + layer.string[layer.end(1) :]
+
+
+def _stacks(paths: Collection[str]) -> dict[str, str]:
+    """{path of a stack: the beginning of its blocks' names}: "" for the only one, else what its path differs in."""
+    parts = {path: path.strip(".").split(".") for path in paths}
+    for end in (0, -1):
+        while len(parts) > 1 and all(parts.values()) and len({names[end] for names in parts.values()}) == 1:
+            for names in parts.values():
+                names.pop(end)
+    return {path: "" if len(parts) == 1 else "".join(f"{name}." for name in names) for path, names in parts.items()}
+
+
+def _roles(rule: BlockRule) -> Iterator[Side]:
+    """The sides of a rule, with the role of each that acts. The only place that takes an order for a meaning."""
+    given = {side.role for side in rule.sides}
+    free = iter(role for role in ("q", "k") if role not in given)
+    for side in rule.sides:
+        if side.role or not side.acts:
+            yield side
+        elif rule.kind == "neurons":
+            yield replace(side, role="up" if side.side == "out" else "down")
+        elif side.side == "in":
+            yield replace(side, role="o")
+        else:
+            yield replace(side, role="v" if side.scales else next(free, ""))
+
+
 def _block(modules: dict[str, nn.Module], layer: str, rule: BlockRule) -> Block | None:
     sides = []
-    for side in rule.sides:
+    for side in _roles(rule):
         name = f"{layer}.{side.module}"
         if name in modules:
             of = "embedding" if isinstance(stored(modules[name]), nn.Embedding) else "linear"
@@ -140,7 +204,7 @@ def _block(modules: dict[str, nn.Module], layer: str, rule: BlockRule) -> Block 
         return None
     owner = f"{layer}.{rule.owner}" if rule.owner else ""
     size = int(getattr(modules[owner], rule.size)) if rule.size else 1
-    block = Block(rule.kind, 0, tuple(sides), rule.width_field, size, owner, rule)
+    block = Block(rule.kind, 0, tuple(sides), rule.width_field, size, owner, rule, part=rule.name or rule.kind)
     scaling = block.scaling_side
     return replace(block, count=side_width(modules[scaling.module], scaling.side) // (scaling.parts * size))
 
@@ -180,4 +244,4 @@ def _hidden(modules: dict[str, nn.Module], stream: Stream | None) -> Block | Non
         return None
     count = side_width(modules[embedding.module], "out")
     wrong = [side for side in sides if side_width(modules[side.module], side.side) != count]
-    return None if wrong else Block("hidden", count, tuple(sides), "hidden_size")
+    return None if wrong else Block("hidden", count, tuple(sides), "hidden_size", part="hidden")

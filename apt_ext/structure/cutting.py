@@ -13,7 +13,18 @@ from torch import Tensor, nn
 
 from ..adapter import APTAdapter
 from ..growth import Resize, resizable_state, resize_parameters
-from .architectures import Architecture, Block, architecture_of, ends_with, find_blocks, output_layer, side_width, stored, weight_dim
+from .architectures import (
+    Architecture,
+    Block,
+    architecture_of,
+    ends_with,
+    find_blocks,
+    in_encoder,
+    output_layer,
+    side_width,
+    stored,
+    weight_dim,
+)
 from .blocks import get_mask, lanes_of
 from .carriers import MaskedEmbedding, is_carrier
 
@@ -77,7 +88,7 @@ def _spare(row: Architecture, model: nn.Module, blocks: dict[str, Block], kept: 
     """Let one head or neuron stay where the stock class needs one."""
     for name in never_empty(row, model, blocks):
         if blocks[name].count and not bool(kept[name].any()):
-            alike = _stack(name, blocks) if row.alike else [name]
+            alike = _same_part(name, blocks) if row.alike else [name]
             for other in alike:
                 if blocks[other].count and not bool(kept[other].any()):
                     kept[other][0] = True
@@ -90,13 +101,15 @@ def never_empty(row: Architecture, model: nn.Module, blocks: dict[str, Block]) -
         return [name for name, block in blocks.items() if block.kind != "hidden"]
     if _ATTENTION_NEEDS_HEADS:
         return [name for name, block in blocks.items() if block.kind == "heads"]
-    heads = [name for name, block in blocks.items() if block.kind == "heads" and name.endswith(".heads")]
     if not decodes(row, model):
         return []
     config = getattr(model, "config", None)
-    own = [name for name in heads if not name.startswith("encoder.")]
-    types = getattr(config, "layer_types", None) or [None] * len(own)
-    return [name for i, name in enumerate(own) if types[i] not in types[:i]]  # a cache has one length for each type of layer
+    types = getattr(config, "layer_types", None) or []
+    first: dict[object, str] = {}  # a cache has one length for each type of layer
+    for name, block in sorted(blocks.items(), key=lambda item: item[1].layer):
+        if block.kind == "heads" and not block.is_cross and not in_encoder(model, block):
+            first.setdefault(types[block.layer] if block.layer < len(types) else None, name)
+    return list(first.values())
 
 
 def decodes(row: Architecture, model: nn.Module) -> bool:
@@ -108,24 +121,26 @@ def alike(model: nn.Module, blocks: dict[str, Block]) -> list[list[str]]:
     """Groups of blocks of heads of which the same have to stay in each; none where layers are free."""
     row = architecture_of(model)
     heads = [name for name, block in blocks.items() if block.kind == "heads"] if row is not None and row.alike else []
-    return list({group[0]: group for group in (_stack(name, blocks) for name in heads)}.values())
+    return list({group[0]: group for group in (_same_part(name, blocks) for name in heads)}.values())
 
 
-def _stack(name: str, blocks: dict[str, Block]) -> list[str]:
+def _same_part(name: str, blocks: dict[str, Block]) -> list[str]:
     """The blocks of the same part of every layer of the stack that `name` is in."""
-    first, last = name.split(".")[0], name.rpartition(".")[2]
-    return [other for other in blocks if other.split(".")[0] == first and other.rpartition(".")[2] == last]
+    one = blocks[name]
+    return [other for other, block in blocks.items() if (block.stack, block.part) == (one.stack, one.part)]
 
 
 def _check_alike(blocks: dict[str, Block], kept: dict[str, Tensor]) -> None:
     for name, block in blocks.items():
         if block.kind != "heads":
             continue
-        first = _stack(name, blocks)[0]
-        same = torch.equal(kept[name], kept[first]) if name.endswith(".heads") else int(kept[name].sum()) == int(kept[first].sum())
+        first = _same_part(name, blocks)[0]
+        words, same = "same heads", torch.equal(kept[name], kept[first])
+        if block.is_cross:  # they read no position bias, but the first layer makes one of zeros for all
+            words, same = "number of heads", int(kept[name].sum()) == int(kept[first].sum())
         if not same:
             raise ValueError(
-                f"{name}: expected the {'same heads' if name.endswith('.heads') else 'number of heads'} of {first}, because the layers of "
+                f"{name}: expected the {words} of {first}, because the layers of "
                 f"this stack share one position bias, got {_shown(kept[name])} and {_shown(kept[first])}; give them one mask"
             )
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..arguments import checked_int
 from ..building import match
 from ..config import APTConfig
-from .architectures import Block, architecture_of, ends_with, find_blocks, is_linear, side_width, stored, weight_dim
+from .architectures import Block, architecture_of, ends_with, find_blocks, is_encoder_decoder, is_linear, side_width, stored, weight_dim
 from .blocks import missing_block
 from .cutting import Changes, lanes_for, never_empty, parameter_changes
 from .formats import Sizes, allowed
@@ -257,7 +257,7 @@ def _products(model: nn.Module, blocks: dict[str, Block], batch: int, length: in
     try:
         tokens = torch.zeros(batch, length, dtype=torch.long, device="meta")
         inputs = {"input_ids": tokens}
-        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        if is_encoder_decoder(model):
             inputs["decoder_input_ids"] = tokens
         with torch.no_grad():
             trial(**inputs)
@@ -267,8 +267,7 @@ def _products(model: nn.Module, blocks: dict[str, Block], batch: int, length: in
     attention = []
     for block in blocks.values():
         if block.kind == "heads":
-            out = [side.module for side in block.sides if side.side == "out" and side.of == "linear"]  # V, Q, K
-            queries, keys = calls.get(out[1], 0), calls.get(out[2], 0)
+            queries, keys = calls.get(block.linear("q"), 0), calls.get(block.linear("k"), 0)
             weight, base = _weight(model, block.reader), stored(model.get_submodule(block.reader))
             attention.append((weight, weight_dim(base, "in"), queries * keys // batch))
     return _Products(linears, attention)
