@@ -19,6 +19,7 @@ from .compact import Chain
 from .config import APTConfig, nearest
 from .errors import naming
 from .guard import guard
+from .module_hooks import drop_copied_hooks
 from .optimizers import OptimizerLike
 from .state import check_loadable
 from .structure.architectures import Block, stored
@@ -193,6 +194,7 @@ class APTModel(Adapted):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        drop_copied_hooks(self)
         self._link_chains()  # copies of adapters are not chained
         self._guard()
 

@@ -5,69 +5,170 @@ from __future__ import annotations
 import inspect
 import threading
 from bisect import bisect_right
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .. import _C
+from ..module_hooks import ModuleHook
 
 MASKS = ("attention_mask", "decoder_attention_mask")
+_TOKENS = ("input_ids", "inputs_embeds", "input_values", "input_features")  # what a batch is called where a model takes it
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One call of a model or of its body.
+
+    masks   of MASKS, those that the call was given: [batch, length] bool, False for padding
+    unread  of MASKS, those that do not say which tokens are padding: what was given instead, in words
+    """
+
+    masks: dict[str, Tensor]
+    unread: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Entrance:
+    """A module that takes a batch with its attention mask.
+
+    positions  the names of the arguments that may be given without theirs
+    inside     ids of all modules within it
+    renamed    the names under which its masks count, where they are others: a decoder called alone takes its own as attention_mask
+    """
+
+    module: nn.Module
+    positions: list[str]
+    inside: frozenset[int]
+    renamed: dict[str, str]
 
 
 class Passes:
     """The masks of the passes with gradients since the last `forget`, by thread.
 
+    A pass begins where a module is entered that takes a batch together with `attention_mask`: the model, its body, an encoder or a decoder.
+    Of such modules within each other the outermost counts, for all of its pass: what the inner ones are given was made of it. The pass ends
+    where that module is left, by an error as well.
+
     A thread numbers the nodes of its graphs, and a recomputation runs in a node made together with the pass that it repeats.
+
+    model    entered itself whatever its arguments are called
+    decoder  modules in a decoder behind an encoder that ask for `decoder_attention_mask`
+    others   modules that ask for `attention_mask`
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, decoder: Collection[nn.Module] = (), others: Collection[nn.Module] = ()) -> None:
         self.forget()
-        self._positions = [name for name, parameter in _parameters(model).items() if parameter.kind in _POSITIONAL]
+        self._entrances = []
+        for module in model.modules():
+            parameters = _parameters(module)
+            if module is model or ("attention_mask" in parameters and not parameters.keys().isdisjoint(_TOKENS)):
+                positions = [name for name, parameter in parameters.items() if parameter.kind in _POSITIONAL]
+                inside = frozenset(map(id, module.modules()))
+                alone = any(id(one) in inside for one in decoder) and not any(id(one) in inside for one in others)
+                renamed = {"attention_mask": "decoder_attention_mask"} if alone and "decoder_attention_mask" not in parameters else {}
+                self._entrances.append(_Entrance(module, positions, inside, renamed))
+        self.told = any("attention_mask" in _parameters(entrance.module) for entrance in self._entrances)
 
-    def note(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """The model is called."""
-        given = {**dict(zip(self._positions, args, strict=False)), **kwargs}
-        masks = {name: given[name] != 0 for name in MASKS if isinstance(given.get(name), Tensor) and given[name].dim() == 2}
-        thread, node = _now()
-        passes = self._passes.setdefault(thread, [])
-        passes.insert(bisect_right(passes, node, key=_node), (node, masks))
-        if not _is_in_backward():
-            self._here.masks = masks
+    def hooks(self) -> list[RemovableHandle]:
+        """Begin to listen; the hooks, to be removed by the caller."""
+        handles = []
+        for entrance in self._entrances:
+            module = entrance.module
+            enter: Callable[..., None] = partial(self._enter, entrance)
+            handles.append(module.register_forward_pre_hook(ModuleHook(module, enter), with_kwargs=True))
+            handles.append(module.register_forward_hook(ModuleHook(module, self._leave), always_call=True))
+        return handles
 
-    def mask(self, name: str) -> Tensor | None:
-        """[batch, length] bool: the tokens that count in the pass that runs here, or None where it was given no such mask."""
-        if not _is_in_backward():  # at each site of each forward
-            return getattr(self._here, "masks", {}).get(name)
-        thread, node = _now()
+    def here(self) -> Pass | None:
+        """The pass that runs here, or the one that is recomputed; None in modules that were called by hand, outside of any."""
+        task = _task()
+        entered = self._entered().get(task)  # at each site of each forward
+        if entered:
+            return entered[0][1]
+        if task == _NONE:
+            return None
+        thread, node = _C.node_moment() or _C.next_moment()
         passes = self._passes.get(thread, [])
-        before = bisect_right(passes, node, key=_node)
-        return passes[before - 1][1].get(name) if before else None
+        before = bisect_right(passes, node, key=_first)
+        return passes[before - 1][1] if before else None
 
     def forget(self) -> None:
-        self._passes: dict[int, list[tuple[int, dict[str, Tensor]]]] = {}  # {thread: (first node, masks) of each pass, in order}
-        self._here = threading.local()  # the masks of this thread's last pass
+        self._passes: dict[int, list[tuple[int, Pass | None]]] = {}  # {thread: (first node, pass or None after its end), in order}
+        self._here = threading.local()  # of this thread, {backward or _NONE: the modules that were entered and not left, with their pass}
 
     def __len__(self) -> int:
         return sum(map(len, self._passes.values()))
 
+    def _entered(self) -> dict[int, list[tuple[_Entrance, Pass]]]:
+        found: dict[int, list[tuple[_Entrance, Pass]]] | None = getattr(self._here, "entered", None)
+        if found is None:
+            found = self._here.entered = {}
+        return found
+
+    def _enter(self, entrance: _Entrance, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled():
+            return
+        entered = self._entered().setdefault(_task(), [])
+        while entered and (entered[-1][0] is entrance or id(module) not in entered[-1][0].inside):
+            entered.pop()  # one that an interrupt, or an error in compiled code, left without a word
+        if entered:
+            entered.append((entrance, entered[0][1]))
+            return
+        begun = _pass_of(entrance, args, kwargs)
+        entered.append((entrance, begun))
+        self._note(begun)
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        task = _task()
+        entered = self._entered().get(task)
+        if entered and entered[-1][0].module is module:
+            entered.pop()
+            if not entered:
+                del self._entered()[task]
+                self._note(None)
+
+    def _note(self, one: Pass | None) -> None:
+        """Nodes made from now on are of this pass."""
+        thread, node = _C.next_moment()
+        self._passes.setdefault(thread, []).append((node, one))
+
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+_NONE = -1  # torch's number of the backward that runs where none does
 
 
-def _parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
-    return dict(inspect.signature(model.forward).parameters)
+def _parameters(module: nn.Module) -> dict[str, inspect.Parameter]:
+    try:
+        return dict(inspect.signature(module.forward).parameters)
+    except (TypeError, ValueError):  # a forward of torch.jit or of C++ has no signature
+        return {}
 
 
-def _node(one: tuple[int, dict[str, Tensor]]) -> int:
+def _pass_of(entrance: _Entrance, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Pass:
+    given = {**dict(zip(entrance.positions, args, strict=False)), **kwargs}
+    begun = Pass({}, {})
+    for name in MASKS:
+        mask, counts_as = given.get(name), entrance.renamed.get(name, name)
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            begun.masks[counts_as] = mask != 0
+        elif mask is not None:
+            got = f"of shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"in a {type(mask).__name__}"
+            begun.unread[counts_as] = f"{type(entrance.module).__name__} was called with {name} {got}"
+    return begun
+
+
+def _first(one: tuple[int, Pass | None]) -> int:
     return one[0]
 
 
-def _is_in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-def _now() -> tuple[int, int]:
-    """(thread, number) of the autograd node that runs here, or of the next one made here."""
-    node = _C.node_moment() if _is_in_backward() else None
-    return node or _C.next_moment()
+def _task() -> int:
+    """The number of the backward that runs here, or _NONE."""
+    return torch._C._current_graph_task_id()

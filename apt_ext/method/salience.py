@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.compiler import is_compiling
 from torch.utils.hooks import RemovableHandle
 
 from .. import _C, agreement
 from ..arguments import FLOATING, checked_int, checked_keys, checked_mapping
+from ..module_hooks import ModuleHook
 from .averages import Averages
 from .padding import Passes
 
@@ -27,10 +26,12 @@ class Salience:
     recomputation of gradient checkpointing leave the state unchanged. (Checkpointing itself makes transformers ask for the gradient of the
     first layer's input, which hidden dimensions then hear as well.)
 
-    Tokens that the model's `attention_mask` [batch, length] marks 0 (padding) count on neither side, where H is [batch, length, channels];
-    elsewhere (a feed-forward in chunks) all count, with a warning. At the sites of a decoder behind an encoder it is
-    `decoder_attention_mask`. The ranks of a process group add up their sums, and all have the scores of the joint batch. A deepcopy of
-    the model is not listened to.
+    Tokens that `attention_mask` [batch, length] marks 0 (padding) count on neither side, where H is [batch, length, channels]; elsewhere
+    (a feed-forward in chunks) all count, with a warning. It is the mask of the outermost module that was called and takes one with the
+    batch: the model, its body, one stack of two. Without a mask all tokens count. With one of another shape, and in layers that were called
+    by hand, all count as well, with one warning. At the sites of a decoder behind an encoder it is `decoder_attention_mask`, or
+    `attention_mask` of a decoder that is called alone. The ranks of a process group add up their sums, and all have the scores of the joint
+    batch. A copy of the model (deepcopy, pickle, torch.save) is not listened to and has no hooks.
 
     model    the module that is given the masks, by name or in the order of its forward; only they are looked at
     sites    for each block family's name: the module whose input is H, and the number of blocks in it; channels of one block are adjacent
@@ -57,11 +58,14 @@ class Salience:
         self._counts = {name: count for name, (_, count) in sites.items()}
         self._signed, self._decoder = frozenset(signed), frozenset(decoder)
         self._listeners = {name: _C.Listener(name in self._signed) for name in sites}
-        self._passes = Passes(model)
+        behind = [module for name, (module, _) in sites.items() if name in self._decoder]
+        self._passes = Passes(model, behind, [module for name, (module, _) in sites.items() if name not in self._decoder])
         self._unmasked: set[str] = set()  # sites whose activations are not [batch, length, channels]
-        self._handles: list[RemovableHandle] = [model.register_forward_pre_hook(_only_of(model, self._note), with_kwargs=True)]
+        self._doubts: dict[tuple[str, str], str] = {}  # {(site, kind): why padding counted there} since the last update
+        self._said: set[str] = set()  # kinds that a warning has said
+        self._handles: list[RemovableHandle] = self._passes.hooks()
         for name, (module, _) in sites.items():
-            self._handles.append(module.register_forward_pre_hook(_only_of(module, self._hearer(name))))
+            self._handles.append(module.register_forward_pre_hook(ModuleHook(module, self._hearer(name))))
         _forget_compiled()
 
     @property
@@ -74,10 +78,6 @@ class Salience:
         """[channels] each, of H up to one factor; to be read only."""
         return self._means.named
 
-    def _note(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.is_grad_enabled():
-            self._passes.note(args, kwargs)
-
     def _hearer(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         hear, mask = self._listeners[name].hear, "decoder_attention_mask" if name in self._decoder else "attention_mask"
 
@@ -86,7 +86,15 @@ class Salience:
                 return
             if not args:
                 raise TypeError(f"site {name!r}: expected H as the first positional argument of {type(module).__name__}")
-            tokens = self._passes.mask(mask)
+            here = self._passes.here()
+            if here is None:
+                tokens = None
+                if self._passes.told:
+                    self._doubts[name, "by hand"] = "its layer was called outside of any module that takes the batch"
+            else:
+                tokens = here.masks.get(mask)
+                if mask in here.unread:
+                    self._doubts[name, "unread"] = here.unread[mask]
             if not hear(args[0], tokens, getattr(module, "handed_over", None)) and tokens is not None:
                 self._warn_of_padding(name, args[0], mask, tokens)
 
@@ -100,6 +108,17 @@ class Salience:
                 stacklevel=4,
             )
 
+    def _say_doubts(self, heard: Collection[str]) -> None:
+        """Warn once of each kind of reason why padding counted at one of the sites `heard`."""
+        for (name, kind), why in self._doubts.items():
+            if name in heard and kind not in self._said:
+                self._said.add(kind)
+                warnings.warn(
+                    f"Salience: all tokens count at site {name!r}, padding too, because {why}; call the model or its body with "
+                    "attention_mask [batch, length], 0 for padding, or leave padding out of the batch",
+                    stacklevel=4,
+                )
+
     def sums(self) -> dict[str, list[Tensor]]:
         """Of |H|, |dL/dH| and, if signed, H, [channels] each, of the sites where a gradient has come since the last update."""
         found = {name: listener.sums() for name, listener in self._listeners.items()}
@@ -110,6 +129,7 @@ class Salience:
         for listener in self._listeners.values():
             listener.forget()
         self._passes.forget()
+        self._doubts.clear()
 
     @torch.no_grad()
     def update(self) -> None:
@@ -117,7 +137,9 @@ class Salience:
 
         In a process group all ranks call it together.
         """
-        sums = _over_ranks(self.sums())
+        heard = self.sums()
+        self._say_doubts(heard)
+        sums = _over_ranks(heard)
         # Together in a few launches: sites of one number of channels a block.
         alike: dict[tuple[int, torch.device, torch.dtype], list[str]] = {}
         for name, (absolute, *_) in sums.items():
@@ -181,22 +203,6 @@ class Salience:
         self._scores.replace(state["scores"])
         self._means.replace(state["means"])
         self.forget()
-
-
-def _only_of(module: nn.Module, call: Callable[..., None]) -> Callable[..., None]:
-    """A hook of `module` that its deepcopies, which take it along, do not call; between compiled graphs, not in them."""
-    own = weakref.ref(module)
-
-    def take(module: nn.Module, *inputs: Any) -> None:
-        if module is own():
-            call(module, *inputs)
-
-    between_graphs = torch.compiler.disable(take)  # type: ignore[no-untyped-call]
-
-    def hook(module: nn.Module, *inputs: Any) -> None:
-        (between_graphs if is_compiling() else take)(module, *inputs)  # the wrapper takes as long as the call
-
-    return hook
 
 
 def _forget_compiled() -> None:

@@ -1,0 +1,60 @@
+"""Hooks of one module that its copies do not have: pickle, copy.deepcopy and torch.save leave them out."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.compiler import is_compiling
+
+# The registries of nn.Module that hold a hook, or what torch knows of it, under one number.
+_REGISTRIES = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
+
+class ModuleHook:
+    """A forward hook or forward pre-hook of `module` that calls `call` with what torch gives it; between compiled graphs, not in them.
+
+    A copy of the module (deepcopy, pickle, torch.save) takes its hooks along. A copied hook calls nothing. `drop_copied_hooks` removes it;
+    where nobody called that, it removes itself at its first call.
+    """
+
+    def __init__(self, module: nn.Module | None = None, call: Callable[..., None] | None = None) -> None:
+        self._module = None if module is None else weakref.ref(module)
+        self._call = call
+        self._between_graphs = torch.compiler.disable(self._take)  # type: ignore[no-untyped-call]
+
+    def __call__(self, module: nn.Module, *inputs: Any) -> None:
+        if self._call is not None:
+            (self._between_graphs if is_compiling() else self._take)(module, *inputs)  # the wrapper takes as long as the call
+        elif not is_compiling():
+            drop_copied_hooks(module)
+
+    def _take(self, module: nn.Module, *inputs: Any) -> None:
+        if self._call is not None and self._module is not None and module is self._module():
+            self._call(module, *inputs)
+
+    def belongs_to(self, module: nn.Module) -> bool:
+        """True for the hook of this very module; False for a copied one."""
+        return self._module is not None and self._module() is module
+
+    def __reduce__(self) -> tuple[type[ModuleHook], tuple[()]]:
+        return ModuleHook, ()
+
+
+def drop_copied_hooks(model: nn.Module) -> None:
+    """Remove from `model` and all modules within it the ModuleHooks that came with a copy. Every other hook stays."""
+    for module in model.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            copied = [key for key, hook in hooks.items() if isinstance(hook, ModuleHook) and not hook.belongs_to(module)]
+            for key in copied:
+                for registry in _REGISTRIES:
+                    getattr(module, registry).pop(key, None)
