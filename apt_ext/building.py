@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -11,6 +12,7 @@ from torch import nn
 
 from .adapter import APTAdapter
 from .arguments import checked_module
+from .compiled import unwrap
 from .config import APTConfig, select
 from .errors import naming
 from .structure.architectures import Block, find_blocks, is_linear, output_layer, side_width, task_heads
@@ -20,6 +22,7 @@ from .structure.carriers import MaskedLinear
 _READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 T = TypeVar("T")
+logger = logging.getLogger("apt_ext")
 
 
 class Adapted(nn.Module):
@@ -28,38 +31,60 @@ class Adapted(nn.Module):
     model: nn.Module
 
 
-def build(model: nn.Module, config: APTConfig, finish: Callable[[dict[str, Block], list[str]], T]) -> T:
-    """Wrap `model` in place and return `finish(blocks, names of what trains whole)`; whatever raises, the model is as it was."""
-    found = match(model, config)
-    modules = dict(model.named_modules())
-    linears, saved, whole, targets = found.linears, found.saved, found.whole, found.targets
-    blocks = find_blocks(model)
-    touched = {linear for block in blocks.values() if block.kind != "hidden" for linear in block.linears}
+def build(
+    model: nn.Module,
+    config: APTConfig,
+    finish: Callable[[nn.Module, dict[str, Block], list[str]], T],
+) -> T:
+    """Wrap `model` in place and return `finish(module, its blocks, names of what trains whole)`.
 
+    The module is `model` itself, or what `torch.compile` has wrapped. Whatever raises, all is as it was.
+    """
+    inner = unwrap(checked_module("model", model))
+    try:
+        found = match(inner.module, config)
+        result = _wrapped(inner.module, config, found, find_blocks(inner.module), finish)
+    except BaseException:
+        inner.restore()
+        raise
+    if inner.note:
+        logger.warning("%s", inner.note)
+    return result
+
+
+def _wrapped(
+    model: nn.Module,
+    config: APTConfig,
+    found: Match,
+    blocks: dict[str, Block],
+    finish: Callable[[nn.Module, dict[str, Block], list[str]], T],
+) -> T:
+    modules = dict(model.named_modules())
+    touched = {linear for block in blocks.values() if block.kind != "hidden" for linear in block.linears}
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
         for parameter, _ in flags:
             parameter.requires_grad_(False)
-        for name in saved:
+        for name in found.saved:
             for parameter in modules[name].parameters():
                 parameter.requires_grad_(parameter.is_floating_point())
-        for name in linears:
-            if name in targets or name in touched:
+        for name in found.linears:
+            if name in found.targets or name in touched:
                 with naming(name):
-                    if name in whole:
+                    if name in found.whole:
                         adapter: APTAdapter = MaskedLinear.around(modules[name])
                     else:
-                        rank = config.rank_of(name) if name in targets else 0
-                        reserved = config.max_rank if name in targets else None
+                        rank = config.rank_of(name) if name in found.targets else 0
+                        reserved = config.max_rank if name in found.targets else None
                         exact = torch.float32 if config.float32_factors and _is_16_bit(modules[name]) else None
                         adapter = APTAdapter.from_linear(
                             modules[name], rank, config.scaling_of(name), max_rank=reserved, dropout=config.lora_dropout, dtype=exact
                         )
                 adapter._label = name
                 model.set_submodule(name, adapter)
-        return finish(blocks, saved)
+        return finish(model, blocks, found.saved)
     except BaseException:
-        for name in dict.fromkeys((*linears, *(side.module for block in blocks.values() for side in block.sides))):
+        for name in dict.fromkeys((*found.linears, *(side.module for block in blocks.values() for side in block.sides))):
             model.set_submodule(name, modules[name])
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
@@ -72,7 +97,13 @@ def _is_16_bit(linear: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Match:
-    """Names in a model: its linears, the modules that train whole, the linears within those, and the linears that get an adapter."""
+    """What a configuration means in a model.
+
+    linears  the names of its linears
+    saved    the names of the modules that train whole
+    whole    the linears that are or lie in those
+    targets  the linears that get an adapter
+    """
 
     linears: list[str]
     saved: list[str]
@@ -81,7 +112,7 @@ class Match:
 
 
 def match(model: nn.Module, config: APTConfig) -> Match:
-    """What `config` means in this model; the errors of `get_apt_model` about types, names and models that have adapters."""
+    """What `config` means in this model, which is not changed; raises what `get_apt_model` does."""
     checked_module("model", model)
     if not isinstance(config, APTConfig):
         raise TypeError(f"config: expected an APTConfig, got {type(config).__name__}")
@@ -110,7 +141,7 @@ def _check_targets(model: nn.Module, targets: list[str]) -> None:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
     for name in targets:
-        tied = owners[id(model.get_submodule(name).weight)]
+        tied = owners.get(id(model.get_submodule(name).weight), [])  # none of a weight that is computed
         if len(tied) > 1:
             raise ValueError(f"target_modules: expected weights of their own, but the weight of {name} is tied: {' = '.join(tied)}")
         parent = model.get_submodule(name.rpartition(".")[0])

@@ -60,8 +60,8 @@ def get_apt_model(model: nn.Module, config: APTConfig) -> APTModel:
     that does not fit; a weight that is tied or not finite; a model with adapters), naming the module; the model is then as before.
     """
 
-    def finish(blocks: dict[str, Block], saved: list[str]) -> APTModel:
-        apt = APTModel(model, config, blocks, saved)
+    def finish(inner: nn.Module, blocks: dict[str, Block], saved: list[str]) -> APTModel:
+        apt = APTModel(inner, config, blocks, saved)
         apt._guard()
         return apt
 
@@ -291,8 +291,8 @@ class APTModel(Adapted):
         with checkpoint.opened(path) as saved:
             config = saved.config()
 
-            def finish(blocks: dict[str, Block], whole: list[str]) -> APTModel:
-                apt = cls(base_model, config, blocks, whole)
+            def finish(inner: nn.Module, blocks: dict[str, Block], names: list[str]) -> APTModel:
+                apt = cls(inner, config, blocks, names)
                 apt._restore(saved)
                 apt._guard()
                 return apt

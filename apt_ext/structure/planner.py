@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import checked_int
+from ..arguments import checked_int, checked_module
 from ..building import match
+from ..compiled import unwrap
 from ..config import APTConfig
 from .architectures import Block, architecture_of, ends_with, find_blocks, is_encoder_decoder, is_linear, side_width, stored, weight_dim
 from .blocks import missing_block
@@ -113,12 +114,26 @@ def plan(model: nn.Module, config: APTConfig, *, keep: Mapping[str, int] | None 
     checked_int("length", length, 1)
     if keep is not None and not isinstance(keep, Mapping):
         raise TypeError(f"keep: expected a mapping of kinds to numbers, got {type(keep).__name__}")
+    inner = unwrap(checked_module("model", model))
+    try:
+        return _planned(inner.module, config, keep, batch, length, [inner.note] if inner.note else [])
+    finally:
+        inner.restore()
+
+
+def _planned(
+    model: nn.Module,
+    config: APTConfig,
+    keep: Mapping[str, int] | None,
+    batch: int,
+    length: int,
+    notes: list[str],
+) -> Plan:
     found = match(model, config)
     blocks = find_blocks(model)
     wanted = _wanted(model, blocks, config, keep)
     most = {name: min(wanted.get(block.kind, block.count), block.count) for name, block in blocks.items()}
     kept = {name: torch.arange(block.count, device="cpu") < most[name] for name, block in blocks.items()}
-    notes = []
     row = architecture_of(model)
     for name in never_empty(row, model, blocks) if row is not None else ():
         if blocks[name].count and not bool(kept[name].any()):
