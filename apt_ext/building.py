@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from .adapter import APTAdapter
-from .arguments import checked_module
+from .arguments import checked_module, linear_shape
+from .bases import is_quantised, refuse_peft, refuse_quantised
 from .compiled import unwrap
 from .config import APTConfig, select
 from .errors import naming
-from .structure.architectures import Block, find_blocks, is_linear, output_layer, side_width, task_heads
+from .structure.architectures import Block, architecture_of, find_blocks, is_linear, output_layer, task_heads
 from .structure.carriers import MaskedLinear
 
 # They hand the weights of their linears to a fused function, so an adapter's forward would never be called.
@@ -118,19 +119,23 @@ def match(model: nn.Module, config: APTConfig) -> Match:
         raise TypeError(f"config: expected an APTConfig, got {type(config).__name__}")
     if any(isinstance(module, Adapted | APTAdapter) for module in model.modules()):
         raise ValueError("model: expected a model without adapters, got one that has them; merge_and_unload() gives it back")
+    refuse_peft("model", model)
     modules = dict(model.named_modules())
     names = [name for name in modules if name]
     saved = task_heads(model) if config.modules_to_save is None else select("modules_to_save", config.modules_to_save, names)
     inside = tuple(f"{name}." for name in saved)
-    linears = [name for name in names if is_linear(modules[name])]
+    linears = [name for name in names if is_linear(modules[name]) or is_quantised(modules[name])]
     if not linears:
         raise ValueError(f"model: expected linear layers within it, got a {type(model).__name__} with none (from_linear wraps a lone one)")
     whole = {name for name in linears if name in saved or name.startswith(inside)}
     targets = config.targets(linears, whole, output_layer(model))
+    reached = linears if architecture_of(model) is not None else targets  # through blocks
+    refuse_quantised((name, modules[name]) for name in reached)
     _check_targets(model, targets)
     for name in targets:
-        limit = min(side_width(modules[name], side) for side in ("out", "in"))  # 0 where a quantised weight is refused later, by name
-        if limit and config.rank_of(name) > limit:
+        with naming(name):
+            limit = min(linear_shape(modules[name])[:2])
+        if config.rank_of(name) > limit:
             raise ValueError(f"{name}: rank must be at most min(out_features, in_features) = {limit}, got {config.rank_of(name)}")
     return Match(linears, saved, whole, targets)
 
