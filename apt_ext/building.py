@@ -14,8 +14,9 @@ from .adapter import APTAdapter
 from .arguments import checked_module, linear_shape
 from .bases import is_quantised, refuse_peft, refuse_quantised
 from .compiled import unwrap
-from .config import APTConfig, select
+from .config import APTConfig, ends_with, select
 from .errors import naming
+from .experts import expert_parameters, not_adapted
 from .structure.architectures import Block, architecture_of, find_blocks, is_linear, output_layer, task_heads
 from .structure.carriers import MaskedLinear
 
@@ -48,8 +49,8 @@ def build(
     except BaseException:
         inner.restore()
         raise
-    if inner.note:
-        logger.warning("%s", inner.note)
+    for note in filter(None, (inner.note, *found.notes)):
+        logger.warning("%s", note)
     return result
 
 
@@ -70,13 +71,13 @@ def _wrapped(
             for parameter in modules[name].parameters():
                 parameter.requires_grad_(parameter.is_floating_point())
         for name in found.linears:
-            if name in found.targets or name in touched:
+            if name in found.ranks or name in touched:
                 with naming(name):
                     if name in found.whole:
                         adapter: APTAdapter = MaskedLinear.around(modules[name])
                     else:
-                        rank = config.rank_of(name) if name in found.targets else 0
-                        reserved = config.max_rank if name in found.targets else None
+                        rank = found.ranks.get(name, 0)
+                        reserved = config.max_rank if name in found.ranks else None
                         exact = torch.float32 if config.float32_factors and _is_16_bit(modules[name]) else None
                         adapter = APTAdapter.from_linear(
                             modules[name], rank, config.scaling_of(name), max_rank=reserved, dropout=config.lora_dropout, dtype=exact
@@ -103,13 +104,15 @@ class Match:
     linears  the names of its linears
     saved    the names of the modules that train whole
     whole    the linears that are or lie in those
-    targets  the linears that get an adapter
+    ranks    {name: rank} of the linears that get an adapter
+    notes    what is to be said to the user
     """
 
     linears: list[str]
     saved: list[str]
     whole: set[str]
-    targets: list[str]
+    ranks: dict[str, int]
+    notes: list[str]
 
 
 def match(model: nn.Module, config: APTConfig) -> Match:
@@ -122,22 +125,56 @@ def match(model: nn.Module, config: APTConfig) -> Match:
     refuse_peft("model", model)
     modules = dict(model.named_modules())
     names = [name for name in modules if name]
+    notes: list[str] = []
     saved = task_heads(model) if config.modules_to_save is None else select("modules_to_save", config.modules_to_save, names)
     inside = tuple(f"{name}." for name in saved)
     linears = [name for name in names if is_linear(modules[name]) or is_quantised(modules[name])]
     if not linears:
         raise ValueError(f"model: expected linear layers within it, got a {type(model).__name__} with none (from_linear wraps a lone one)")
     whole = {name for name in linears if name in saved or name.startswith(inside)}
-    targets = config.targets(linears, whole, output_layer(model))
+    experts = expert_parameters(model)
+    targets = config.targets(linears, whole, output_layer(model), experts=experts)
     reached = linears if architecture_of(model) is not None else targets  # through blocks
     refuse_quantised((name, modules[name]) for name in reached)
     _check_targets(model, targets)
+    ranks = _ranks(modules, config, targets, notes)
+    if experts:
+        notes.append(not_adapted(model, experts))
+    return Match(linears, saved, whole, ranks, notes)
+
+
+def _ranks(
+    modules: dict[str, nn.Module],
+    config: APTConfig,
+    targets: list[str],
+    notes: list[str],
+) -> dict[str, int]:
+    """{target: rank}: what the configuration says, or less where r alone says more than a linear can hold."""
+    ranks, narrow = {}, {}
     for name in targets:
         with naming(name):
             limit = min(linear_shape(modules[name])[:2])
-        if config.rank_of(name) > limit:
-            raise ValueError(f"{name}: rank must be at most min(out_features, in_features) = {limit}, got {config.rank_of(name)}")
-    return Match(linears, saved, whole, targets)
+        ranks[name] = config.rank_of(name)
+        if ranks[name] > limit:
+            if any(ends_with(key, name) for key in config.rank_pattern):
+                raise ValueError(_too_high(name, limit, ranks[name]))
+            narrow[name] = limit
+    by_r = [name for name in targets if not any(ends_with(key, name) for key in config.rank_pattern)]
+    if narrow and len(narrow) == len(by_r):
+        name, limit = max(narrow.items(), key=lambda entry: entry[1])
+        raise ValueError(_too_high(name, limit, config.r))
+    if narrow:
+        held = [f"{name} ({limit})" for name, limit in narrow.items()]
+        notes.append(f"r: {config.r} is more than these linears can hold, so they get what they can: {_listed(held)}")
+    return ranks | narrow
+
+
+def _too_high(name: str, limit: int, rank: int) -> str:
+    return f"{name}: rank must be at most min(out_features, in_features) = {limit}, got {rank}"
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _check_targets(model: nn.Module, targets: list[str]) -> None:

@@ -146,17 +146,29 @@ class APTConfig:
         alpha = next((alpha for key, alpha in self.alpha_pattern.items() if ends_with(key, name)), self.lora_alpha)
         return alpha / self.rank_of(name)
 
-    def targets(self, linears: Collection[str], saved: Collection[str], output: str | None) -> list[str]:
+    def targets(
+        self,
+        linears: Collection[str],
+        saved: Collection[str],
+        output: str | None,
+        *,
+        experts: Collection[str] = (),
+    ) -> list[str]:
         """The names among `linears` that get an adapter, in their order.
 
-        `saved` are the linears that train whole, `output` is the output layer of a language model; neither gets an adapter by "all-linear",
-        and naming a saved one is an error. So is every name, expression or pattern that matches nothing: ValueError with the nearest names.
+        `saved` are the linears that train whole, `output` is the output layer of a language model; neither gets one by
+        "all-linear".
+
+        ValueError, with the nearest names, for a name, expression or pattern that matches nothing, only others of
+        `saved`, or only `experts`, Parameters that are no linears.
         """
         free = [name for name in linears if name not in saved]
         if self.target_modules == ALL_LINEAR:
             chosen = [name for name in free if name != output]
         else:
-            chosen = select("target_modules", self.target_modules, free, apart_from=saved)
+            others = dict.fromkeys(saved, " of modules_to_save, which train whole; name others to save")
+            others |= dict.fromkeys(experts, ", 3-D Parameters of experts and no linears")
+            chosen = select("target_modules", self.target_modules, free, others)
         if self.exclude_modules is not None:
             excluded = set(select("exclude_modules", self.exclude_modules, linears))
             chosen = [name for name in chosen if name not in excluded]
@@ -181,10 +193,15 @@ class APTConfig:
         return cls(**values)
 
 
-def select(argument: str, patterns: Patterns, names: Collection[str], apart_from: Collection[str] = ()) -> list[str]:
-    """The `names` that match: a list holds names or ends of names at a dot, a string is one regular expression for the whole name.
+def select(
+    argument: str,
+    patterns: Patterns,
+    names: Collection[str],
+    others: Mapping[str, str] | None = None,
+) -> list[str]:
+    """The `names` that match: a list holds names or ends of names, a string is one expression for the whole name.
 
-    ValueError for an entry that matches nothing, with the nearest names, or that matches only `apart_from`.
+    ValueError, with the nearest names, for an entry that matches nothing, or only `others`, {name: words on it}.
     """
     found: set[str] = set()
     for entry in [patterns] if isinstance(patterns, str) else patterns:
@@ -194,9 +211,9 @@ def select(argument: str, patterns: Patterns, names: Collection[str], apart_from
             matches = re.compile(rf"(?:.*\.)?{re.escape(entry)}").fullmatch
         matched = [name for name in names if matches(name)]
         if not matched:
-            saved = [name for name in apart_from if matches(name)]
-            if saved:
-                why = f" matches only {_listed(saved)} of modules_to_save, which train whole; name other modules to save"
+            apart = [name for name in others or () if matches(name)]
+            if apart and others is not None:
+                why = f", which matches only {_listed(apart)}{others[apart[0]]}{nearest(entry, names)}"
             else:
                 why = f", which matches none{nearest(entry, names)}"
             raise ValueError(f"{argument}: expected names of modules of this model, got {entry!r}{why}")

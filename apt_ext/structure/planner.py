@@ -134,6 +134,7 @@ def _planned(
     wanted = _wanted(model, blocks, config, keep)
     most = {name: min(wanted.get(block.kind, block.count), block.count) for name, block in blocks.items()}
     kept = {name: torch.arange(block.count, device="cpu") < most[name] for name, block in blocks.items()}
+    notes += found.notes
     row = architecture_of(model)
     for name in never_empty(row, model, blocks) if row is not None else ():
         if blocks[name].count and not bool(kept[name].any()):
@@ -144,8 +145,7 @@ def _planned(
     products = _products(model, blocks, batch, length)
     if products is None:
         notes.append(f"FLOPs are unknown: the model does not take token ids of shape [{batch}, {length}] alone")
-    ranks = {name: config.rank_of(name) for name in found.targets}
-    factors = sum(rank * sum(_shape(model.get_submodule(name))) for name, rank in ranks.items())
+    factors = sum(rank * sum(_shape(model.get_submodule(name))) for name, rank in found.ranks.items())
     saved = {p: p.numel() for name in found.saved for p in model.get_submodule(name).parameters()}
     trainable = factors + sum(saved.values())
     per_entry = max((p.element_size() for p in model.parameters()), default=4)
@@ -155,7 +155,7 @@ def _planned(
     counts = {name: int(stay.sum()) for name, stay in kept.items()}
     return Plan(
         model=type(model).__name__,
-        adapters=ranks,
+        adapters=found.ranks,
         saved=found.saved,
         trainable=trainable,
         training_bytes=dense.bytes + per_entry * (factors + 3 * trainable),
