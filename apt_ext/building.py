@@ -15,6 +15,7 @@ from .arguments import checked_module, linear_shape
 from .bases import is_quantised, refuse_peft, refuse_quantised
 from .compiled import unwrap
 from .config import APTConfig, ends_with, select
+from .drawn import covered, drawn_anew, parameters_of
 from .errors import naming
 from .experts import expert_parameters, not_adapted
 from .structure.architectures import Block, architecture_of, find_blocks, is_linear, output_layer, task_heads
@@ -22,6 +23,15 @@ from .structure.carriers import MaskedLinear
 
 # They hand the weights of their linears to a fused function, so an adapter's forward would never be called.
 _READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+
+_DRAWN_AND_SAVED = (
+    "{}: not in the checkpoint that from_pretrained read, so the values are random; trained whole and saved "
+    "(modules_to_save=[...] says otherwise)"
+)
+_DRAWN_AND_LEFT = (
+    "{}: not in the checkpoint that from_pretrained read, so the values are random, and save_pretrained will not "
+    "write them; name them in modules_to_save, or save the base model and load that one next time"
+)
 
 T = TypeVar("T")
 logger = logging.getLogger("apt_ext")
@@ -37,14 +47,16 @@ def build(
     model: nn.Module,
     config: APTConfig,
     finish: Callable[[nn.Module, dict[str, Block], list[str]], T],
+    saved: Callable[[nn.Module], list[str] | None] = lambda model: None,
 ) -> T:
     """Wrap `model` in place and return `finish(module, its blocks, names of what trains whole)`.
 
     The module is `model` itself, or what `torch.compile` has wrapped. Whatever raises, all is as it was.
+    saved  called with the module: what `match` is given as `saved`
     """
     inner = unwrap(checked_module("model", model))
     try:
-        found = match(inner.module, config)
+        found = match(inner.module, config, saved(inner.module))
         result = _wrapped(inner.module, config, found, find_blocks(inner.module), finish)
     except BaseException:
         inner.restore()
@@ -68,7 +80,7 @@ def _wrapped(
         for parameter, _ in flags:
             parameter.requires_grad_(False)
         for name in found.saved:
-            for parameter in modules[name].parameters():
+            for parameter in parameters_of(model, name):
                 parameter.requires_grad_(parameter.is_floating_point())
         for name in found.linears:
             if name in found.ranks or name in touched:
@@ -102,7 +114,7 @@ class Match:
     """What a configuration means in a model.
 
     linears  the names of its linears
-    saved    the names of the modules that train whole
+    saved    the names of the modules and lone Parameters that train whole
     whole    the linears that are or lie in those
     ranks    {name: rank} of the linears that get an adapter
     notes    what is to be said to the user
@@ -115,8 +127,11 @@ class Match:
     notes: list[str]
 
 
-def match(model: nn.Module, config: APTConfig) -> Match:
-    """What `config` means in this model, which is not changed; raises what `get_apt_model` does."""
+def match(model: nn.Module, config: APTConfig, saved: list[str] | None = None) -> Match:
+    """What `config` means in this model, which is not changed; raises what `get_apt_model` does.
+
+    saved  what a checkpoint holds whole; None: what the configuration and the report of `from_pretrained` say
+    """
     checked_module("model", model)
     if not isinstance(config, APTConfig):
         raise TypeError(f"config: expected an APTConfig, got {type(config).__name__}")
@@ -125,15 +140,24 @@ def match(model: nn.Module, config: APTConfig) -> Match:
     refuse_peft("model", model)
     modules = dict(model.named_modules())
     names = [name for name in modules if name]
-    notes: list[str] = []
-    saved = task_heads(model) if config.modules_to_save is None else select("modules_to_save", config.modules_to_save, names)
-    inside = tuple(f"{name}." for name in saved)
+    drawn, notes = drawn_anew(model), []
+    asked = task_heads(model)
+    if config.modules_to_save is not None:
+        parameters = [name for name in drawn if name not in modules]
+        asked = select("modules_to_save", config.modules_to_save, [*names, *parameters])
+    if saved is None:
+        more = [name for name in drawn if config.modules_to_save is None and not covered(name, asked)]
+        notes += [_DRAWN_AND_SAVED.format(_listed(more))] if more else []
+        saved = [*asked, *more]
+    left = [name for name in drawn if not covered(name, saved)]
+    notes += [_DRAWN_AND_LEFT.format(_listed(left))] if left else []
     linears = [name for name in names if is_linear(modules[name]) or is_quantised(modules[name])]
     if not linears:
         raise ValueError(f"model: expected linear layers within it, got a {type(model).__name__} with none (from_linear wraps a lone one)")
-    whole = {name for name in linears if name in saved or name.startswith(inside)}
+    whole = {name for name in linears if covered(name, saved)}
     experts = expert_parameters(model)
-    targets = config.targets(linears, whole, output_layer(model), experts=experts)
+    unasked = [name for name in linears if name in whole and not covered(name, asked)]
+    targets = config.targets(linears, whole, output_layer(model), drawn=unasked, experts=experts)
     reached = linears if architecture_of(model) is not None else targets  # through blocks
     refuse_quantised((name, modules[name]) for name in reached)
     _check_targets(model, targets)

@@ -10,12 +10,14 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import disk, tensor_file
 from .arguments import checked_path
 from .config import APTConfig
+from .drawn import parameters_of
 from .errors import naming
+from .structure.architectures import task_heads
 
 CONFIG_FILE = "apt_config.json"
 TENSORS_FILE = "apt_model.safetensors"
@@ -25,10 +27,17 @@ _FORMAT = 1  # of the two files
 _MOST_TEXT = 1 << 20  # bytes of a configuration
 
 
-def save(path: str | os.PathLike[str], config: APTConfig, tensors: dict[str, Tensor], stream: bool) -> None:
+def save(
+    path: str | os.PathLike[str],
+    config: APTConfig,
+    tensors: dict[str, Tensor],
+    stream: bool,
+    whole: list[str],
+) -> None:
     """Write a checkpoint into the directory `path`; what `APTModel.save_pretrained` promises.
 
     stream  whether masks of hidden dimensions are among the tensors
+    whole   the modules and Parameters that train whole: another base model may say otherwise
     """
     from safetensors.torch import save as serialize
 
@@ -37,7 +46,8 @@ def save(path: str | os.PathLike[str], config: APTConfig, tensors: dict[str, Ten
         raise ValueError(f"path: expected a directory or a missing one, got a file: {directory}")
     if any(value.is_meta for value in tensors.values()):
         raise RuntimeError("save_pretrained: expected tensors with values, got a model on meta")
-    text = json.dumps({"format": _FORMAT, "stream": stream, **config.to_dict()}, indent=2) + "\n"
+    values = {"format": _FORMAT, "stream": stream, "saved": whole, **config.to_dict()}
+    text = json.dumps(values, indent=2) + "\n"
     # Copies: safetensors refuses tensors that share memory, as tied weights do.
     copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     with disk.made(directory), disk.stage(directory, MANIFEST_FILE) as new:
@@ -60,6 +70,8 @@ class Checkpoint:
     def __init__(self, files: dict[str, disk.Sealed]) -> None:
         self._config, self._tensors = files[CONFIG_FILE], files[TENSORS_FILE]
         self.stream = False  # whether hidden masks are in it, once `config` was read
+        self._saved: list[str] | None = None  # names of what trained whole, likewise; None: an older version wrote it
+        self._heads_alone = False  # whether that version saved the task heads, and nothing else
 
     def config(self) -> APTConfig:
         """The configuration that it was saved with."""
@@ -68,7 +80,24 @@ class Checkpoint:
             if (version := values.pop("format", None)) != _FORMAT:
                 raise ValueError(f'expected "format": {_FORMAT}, which this version of apt_ext reads, got {version!r}')
             self.stream = values.pop("stream", False) is True
-            return APTConfig.from_dict(values)
+            saved = values.pop("saved", None)
+            if saved is not None and not (isinstance(saved, list) and all(name and isinstance(name, str) for name in saved)):
+                raise ValueError(f'expected "saved" to be a list of names, got {saved!r}')
+            config = APTConfig.from_dict(values)
+            self._saved, self._heads_alone = saved, config.modules_to_save is None
+            return config
+
+    def saved_in(self, model: nn.Module) -> list[str] | None:
+        """What of `model` trained whole, once `config` was read; None: what the configuration says of it."""
+        if self._saved is None:
+            return task_heads(model) if self._heads_alone else None
+        with naming(str(self._config.path), ValueError):
+            for name in self._saved:
+                try:
+                    parameters_of(model, name)
+                except AttributeError:
+                    raise ValueError(f'"saved": expected names of this {type(model).__name__}, got {name!r}') from None
+        return self._saved
 
     def load(self, expected: dict[str, Tensor], then: Callable[[dict[str, Tensor]], None]) -> None:
         """Call `then` with the tensors if they are those of `expected` in name, shape and dtype; a rank may be any that fits."""

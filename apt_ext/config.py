@@ -152,12 +152,13 @@ class APTConfig:
         saved: Collection[str],
         output: str | None,
         *,
+        drawn: Collection[str] = (),
         experts: Collection[str] = (),
     ) -> list[str]:
         """The names among `linears` that get an adapter, in their order.
 
         `saved` are the linears that train whole, `output` is the output layer of a language model; neither gets one by
-        "all-linear".
+        "all-linear". `drawn` are those of `saved` that nobody asked to save: naming one gives it no adapter.
 
         ValueError, with the nearest names, for a name, expression or pattern that matches nothing, only others of
         `saved`, or only `experts`, Parameters that are no linears.
@@ -168,7 +169,8 @@ class APTConfig:
         else:
             others = dict.fromkeys(saved, " of modules_to_save, which train whole; name others to save")
             others |= dict.fromkeys(experts, ", 3-D Parameters of experts and no linears")
-            chosen = select("target_modules", self.target_modules, free, others)
+            chosen = select("target_modules", self.target_modules, [*free, *drawn], others)
+            chosen = [name for name in chosen if name not in drawn]
         if self.exclude_modules is not None:
             excluded = set(select("exclude_modules", self.exclude_modules, linears))
             chosen = [name for name in chosen if name not in excluded]
@@ -176,7 +178,7 @@ class APTConfig:
             raise ValueError(f"target_modules: expected at least one linear layer, got none of {_listed(linears)}")
         for argument, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for key in pattern:
-                if not any(ends_with(key, name) for name in chosen):
+                if not any(ends_with(key, name) for name in (*chosen, *drawn)):
                     raise ValueError(f"{argument}: expected the end of a target's name, got {key!r}{nearest(key, chosen)}")
         return chosen
 

@@ -17,6 +17,7 @@ from .arguments import checked_bool, checked_mapping, checked_module
 from .building import Adapted, build
 from .compact import Chain
 from .config import APTConfig, nearest
+from .drawn import covered
 from .errors import naming
 from .guard import guard
 from .module_hooks import drop_copied_hooks
@@ -279,7 +280,8 @@ class APTModel(Adapted):
         `from_pretrained` finds the old state or the new, whole, and the next save removes what was left over.
         ValueError where `path`, or a directory of such a name in it, is in the way; OSError (disk full, read-only) leaves what was there.
         """
-        checkpoint.save(path, self.apt_config, self._own_state(), any(isinstance(module, StreamCarrier) for module in self.modules()))
+        stream = any(isinstance(module, StreamCarrier) for module in self.modules())
+        checkpoint.save(path, self.apt_config, self._own_state(), stream, self.saved)
 
     @classmethod
     def from_pretrained(cls, base_model: nn.Module, path: str | os.PathLike[str]) -> APTModel:
@@ -297,7 +299,7 @@ class APTModel(Adapted):
                 apt._guard()
                 return apt
 
-            return build(base_model, config, finish)
+            return build(base_model, config, finish, saved.saved_in)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """torch's own, and nothing is loaded where it raises. A state with masks of hidden dimensions brings what carries them; one from
@@ -355,13 +357,20 @@ class APTModel(Adapted):
         """What belongs in a checkpoint, with the keys of the model's state_dict: adapters without their frozen bases, and `saved`."""
         stream = [name for name, module in self.model.named_modules() if isinstance(module, StreamCarrier)]
         own = tuple(f"{name}." for name in (*(name for name, _ in adapters(self)), *stream))
-        saved = tuple(f"{name}." for name in self.saved)
         state = self.model.state_dict()
-        return {key: value for key, value in state.items() if key.startswith(saved) or (key.startswith(own) and ".base_layer." not in key)}
+
+        def is_own(key: str) -> bool:
+            return self._is_saved(key) or (key.startswith(own) and ".base_layer." not in key)
+
+        return {key: value for key, value in state.items() if is_own(key)}
+
+    def _is_saved(self, key: str) -> bool:
+        """Whether a key of the model's state is of what trains whole, also within a carrier of masks."""
+        return covered(key, self.saved) or covered(key.replace(".base_layer.", "."), self.saved)
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
         """Load what `checkpoint` found good; a value that an adapter refuses leaves `saved` as it was (the adapters are new)."""
-        saved = {key: value.clone() for key, value in self._own_state().items() if key.startswith(tuple(f"{name}." for name in self.saved))}
+        saved = {key: value.clone() for key, value in self._own_state().items() if self._is_saved(key)}
         try:
             self.model.load_state_dict(tensors, strict=False)
         except BaseException:

@@ -15,6 +15,7 @@ from ..arguments import checked_int, checked_module
 from ..building import match
 from ..compiled import unwrap
 from ..config import APTConfig
+from ..drawn import parameters_of
 from .architectures import Block, architecture_of, ends_with, find_blocks, is_encoder_decoder, is_linear, side_width, stored, weight_dim
 from .blocks import missing_block
 from .cutting import Changes, lanes_for, never_empty, parameter_changes
@@ -146,7 +147,7 @@ def _planned(
     if products is None:
         notes.append(f"FLOPs are unknown: the model does not take token ids of shape [{batch}, {length}] alone")
     factors = sum(rank * sum(_shape(model.get_submodule(name))) for name, rank in found.ranks.items())
-    saved = {p: p.numel() for name in found.saved for p in model.get_submodule(name).parameters()}
+    saved = {p: p.numel() for name in found.saved for p in parameters_of(model, name)}
     trainable = factors + sum(saved.values())
     per_entry = max((p.element_size() for p in model.parameters()), default=4)
     dense, target = (
