@@ -431,8 +431,9 @@ class APTAdapter(Saving):
         return self._rank
 
     def get_parameter_count(self) -> int:
-        """Trainable entries in use: rank * (in_features + out_features). Reserved rows do not count."""
-        return self._rank * (self.in_features + self.out_features)
+        """Trainable entries in use: rank * (in_features + out_features). Reserved rows and frozen factors do not count."""
+        factors = ((self.lora_A, self.in_features), (self.lora_B, self.out_features))
+        return sum(self._rank * features for factor, features in factors if factor.requires_grad)
 
     def get_sparsity_stats(self) -> dict[str, float | int]:
         """Shares of exact zeros in the masks; weight_sparsity = 1 - kept entries of W / all (half x half is 0.75).

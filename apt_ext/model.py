@@ -203,9 +203,12 @@ class APTModel(Adapted):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) entries; rows that max_rank reserves and the rank does not use yet count in neither."""
-        reserved = sum(a.lora_A.numel() + a.lora_B.numel() - a.get_parameter_count() for _, a in adapters(self))
-        trainable = sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
-        return trainable - reserved, sum(parameter.numel() for parameter in self.parameters()) - reserved
+        counts = {parameter: parameter.numel() for parameter in self.parameters()}
+        for _, adapter in adapters(self):
+            counts[adapter.lora_A] = adapter.rank * adapter.in_features
+            counts[adapter.lora_B] = adapter.rank * adapter.out_features
+        trainable = sum(count for parameter, count in counts.items() if parameter.requires_grad)
+        return trainable, sum(counts.values())
 
     def print_trainable_parameters(self) -> None:
         """Print them as PEFT does."""

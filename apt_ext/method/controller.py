@@ -181,8 +181,8 @@ class Controller:
 
     @property
     def adapter_parameters(self) -> int:
-        """Entries of all factors in use."""
-        return sum(adapter.get_parameter_count() for adapter in self.importance.adapters.values())
+        """Entries of all factors in use, frozen ones too: the budget is of ranks, whoever trains them."""
+        return sum(a.rank * (a.in_features + a.out_features) for a in self.importance.adapters.values())
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
