@@ -18,6 +18,7 @@ from .config import APTConfig
 from .drawn import parameters_of
 from .errors import naming
 from .structure.architectures import task_heads
+from .target import KEY, Target
 
 CONFIG_FILE = "apt_config.json"
 TENSORS_FILE = "apt_model.safetensors"
@@ -33,11 +34,13 @@ def save(
     tensors: dict[str, Tensor],
     stream: bool,
     whole: list[str],
+    target: Target | None,
 ) -> None:
     """Write a checkpoint into the directory `path`; what `APTModel.save_pretrained` promises.
 
     stream  whether masks of hidden dimensions are among the tensors
     whole   the modules and Parameters that train whole: another base model may say otherwise
+    target  what a Controller was to reach; left out where it is None, as in files of versions without it
     """
     from safetensors.torch import save as serialize
 
@@ -46,7 +49,8 @@ def save(
         raise ValueError(f"path: expected a directory or a missing one, got a file: {directory}")
     if any(value.is_meta for value in tensors.values()):
         raise RuntimeError("save_pretrained: expected tensors with values, got a model on meta")
-    values = {"format": _FORMAT, "stream": stream, "saved": whole, **config.to_dict()}
+    reach = {} if target is None else {KEY: target.to_dict()}
+    values = {"format": _FORMAT, "stream": stream, "saved": whole, **config.to_dict(), **reach}
     text = json.dumps(values, indent=2) + "\n"
     # Copies: safetensors refuses tensors that share memory, as tied weights do.
     copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
@@ -72,6 +76,7 @@ class Checkpoint:
         self.stream = False  # whether hidden masks are in it, once `config` was read
         self._saved: list[str] | None = None  # names of what trained whole, likewise; None: an older version wrote it
         self._heads_alone = False  # whether that version saved the task heads, and nothing else
+        self.target: Target | None = None  # what a Controller was to reach, likewise
 
     def config(self) -> APTConfig:
         """The configuration that it was saved with."""
@@ -83,6 +88,7 @@ class Checkpoint:
             saved = values.pop("saved", None)
             if saved is not None and not (isinstance(saved, list) and all(name and isinstance(name, str) for name in saved)):
                 raise ValueError(f'expected "saved" to be a list of names, got {saved!r}')
+            self.target = Target.of_dict(values.pop(KEY)) if KEY in values else None
             config = APTConfig.from_dict(values)
             self._saved, self._heads_alone = saved, config.modules_to_save is None
             return config

@@ -69,7 +69,8 @@ class APTConfig:
 
     What a Controller does, and building the model does not read:
 
-    prune           kinds of blocks that are pruned, of "heads", "neurons" and "hidden"
+    prune           kinds of blocks that are pruned, of "heads", "neurons" and "hidden"; of the default, every stock config can say what is
+                    left, of heads of BERT and GPT-2 it cannot
     density         share of the layers' parameters (or what the Controller's budget counts) to keep, in [0, 1]
     schedule        a Schedule, or a dict of its fields
     round_to        neurons and hidden dimensions go in groups of so many, so that widths stay multiples of it
@@ -88,7 +89,7 @@ class APTConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     max_rank: int | None = None
     float32_factors: bool = False
-    prune: list[str] = field(default_factory=lambda: ["heads", "neurons"])
+    prune: list[str] = field(default_factory=lambda: ["neurons"])
     density: float = 1.0
     schedule: Schedule = field(default_factory=Schedule)
     round_to: int = 8

@@ -23,10 +23,11 @@ from .guard import guard
 from .module_hooks import drop_copied_hooks
 from .optimizers import OptimizerLike
 from .state import check_loadable
-from .structure.architectures import Block, stored
-from .structure.blocks import get_mask, merged_linear, missing_block, place_carriers, set_mask
+from .structure.architectures import Block
+from .structure.blocks import get_mask, merged_linear, missing_block, missing_carriers, put_carriers, set_mask, take_carriers
 from .structure.carriers import MaskedLinear, StreamCarrier
 from .structure.cutting import cut_in_place, folded
+from .target import KEY, Target, load_target, save_target, target_after
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, APTAdapter]]:
@@ -77,10 +78,15 @@ class APTModel(Adapted):
     blocks      {name: Block}: what can be pruned: "<layer>.heads", "<layer>.neurons" ("encoder.<layer>..." and "decoder.<layer>...", with
                 "decoder.<layer>.cross_heads", in encoder-decoders), and "hidden", the dimensions of the residual stream
     saved       the names of the modules that train whole
+    target      the Target of the last Controller that worked on it; None: none did
     """
+
+    target: Target | None = None
 
     def __init__(self, model: nn.Module, config: APTConfig, blocks: dict[str, Block], saved: list[str]) -> None:
         super().__init__()
+        self._register_state_dict_hook(save_target)  # type: ignore[no-untyped-call]
+        self._register_load_state_dict_pre_hook(load_target, with_module=True)  # type: ignore[no-untyped-call]
         self.model = model
         self.apt_config = config
         self.blocks = blocks
@@ -215,6 +221,29 @@ class APTModel(Adapted):
         trainable, total = self.get_nb_trainable_parameters()
         print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {100 * trainable / max(total, 1):.4f}")
 
+    # -- the target --------------------------------------------------------------------------------------------------
+
+    @property
+    def target_density(self) -> float | None:
+        """The density that the last Controller was to reach; None where no Controller has pruned this model."""
+        return None if self.target is None else self.target.density
+
+    @property
+    def target_reached(self) -> bool:
+        """False from a Controller's first optimizer step until its last event, and for good where it never came to that."""
+        return self.target is None or self.target.reached
+
+    def refuse_unfinished(self, call: str) -> None:
+        """Raise RuntimeError, with the present and the target density, where `target_reached` is False. `call` begins the message."""
+        if self.target is not None and not self.target.reached:
+            from .method.cost import density_of  # whose package imports this module
+
+            raise RuntimeError(
+                f"{call}: the model is not finished: its masks keep {density_of(self.model, self.blocks):.4f} of the layers' "
+                f"parameters, and its Controller was to reach a density of {self.target.density:g} ({self.target.budget}); train on "
+                "to the Controller's last event, load a checkpoint from after it, or pass unfinished=True to take the model as it is"
+            )
+
     # -- the base model ----------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -241,13 +270,16 @@ class APTModel(Adapted):
                 if merged:
                     adapter.merge_weights(keep)
 
-    def merge_and_unload(self) -> nn.Module:
+    def merge_and_unload(self, *, unfinished: bool = False) -> nn.Module:
         """The model itself with adapters and masks merged into its linears, which are back in their places; full shapes, frozen as it was.
 
-        This APTModel has no adapters and no blocks afterwards. RuntimeError where a merged weight would not be finite, and where dimensions
-        of the residual stream are pruned (a stock norm over all of them computes something else; `shrink` cuts them); all is then as
-        before. The original weights are held in host memory meanwhile.
+        This APTModel has no adapters and no blocks afterwards. RuntimeError where a merged weight would not be finite, where dimensions
+        of the residual stream are pruned (a stock norm over all of them computes something else; `shrink` cuts them), and where a
+        Controller has not reached its density unless `unfinished`; all is then as before. The original weights are held in host memory
+        meanwhile.
         """
+        if not checked_bool("unfinished", unfinished):
+            self.refuse_unfinished("merge_and_unload")
         if "hidden" in self.blocks and not bool(self.get_block_mask("hidden").all()):
             raise RuntimeError("merge_and_unload: hidden dimensions are pruned, which no full-size model computes; use apt_ext.shrink")
         found = list(adapters(self))
@@ -284,7 +316,7 @@ class APTModel(Adapted):
         ValueError where `path`, or a directory of such a name in it, is in the way; OSError (disk full, read-only) leaves what was there.
         """
         stream = any(isinstance(module, StreamCarrier) for module in self.modules())
-        checkpoint.save(path, self.apt_config, self._own_state(), stream, self.saved)
+        checkpoint.save(path, self.apt_config, self._own_state(), stream, self.saved, self.target)
 
     @classmethod
     def from_pretrained(cls, base_model: nn.Module, path: str | os.PathLike[str]) -> APTModel:
@@ -311,13 +343,13 @@ class APTModel(Adapted):
         TypeError for no dict or no tensor, ValueError for another size and what an adapter refuses, RuntimeError for keys where `strict`.
         """
         checked_mapping("state_dict", state_dict)
+        target_after(self.target, state_dict)  # refused before anything changes
         placed = self._place_carriers_of(state_dict)
         state_dict = self._with_carriers(state_dict)
         try:
-            check_loadable(self, state_dict, strict)
+            check_loadable(self, {key: value for key, value in state_dict.items() if key != KEY}, strict)
         except BaseException:
-            for name, carrier in placed.items():
-                self.model.set_submodule(name, stored(carrier))
+            take_carriers(self.model, placed)
             raise
         loaded = super().load_state_dict(state_dict, strict, assign)
         self._guard()  # with `assign` Parameters are others
@@ -328,7 +360,9 @@ class APTModel(Adapted):
         block = self.blocks.get("hidden")
         if block is None or not any(f"model.{side.module}.mask_out" in state for side in block.sides if side.of == "norm"):
             return {}
-        return place_carriers(self.model, "hidden", block)
+        placed = missing_carriers(self.model, "hidden", block)
+        put_carriers(self.model, placed)
+        return placed
 
     def _with_carriers(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
         """`state`, or a copy with the keys of what carries masks here and did not when it was made: all ones."""
@@ -353,8 +387,9 @@ class APTModel(Adapted):
 
     def _restore(self, saved: checkpoint.Checkpoint) -> None:
         if saved.stream and "hidden" in self.blocks:
-            place_carriers(self.model, "hidden", self.blocks["hidden"])
+            put_carriers(self.model, missing_carriers(self.model, "hidden", self.blocks["hidden"]))
         saved.load(self._own_state(), self._load)
+        self.target = saved.target
 
     def _own_state(self) -> dict[str, Tensor]:
         """What belongs in a checkpoint, with the keys of the model's state_dict: adapters without their frozen bases, and `saved`."""

@@ -16,6 +16,7 @@ from .arguments import checked_mapping, checked_mask
 from .compact import Compacting
 from .host_mask import HostMask
 from .merging import Merging, hold, merged_into
+from .target import load_target
 
 _SEED_NAMES = {"Wa": "lora_A", "Wb": "lora_B"}
 
@@ -207,7 +208,8 @@ def _check_size(key: str, value: Any, like: Tensor) -> None:
 
 
 def _loads_by_itself(module: nn.Module) -> bool:
-    kind, ours = type(module), int(isinstance(module, Saving))
+    kind = type(module)
+    ours = sum(getattr(hook, "hook", None) in (_load, load_target) for hook in module._load_state_dict_pre_hooks.values())
     stock = kind._load_from_state_dict is nn.Module._load_from_state_dict and kind.set_extra_state is nn.Module.set_extra_state
     return not stock or len(module._load_state_dict_pre_hooks) > ours
 

@@ -71,13 +71,16 @@ def test_decay_is_of_both_averages():
 
 @pytest.mark.parametrize(("joint", "floor"), [(True, 1), (False, 2), pytest.param(True, 0, marks=EMPTY_HEADS)])
 def test_the_search_is_told_whether_kinds_compete_and_what_stays(monkeypatch, joint, floor):
-    calls = []
+    calls, before = [], []
     monkeypatch.setattr(apt_ext.method.controller, "search", lambda *args: calls.append(args) or search(*args))
+    monkeypatch.setattr(apt_ext.method.outlook, "search", lambda *args: before.append(args) or search(*args))
     apt, optimizer = built(FAMILIES["bert"])
     controller = Controller(apt, optimizer, 16, joint=joint, floor=floor, **SHORT)
+    assert before  # of what will be left
     train(apt, optimizer, controller, FAMILIES["bert"], 6)
-    assert len(calls) == 5  # when it is made, for the floors, and at each step of the first window
-    assert {(call[-1], *(group.floor for group in call[2])) for call in calls} == {(joint, floor, floor)}
+    assert len(calls) == 4  # at each step of the first window
+    calls += before
+    assert {(call[-1], *{group.floor for group in call[2]}) for call in calls} == {(joint, floor)}
 
 
 def test_costs_are_of_the_length_and_rows_of_the_seed():

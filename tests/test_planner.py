@@ -52,13 +52,14 @@ def test_it_changes_nothing_and_needs_no_weights(family):
     model = family.model(torch.float32)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     names = [(name, id(module)) for name, module in model.named_modules()]
-    here = plan(model, APTConfig(r=2, density=0.5), length=16)
+    config = APTConfig(r=2, prune=["heads", "neurons"], density=0.6, round_to=4)
+    here = plan(model, config, length=16)
     assert names == [(name, id(module)) for name, module in model.named_modules()]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(not module._forward_pre_hooks for module in model.modules())
     with torch.device("meta"):
         empty = type(model)(model.config)
-    assert plan(empty, APTConfig(r=2, density=0.5), length=16) == here
+    assert plan(empty, config, length=16) == here
     assert here.dense.flops is not None and here.target.flops < here.dense.flops
 
 
@@ -94,13 +95,6 @@ def test_seven_of_nine_heads_are_a_mistral():
     assert "heads kept: 1, 2, 3, 4, 6, 8, 9 -> stock; 5, 7 -> retyped" in str(found)
 
 
-def test_density_is_a_share_of_heads_and_neurons():
-    model = FAMILIES["bert"].model()
-    assert plan(model, APTConfig(r=2, density=0.7, round_to=4)).keep == {"heads": 2, "neurons": 12}
-    assert plan(model, APTConfig(r=2)).keep == {}
-    assert plan(model, APTConfig(r=2)).dense == plan(model, APTConfig(r=2)).target
-
-
 @EMPTY_HEADS
 def test_a_head_that_has_to_stay_is_said():
     family = FAMILIES["llama"]
@@ -134,7 +128,7 @@ def test_an_unknown_architecture_has_a_plan_without_blocks():
     assert found.blocks == {} and found.adapters == {"0": 2, "2": 2} and found.exports["per layer"]
     with pytest.raises(ValueError, match=r"declare it with apt_ext.register_architecture.*0 \[6, 6\], 2 \[2, 6\]"):
         plan(model, APTConfig(r=2), keep={"neurons": 3})
-    with pytest.raises(ValueError, match="declare it with"):
+    with pytest.raises(ValueError, match=r"prune: .* declare Sequential \(model_type None\) with apt_ext.register_architecture"):
         plan(model, APTConfig(r=2, density=0.5))
 
 
@@ -154,14 +148,17 @@ def test_the_command(tmp_path, capsys):
     said = json.loads(capsys.readouterr().out)
     expected = plan(FAMILIES["bert"].model(torch.float32), APTConfig(r=3), keep={"heads": 2, "hidden": 16}, batch=2, length=9)
     assert said == json.loads(json.dumps(expected.to_dict()))
-    assert main(["plan", str(tmp_path), "--density", "0.5", "--target-modules", "query", "value"]) == 0
+    assert main(["plan", str(tmp_path), "--density", "0.6", "--prune", "heads", "neurons", "--target-modules", "query", "value"]) == 0
     text = capsys.readouterr().out
     assert "BertForSequenceClassification: 4 adapters of rank 8" in text and "export stock: no: BertConfig makes heads of" in text
+    assert main(["plan", str(tmp_path), "--density", "0.9", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["keep"] == {"neurons": 8}
     for arguments, words in [
         (["plan", str(tmp_path / "none")], "expected a directory with a config.json"),
         (["plan", str(tmp_path), "--keep", "heads=9"], "keep: expected 0 to 3 heads, got 9"),
         (["plan", str(tmp_path), "--keep", "heads=2", "heads=1"], "keep: expected each kind once"),
         (["plan", str(tmp_path), "--density", "nan"], "density: expected a finite number, got nan"),
+        (["plan", str(tmp_path), "--density", "0.5"], "density: expected at least 0.8320"),
         (["plan", str(tmp_path), "--rank", "25"], "rank must be at most"),
     ]:
         assert main(arguments) == 1

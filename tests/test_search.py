@@ -215,7 +215,7 @@ def setup(name, **options):
     apt = get_apt_model(FAMILIES[name].model(), APTConfig(r=2))
     blocks = apt.blocks
     counts = {name: block.count for name, block in blocks.items()}
-    groups = groups_of(apt, blocks, **{"round_to": 4, "uniform": False, "floor": 0, **options})
+    groups = groups_of(apt.model, blocks, **{"round_to": 4, "uniform": False, "floor": 0, **options})
     live = {name: torch.ones(block.count, dtype=torch.bool) for name, block in blocks.items()}
     return apt, groups, live, counts, cost_of(apt.model, blocks)
 
@@ -258,8 +258,8 @@ def test_without_floors_a_layer_may_go_but_never_the_model():
 def test_groups_follow_the_stock_config(family):
     """Uniform: all that one entry of the config counts; else each block alone, but T5's stacks keep the same heads."""
     apt = get_apt_model(family.model(), APTConfig(r=2))
-    uniform = groups_of(apt, apt.blocks, 8, True, 1)
-    free = groups_of(apt, apt.blocks, 8, False, 1)
+    uniform = groups_of(apt.model, apt.blocks, 8, True, 1)
+    free = groups_of(apt.model, apt.blocks, 8, False, 1)
     assert (
         sorted(name for group in free for name in group.blocks)
         == sorted(name for group in uniform for name in group.blocks)

@@ -23,7 +23,7 @@ def built(family, seed=0, sizes=None, **config):
     dropouts = {"BertConfig": ("hidden_dropout_prob", "attention_probs_dropout_prob"), "T5Config": ("dropout_rate",)}
     none = dict.fromkeys(dropouts.get(family.config, ()), 0.0)
     model = family.model(seed=seed, **none, **(sizes or {}))
-    apt = get_apt_model(model, APTConfig(**{"r": 2, "density": 0.65, "round_to": 4, **config})).train()
+    apt = get_apt_model(model, APTConfig(**{"r": 2, "prune": ["heads", "neurons"], "density": 0.65, "round_to": 4, **config})).train()
     return apt, torch.optim.AdamW(apt_ext.adapter_parameters(apt), lr=1e-3)
 
 

@@ -21,12 +21,13 @@ from ..model import APTModel, adapters
 from ..optimizers import OptimizerLike, optimizers_of
 from ..sharding import is_sharded
 from ..structure.architectures import architecture_of
-from ..structure.blocks import host_mask, place_carriers, submodule
+from ..structure.blocks import host_mask, missing_carriers, put_carriers, submodule, take_carriers
 from ..structure.cutting import decodes
+from ..target import BUDGETS, Target
 from .allocation import AdapterImportance, Growth, grown_ranks
-from .cost import BUDGETS, Cost, budget_cost
-from .groups import groups_of
-from .refusals import check_held, check_state, checked_scores, gradients_came, note_controller, refuse_second
+from .cost import Cost, budget_cost
+from .outlook import Outlook, allowance, check_export, pruned_blocks, say_unpruned
+from .refusals import check_can_grow, check_held, check_state, checked_scores, gradients_came, note_controller, refuse_second
 from .schedule import Steps, linear_budget, step_mask
 from .scores import BlockScores
 from .search import search
@@ -56,12 +57,17 @@ class Controller:
         optimizer: the optimizer that trains it, a list of them, or accelerate's wrapper; it holds every adapter's trainable factors.
         total_steps: optimizer steps of the whole run; None where the schedule counts steps.
         config: whose prune, density, schedule, round_to and uniform count; None: the model's own.
-        prune, density, schedule, round_to, uniform: take the place of the config's.
+        prune, density, schedule, round_to, uniform: take the place of the config's. `density=1.0` given here lets ranks grow alone; where
+            only the config's default says it, the logger warns that nothing is pruned.
         budget: what density is a share of: "parameters" of the layers, "flops" (of a token in a sequence of `length`), "memory", or
             "latency", by the tables in `latency` (`apt_ext.method.measure_latency(model)` makes them; see `Latency`).
         joint: kinds compete by salience for their cost; False: each kind keeps the same share.
         floor: chunks (one head, or `round_to` neurons or dimensions) that always stay in every block.
-        growth: how ranks grow, a Growth or its budget.
+        export: "stock" or "per_layer": whatever will be left can be written by `apt_ext.export`, without or with `per_layer=True`, or this
+            raises. None: the logger says it where a stock model may not come of it.
+        growth: how ranks grow, a Growth or its budget. 1 lets none grow. Without `APTConfig.max_rank` a grown factor has other storage, and
+            the optimizer's state follows it. Adafactor and Muon look at a factor as a whole, so the rows that max_rank reserves change
+            their steps.
         decay: of the moving averages of salience and importance.
         kurtosis: the weight of outliers in the salience (see BlockScores); None: 1 for decoders, 0 else.
         compact: from the first event that prunes, adapters compute on kept rows and columns only (not under FSDP2).
@@ -70,9 +76,10 @@ class Controller:
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, naming it; blocks that the model does not have; a density that
-        the floors do not allow; an optimizer without the adapters' factors.
-        RuntimeError: another Controller is at work on the model; hidden dimensions are to be pruned and FSDP2 has sharded the modules that
-        would have to be wrapped for it.
+        the floors do not allow; an optimizer without the adapters' factors, or whose state cannot follow them as they grow (Adafactor);
+        what may be left and `export` cannot write.
+        RuntimeError: another Controller is at work on the model; ranks are to grow without max_rank under DDP or FSDP; hidden dimensions
+        are to be pruned and FSDP2 has sharded the modules that would have to be wrapped for it; ranks of a process group disagree.
     """
 
     def __init__(
@@ -92,6 +99,7 @@ class Controller:
         latency: Mapping[str, Mapping[int, float]] | None = None,
         joint: bool = True,
         floor: int = 1,
+        export: str | None = None,
         growth: Growth | float = 4.0,
         decay: float = 0.85,
         kurtosis: float | None = None,
@@ -99,69 +107,80 @@ class Controller:
         seed: int = 0,
         log: Callable[[str], object] | None = None,
     ) -> None:
-        self.model = apt_model_in(model)
-        self.optimizer = optimizer
-        optimizers = optimizers_of(optimizer)
-        if not optimizers:
-            raise TypeError(f"optimizer: expected torch's Optimizer, accelerate's wrapper or a list of them, got {optimizer!r}")
-        if total_steps is not None:
-            checked_int("total_steps", total_steps, 1)
-        given = {"prune": prune, "density": density, "schedule": schedule, "round_to": round_to, "uniform": uniform}
-        config = self.model.apt_config if config is None else config
-        if not isinstance(config, APTConfig):
-            raise TypeError(f"config: expected an APTConfig, got {type(config).__name__}")
-        self.config = replace(config, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-        self.growth = growth if isinstance(growth, Growth) else Growth(checked_number("growth", growth))
-        checked_choice("budget", budget, BUDGETS)
-        checked_int("length", length, 1)
-        checked_int("floor", floor, 0)
-        for name, value in (("joint", joint), ("compact", compact)):
-            checked_bool(name, value)
-        if log is not None and not callable(log):
-            raise TypeError(f"log: expected a function of one line, or None, got {type(log).__name__}")
-        if kurtosis is None:
-            row = architecture_of(self.model.model)
-            kurtosis = float(row is not None and decodes(row, self.model.model))
-        kurtosis = checked_number("kurtosis", kurtosis, 0.0)
-        refuse_second(self.model)
-        self.total_steps, self.joint, self.compact, self.log = total_steps, joint, compact, log
-        self.steps = Steps.of(self.config.schedule, total_steps)
-        self.now = 0  # optimizer steps that were counted, up to total_steps
+        with agreement.change("a new Controller") as agree:
+            self.model = apt_model_in(model)
+            self.optimizer = optimizer
+            optimizers = optimizers_of(optimizer)
+            if not optimizers:
+                raise TypeError(f"optimizer: expected torch's Optimizer, accelerate's wrapper or a list of them, got {optimizer!r}")
+            if total_steps is not None:
+                checked_int("total_steps", total_steps, 1)
+            given = {"prune": prune, "density": density, "schedule": schedule, "round_to": round_to, "uniform": uniform}
+            config = self.model.apt_config if config is None else config
+            if not isinstance(config, APTConfig):
+                raise TypeError(f"config: expected an APTConfig, got {type(config).__name__}")
+            self.config = replace(config, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+            self.growth = growth if isinstance(growth, Growth) else Growth(checked_number("growth", growth))
+            checked_choice("budget", budget, BUDGETS)
+            checked_int("length", length, 1)
+            checked_int("floor", floor, 0)
+            for name, value in (("joint", joint), ("compact", compact)):
+                checked_bool(name, value)
+            if log is not None and not callable(log):
+                raise TypeError(f"log: expected a function of one line, or None, got {type(log).__name__}")
+            inner, blocks = self.model.model, self.model.blocks
+            if kurtosis is None:
+                row = architecture_of(inner)
+                kurtosis = float(row is not None and decodes(row, inner))
+            kurtosis = checked_number("kurtosis", kurtosis, 0.0)
+            refuse_second(self.model)
+            self.total_steps, self.budget, self.joint, self.compact, self.log = total_steps, budget, joint, compact, log
+            self.steps = Steps.of(self.config.schedule, total_steps)
+            self.now = 0  # optimizer steps that were counted, up to total_steps
 
-        kinds = self.config.prune if self.config.density < 1.0 else []
-        self.blocks = {name: block for name, block in self.model.blocks.items() if block.kind in kinds}
-        if self.config.density < 1.0 and not self.blocks:
-            known = sorted({block.kind for block in self.model.blocks.values()})
-            raise ValueError(f"prune: expected kinds of blocks that the model has, {known}, got {self.config.prune}")
-        self.groups = groups_of(self.model, self.blocks, self.config.round_to, self.config.uniform, floor)
-        self.cost: Cost = budget_cost(self.model.model, self.model.blocks, budget, length, latency, self.blocks)
-        self.importance = AdapterImportance(adapters(self.model), decay, self.growth.importance == "signed")
-        check_held(self.importance.adapters, optimizers)
-        self.generator = checked_seed("seed", seed)
+            self.blocks = pruned_blocks(inner, blocks, self.config)
+            self.cost: Cost = budget_cost(inner, blocks, budget, length, latency, self.blocks)
+            self.importance = AdapterImportance(adapters(self.model), decay, self.growth.importance == "signed")
+            check_held(self.importance.adapters, optimizers)
+            self.generator = checked_seed("seed", seed)
 
-        self._uncut = self.model.blocks
-        self._full = {name: block.count for name, block in self._uncut.items()}
-        self._masks = {name: self.model.get_block_mask(name).cpu() for name in self.model.blocks}
-        self._live = {name: mask != 0 for name, mask in self._masks.items()}  # at the last event: what may still be kept
-        self._dense = self.cost.total(self._full)
-        self._initial = self.density
-        self._parameters, self._ranks = self.adapter_parameters, self._ranks_now()
-        self._compacted = False
-        self._check_floors()
+            self._uncut = blocks
+            self._full = {name: block.count for name, block in blocks.items()}
+            self._masks = {name: self.model.get_block_mask(name).cpu() for name in blocks}
+            self._live = {name: mask != 0 for name, mask in self._masks.items()}  # at the last event: what may still be kept
+            self._dense = self.cost.total(self._full)
+            self._initial = self.density
+            self._parameters, self._ranks = self.adapter_parameters, self._ranks_now()
+            self._compacted = False
+            limits, found = self._limits(), self.importance.adapters
+            growing = {name: one for name, one in found.items() if one.max_rank is None and one.rank < limits[name]}
+            if self.growth.budget > 1.0 and growing:
+                check_can_grow(growing, optimizers, self.growth.budget)
+            outlook = Outlook(inner, blocks, self.config, self.cost, self._live, floor, joint)
+            outlook.check_density()
+            self.groups = outlook.groups
+            check_export(outlook, export)
+            placed = missing_carriers(inner, "hidden", blocks["hidden"]) if "hidden" in self.blocks else {}
+            settings = (total_steps, self.config.to_dict(), budget, length, latency, joint, floor, self.growth, decay, kurtosis, compact)
+            agree(repr(settings), list(self._masks.values()), list(self._ranks.items()))
 
-        # From here on something changes.
-        if "hidden" in self.blocks:
-            place_carriers(self.model.model, "hidden", self.blocks["hidden"])  # now: modules do not change while training
-        self.scores = BlockScores(self.model, kinds, decay, kurtosis)
-        self._observed, self._stepped, self._taken, self._since = False, False, False, 0  # _taken: counted when its change is made
-        self._handles = [one.register_step_post_hook(self._note_step) for one in optimizers]
-        note_controller(self.model, self)
+            # From here on something changes. Carriers are placed now, because modules do not change while training.
+            put_carriers(inner, placed)
+            try:
+                self.scores = BlockScores(self.model, {block.kind for block in self.blocks.values()}, decay, kurtosis)
+            except BaseException:
+                take_carriers(inner, placed)
+                raise
+            self._observed, self._stepped, self._taken, self._since = False, False, False, 0  # _taken: counted when its change is made
+            self._handles = [one.register_step_post_hook(self._note_step) for one in optimizers]
+            note_controller(self.model, self)
+        say_unpruned(inner, self.blocks, self.config, density is not None)
 
     # -- what others may ask -----------------------------------------------------------------------------------------
 
     @property
     def density(self) -> float:
-        """The share of the budget's cost that the blocks with a mask above 0 have now."""
+        """The share of the budget's cost that the blocks with a mask above 0 have now, whoever has set the masks."""
         return self.cost.total(self._counts()) / self._dense if self._dense else 1.0
 
     @property
@@ -234,6 +253,7 @@ class Controller:
                 raise
         self._stepped = self._taken = False
         if self.now == self.steps.end:
+            self._tell_model()
             self.scores.salience.remove()
         if threshold is not None:
             self._say(threshold)
@@ -262,12 +282,19 @@ class Controller:
             return
         self._stepped = True
         self._since += 1
+        if not self.done:
+            self._tell_model()
         if self._since == _FORGOTTEN and not self.done:
             warnings.warn(
                 f"Controller: {_FORGOTTEN} optimizer steps without Controller.step(): masks and ranks do not change; call observe() "
                 "before and step() after each of them",
                 stacklevel=4,
             )
+
+    def _tell_model(self) -> None:
+        """Leave on the model the density that it is to reach, and whether it has; nothing where nothing is pruned."""
+        if self.blocks:
+            self.model.target = Target(self.config.density, self.budget, self.done)
 
     # -- changes -----------------------------------------------------------------------------------------------------
 
@@ -312,7 +339,7 @@ class Controller:
         if density is None or not self.blocks:
             return {}, float("inf")
         self._refresh_outliers()
-        budget = density * self._dense * (1 + 1e-12)  # 0.29 * 100 is a little below 29
+        budget = allowance(density, self._dense)
         live = {name: self._live[name] for name in self.blocks}
         found = search(checked_scores("step", self.scores.scores()), live, self.groups, self.cost, self._counts(), budget, self.joint)
         for name in found.keep:
@@ -337,10 +364,6 @@ class Controller:
         found, start = self.importance.adapters, self.steps.start
         ranks = self._ranks_now()
         allowed = linear_budget(self.now, start, self.steps.end, self._parameters, self.growth.budget)
-        limits = {}
-        for name, adapter in found.items():
-            most = 8 * self._ranks[name] if self.growth.limit is None else self.growth.limit
-            limits[name] = min(most, adapter.max_rank or most, adapter.in_features, adapter.out_features)
         before = max((event for event in self.steps.events if event < self.now), default=start)
         rate = allowed / linear_budget(before, start, self.steps.end, self._parameters, self.growth.budget)
         return grown_ranks(
@@ -348,9 +371,17 @@ class Controller:
             {name: adapter.in_features + adapter.out_features for name, adapter in found.items()},
             self.importance.importance(),
             allowed,
-            limits,
+            self._limits(),
             rate if self.growth.rule == "paper" else None,
         )
+
+    def _limits(self) -> dict[str, int]:
+        """The highest rank that each adapter may reach."""
+        limits = {}
+        for name, adapter in self.importance.adapters.items():
+            most = 8 * self._ranks[name] if self.growth.limit is None else self.growth.limit
+            limits[name] = min(most, adapter.max_rank or most, adapter.in_features, adapter.out_features)
+        return limits
 
     def _turn_compact(self) -> None:
         if not any(is_sharded(adapter.lora_A) for adapter in self.importance.adapters.values()):
@@ -358,24 +389,17 @@ class Controller:
         self._compacted = True
 
     def _counts(self) -> dict[str, int]:
-        return {name: int(mask.count_nonzero()) for name, mask in self._masks.items()}
+        """Of every block, the entries above 0 of the mask that the model has; its own copy where a merge has left no blocks."""
+        blocks, inner = self.model.blocks, self.model.model
+        masks = {name: host_mask(inner, block) for name, block in blocks.items()} or self._masks
+        return {name: int(masks[name].count_nonzero()) if name in masks else 0 for name in self._full}
+
+    def _others(self) -> dict[str, Tensor]:
+        """The masks of what it does not prune, which others may set."""
+        return {name: host_mask(self.model.model, block) for name, block in self.model.blocks.items() if name not in self.blocks}
 
     def _ranks_now(self) -> dict[str, int]:
         return {name: adapter.rank for name, adapter in self.importance.adapters.items()}
-
-    def _check_floors(self) -> None:
-        """ValueError where even the floors cost more than the target allows."""
-        if not self.blocks:
-            return
-        flat = {name: torch.zeros(block.count, device="cpu") for name, block in self.blocks.items()}
-        live = {name: self._live[name] for name in self.blocks}
-        least = search(flat, live, self.groups, self.cost, self._counts(), -1.0, self.joint).keep
-        share = self.cost.total({**self._counts(), **{name: int(keep.sum()) for name, keep in least.items()}}) / self._dense
-        if share > self.config.density:
-            raise ValueError(
-                f"density: expected at least {share:.4f}, which is what stays where every block keeps its floor and {self.config.prune} "
-                f"alone are pruned, got {self.config.density}"
-            )
 
     def _say(self, threshold: float) -> None:
         ranks = sorted(self._ranks_now().values())
@@ -396,13 +420,15 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values: with the model's and the optimizer's states, all that a run needs to go on. Taken after `step`."""
+        others = self._others()
+        live = {**self._live, **{name: mask != 0 for name, mask in others.items()}}
         return {
             "step": self.now,
             "scores": self.scores.state_dict(),
             "importance": self.importance.state_dict(),
             "generator": self.generator.get_state(),
-            "masks": {name: mask.clone() for name, mask in self._masks.items()},
-            "live": {name: live.clone() for name, live in self._live.items()},
+            "masks": {name: mask.clone() for name, mask in {**self._masks, **others}.items()},
+            "live": {name: kept.clone() for name, kept in live.items()},
             "ranks": self._ranks_now(),
             "initial": {"density": self._initial, "parameters": self._parameters, "ranks": dict(self._ranks)},
             "schedule": vars(self.steps) | {"density": self.config.density},
@@ -433,6 +459,8 @@ class Controller:
         self._masks, self._live = masks, {name: live.cpu().clone() for name, live in state["live"].items()}
         self._initial, self._parameters, self._ranks = initial["density"], initial["parameters"], dict(initial["ranks"])
         self._observed, self._stepped, self._taken, self._since = False, False, False, 0
+        if self.now:
+            self._tell_model()
         if self.done:
             self.scores.salience.remove()
 

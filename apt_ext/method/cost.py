@@ -11,9 +11,9 @@ from torch import nn
 
 from ..arguments import checked_int, checked_mapping, checked_number
 from ..structure.architectures import Block, architecture_of, ends_with, is_linear, owners, side_width
+from ..structure.blocks import host_mask
 
 Counts = Mapping[str, int]
-BUDGETS = ("parameters", "flops", "memory", "latency")  # what a density may be a share of
 
 
 class Cost(Protocol):
@@ -154,6 +154,15 @@ def budget_cost(
     if latency is None:
         raise ValueError("latency: expected {kind: {number kept: seconds}} with budget='latency', got None; see measure_latency")
     return Latency({name: block.kind for name, block in pruned.items()}, latency)
+
+
+def density_of(model: nn.Module, blocks: Mapping[str, Block]) -> float:
+    """The share of the layers' parameters that masks above 0 keep. On meta, where masks have no values, all of them."""
+    masks = {name: host_mask(model, block) for name, block in blocks.items()}
+    kept = {name: len(mask) if mask.is_meta else int(mask.count_nonzero()) for name, mask in masks.items()}
+    cost = cost_of(model, blocks)
+    full = cost.total({name: block.count for name, block in blocks.items()})
+    return cost.total(kept) / full if full else 1.0
 
 
 def _channels(model: nn.Module, blocks: Mapping[str, Block], name: str, direction: str) -> dict[str | None, float]:

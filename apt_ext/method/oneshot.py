@@ -79,7 +79,7 @@ def within_density(model: APTModel, scores: Mapping[str, Tensor], density: float
     counts = {name: int(kept.sum()) for name, kept in live.items()}
     full = cost.total({name: block.count for name, block in model.blocks.items()})
     allowed = density * full
-    groups = groups_of(model, {name: model.blocks[name] for name in scores}, config.round_to, config.uniform, floor)
+    groups = groups_of(model.model, {name: model.blocks[name] for name in scores}, config.round_to, config.uniform, floor)
     keep = search({name: score.cpu() for name, score in scores.items()}, live, groups, cost, counts, allowed, joint).keep
     least = cost.total({**counts, **{name: int(kept.sum()) for name, kept in keep.items()}})
     if least > allowed:

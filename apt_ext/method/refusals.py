@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 
 from ..adapter import APTAdapter
 from ..arguments import checked_int, checked_keys, checked_mapping, checked_number
-from ..growth import refuse_gathered
+from ..growth import refuse_gathered, resizable_state
 from ..model import APTModel
+from ..optimizers import state_starts
 from ..sharding import is_sharded
 
 _controllers: weakref.WeakKeyDictionary[APTModel, weakref.ref[Any]] = weakref.WeakKeyDictionary()  # the last one of each model
@@ -44,6 +45,27 @@ def check_held(adapters: Mapping[str, APTAdapter], optimizers: Sequence[Optimize
             "optimizer: expected the factors of all adapters that require a gradient, as apt_ext.adapter_parameters(model) gives them "
             f"(after fully_shard), got {len(missing)} of {len(factors)} missing, {missing[0]} first; add them, or requires_grad_(False)"
         )
+
+
+def check_can_grow(adapters: Mapping[str, APTAdapter], optimizers: Sequence[Optimizer], budget: float) -> None:
+    """ValueError or RuntimeError unless these adapters can grow at an event with the optimizers that hold them.
+
+    adapters  those that may grow and have no storage reserved
+    budget    of the growth
+    """
+    factors = [factor for adapter in adapters.values() for factor in (adapter.lora_A, adapter.lora_B)]
+    wanted = {id(factor) for factor in factors}
+    for one in optimizers:
+        held = any(id(parameter) in wanted for group in one.param_groups for parameter in group["params"])
+        if held and state_starts(one) is None:
+            raise ValueError(
+                f"optimizer: expected one whose state can follow ranks that grow, got {type(one).__name__}; reserve the rows with "
+                "APTConfig(max_rank=...), or let no rank grow with growth=1"
+            )
+    try:
+        resizable_state(factors, list(optimizers))
+    except RuntimeError as error:
+        raise RuntimeError(f"growth: expected at most 1, or APTConfig(max_rank=...), got {budget:g}: {error}") from error
 
 
 def gradients_came(adapters: Collection[APTAdapter], listened: bool, heard: bool) -> bool:

@@ -38,7 +38,7 @@ def set_mask(model: nn.Module, name: str, block: Block, mask: Tensor, agree: Cal
     sides = [side for side in block.sides if side.acts]
     if scaling.ones and any(not is_carrier(modules[side.module]) for side in sides):
         return agree(values, partial(host_mask, model, block))  # nothing to carry, and nothing was carried
-    placed = missing_carriers(modules, name, block)
+    placed = missing_carriers(model, name, block)
     modules |= placed
     kept = (values != 0).to(values.dtype)
     whole = {(True, block.count): scaling}  # {(scales, width): what modules carry of which the block has a whole side}
@@ -59,8 +59,7 @@ def set_mask(model: nn.Module, name: str, block: Block, mask: Tensor, agree: Cal
     changes = [modules[name].mask_change(masks) for name, masks in new.items()]  # type: ignore[operator]  # carriers have it
     agree(values, partial(host_mask, model, block))
     # Nothing above changed anything, and nothing below can fail.
-    for module, wrapped in placed.items():
-        model.set_submodule(module, wrapped)
+    put_carriers(model, placed)
     for change in changes:
         change()
 
@@ -80,11 +79,14 @@ def submodule(model: nn.Module, name: str) -> nn.Module:
     return found
 
 
-def missing_carriers(modules: Mapping[str, nn.Module], block_name: str, block: Block) -> dict[str, nn.Module]:
+def missing_carriers(model: nn.Module, block_name: str, block: Block) -> dict[str, nn.Module]:
     """{name: what carries a mask there} for what the block touches and cannot carry one yet: embeddings, norms, heads of the stream.
+
+    The model is not changed: `put_carriers` puts them in place, under masks of ones.
 
     RuntimeError where FSDP2 has sharded one, whose Parameters would be lost to it.
     """
+    modules = _modules(model, block)
     bare = {side.module: side.of for side in block.sides if side.acts and not is_carrier(modules[side.module])}
     sharded = next((name for name in bare if any(map(is_sharded, modules[name].parameters()))), None)
     if sharded is not None:
@@ -99,12 +101,16 @@ def missing_carriers(modules: Mapping[str, nn.Module], block_name: str, block: B
     return made
 
 
-def place_carriers(model: nn.Module, name: str, block: Block) -> dict[str, nn.Module]:
-    """Put the missing ones in place, under masks of ones, and return them. All or nothing."""
-    placed = missing_carriers(_modules(model, block), name, block)
-    for module, carrier in placed.items():
-        model.set_submodule(module, carrier)
-    return placed
+def put_carriers(model: nn.Module, placed: Mapping[str, nn.Module]) -> None:
+    """Put each carrier in the place of the module that it wraps."""
+    for name, carrier in placed.items():
+        model.set_submodule(name, carrier)
+
+
+def take_carriers(model: nn.Module, placed: Mapping[str, nn.Module]) -> None:
+    """Undo `put_carriers`."""
+    for name, carrier in placed.items():
+        model.set_submodule(name, stored(carrier))
 
 
 def get_mask(model: nn.Module, block: Block) -> Tensor:

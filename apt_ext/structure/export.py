@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import disk
-from ..arguments import checked_module, checked_path
+from ..arguments import checked_bool, checked_module, checked_path
 from ..model import APTModel, adapters
 from ..modes import evaluating
 from . import per_layer as own_format
@@ -50,6 +50,7 @@ def export(
     tokenizer: Any = None,
     max_shard_size: int | str = "5GB",
     per_layer: bool = False,
+    unfinished: bool = False,
 ) -> str:
     """Write an APTModel, which is shrunk, or what `shrink` returned into the directory `path`, for `from_pretrained` of its stock class.
 
@@ -61,29 +62,24 @@ def export(
                     loaded from, where it was one
     max_shard_size  tensors beyond it go into further files
     per_layer       where no stock config can say the widths, write them beside the stock files for `apt_ext.load_export`
+    unfinished      write an APTModel as it is also where a Controller has not reached its density
 
     Returns the name of the class that loads it: the model's own; another that computes the same from the same tensors, where only its
     config can say the widths (LLaMA as Mistral); or "apt_ext.load_export".
 
     Raises ValueError saying which constraint fails and what would pass: widths that no stock config says; a class that is not transformers'
-    own; a directory with other content; a tensor or an output that does not come back. TypeError for another kind of model. ImportError
-    without transformers.
+    own; a directory with other content; a tensor or an output that does not come back. TypeError for another kind of model. RuntimeError
+    where a Controller has not reached its density. ImportError without transformers.
     """
-    try:
-        from transformers import PreTrainedModel
-    except ImportError as error:
-        raise ImportError('export needs transformers: pip install "apt_ext[hf]"') from error
     checked_module("model", model)
     if not isinstance(model, APTModel) and any(True for _ in adapters(model)):
         raise TypeError(f"model: expected an APTModel or the result of shrink, got a {type(model).__name__} with adapters in it")
+    if not checked_bool("unfinished", unfinished) and isinstance(model, APTModel):
+        model.refuse_unfinished("export")
     target = checked_path(path).absolute()
     _check_target(target)
-    small: Any = shrink(model) if isinstance(model, APTModel) else model
-    kind = type(small)
-    if not isinstance(small, PreTrainedModel):
-        raise TypeError(f"model: expected a model of transformers inside, got {kind.__name__}")
-    if kind.__module__.partition(".")[0] != "transformers":
-        raise ValueError(f"model: expected a class of transformers, which others can load, got {kind.__module__}.{kind.__name__}")
+    small: Any = shrink(model, unfinished=True) if isinstance(model, APTModel) else model
+    check_class(small)
     written, loader = expressed(small, per_layer)
     with disk.made(target.parent), disk.stage(target.parent, target.name) as beside:
         new = beside / "new"
@@ -96,6 +92,19 @@ def export(
         _compare(small, new, loader, beside / "exchange.safetensors")
         disk.place(new, target)
     return "apt_ext.load_export" if loader == "apt_ext" else loader
+
+
+def check_class(model: nn.Module) -> None:
+    """TypeError or ValueError for a model that stock transformers cannot load, whatever its sizes are. ImportError without transformers."""
+    try:
+        from transformers import PreTrainedModel
+    except ImportError as error:
+        raise ImportError('export needs transformers: pip install "apt_ext[hf]"') from error
+    kind = type(model)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: expected a model of transformers inside, got {kind.__name__}")
+    if kind.__module__.partition(".")[0] != "transformers":
+        raise ValueError(f"model: expected a class of transformers, which others can load, got {kind.__module__}.{kind.__name__}")
 
 
 def expressed(small: Any, per_layer: bool) -> tuple[Any, str]:

@@ -16,6 +16,8 @@ from ..building import match
 from ..compiled import unwrap
 from ..config import APTConfig
 from ..drawn import parameters_of
+from ..method.cost import cost_of
+from ..method.outlook import Outlook
 from .architectures import Block, architecture_of, ends_with, find_blocks, is_encoder_decoder, is_linear, side_width, stored, weight_dim
 from .blocks import missing_block
 from .cutting import Changes, lanes_for, never_empty, parameter_changes
@@ -43,7 +45,8 @@ class Plan:
     trainable     entries of adapters and saved modules
     training_bytes  weights, adapters, their gradients and AdamW's two moments; activations, which depend on the batch, are not in it
     blocks        {kind: {block: count}}
-    keep          {kind: how many of each block stay}, the target
+    keep          {kind: how many of each block stay}, the target; a kind of which blocks keep different numbers is not in it
+    left          {kind: {block: how many stay}}
     dense, target sizes now and after the cut
     exports       {"stock", "retyped", "per layer": constraints that stand against the target, in words; none: it can be written}
     heads         {heads kept in every layer, hidden size as in the target: the formats that can say it}
@@ -57,6 +60,7 @@ class Plan:
     training_bytes: int
     blocks: dict[str, dict[str, int]]
     keep: dict[str, int]
+    left: dict[str, dict[str, int]]
     dense: Size
     target: Size
     batch: int
@@ -79,9 +83,8 @@ class Plan:
             f"{'':14}{'now':>16}{'after the cut':>16}",
         ]
         for kind, found in self.blocks.items():
-            counts = sorted(set(found.values()))
-            now = str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
-            lines.append(f"{kind:14}{now:>16}{self.keep.get(kind, now):>16}" + (f"  in each of {len(found)}" if len(found) > 1 else ""))
+            now, then = _range(found), _range(self.left[kind])
+            lines.append(f"{kind:14}{now:>16}{then:>16}" + (f"  in each of {len(found)}" if len(found) > 1 else ""))
         for name, now, then in (
             ("parameters", f"{self.dense.parameters:,}", f"{self.target.parameters:,}"),
             ("weights", _mib(self.dense.bytes), _mib(self.target.bytes)),
@@ -104,12 +107,14 @@ class Plan:
 def plan(model: nn.Module, config: APTConfig, *, keep: Mapping[str, int] | None = None, batch: int = 1, length: int = 128) -> Plan:
     """A dry run of `get_apt_model(model, config)` and a cut; `model` is not changed and may lie on meta.
 
-    keep    {"heads", "neurons" or "hidden": how many stay in every layer} (heads are KV groups where query heads share keys); None: the
-            share `config.density` of heads and neurons, neurons in multiples of `config.round_to`
+    keep    {"heads", "neurons" or "hidden": how many stay in every layer} (heads are KV groups where query heads share keys); None: what a
+            `Controller` with this config leaves where all scores are alike, by the same search: `config.prune` and `density` of the layers'
+            parameters, in steps of `round_to`, in all layers the same where `uniform`
     batch, length  the input of the FLOPs: matrix products and attention, as torch.utils.flop_counter counts them
 
     Raises what get_apt_model raises about types, names and a model that has adapters; ValueError for a kind or number that the model does
-    not have, and where blocks are asked for of an architecture that is not in the table, saying what to declare.
+    not have, a density that cannot be reached, and where blocks are asked for of an architecture that is not in the table, saying what to
+    declare.
     """
     checked_int("batch", batch, 1)
     checked_int("length", length, 1)
@@ -132,10 +137,13 @@ def _planned(
 ) -> Plan:
     found = match(model, config)
     blocks = find_blocks(model)
-    wanted = _wanted(model, blocks, config, keep)
-    most = {name: min(wanted.get(block.kind, block.count), block.count) for name, block in blocks.items()}
-    kept = {name: torch.arange(block.count, device="cpu") < most[name] for name, block in blocks.items()}
     notes += found.notes
+    if keep is None:
+        most = _searched(model, blocks, config, notes)
+    else:
+        wanted = _checked_keep(model, blocks, keep)
+        most = {name: min(wanted.get(block.kind, block.count), block.count) for name, block in blocks.items()}
+    kept = {name: torch.arange(block.count, device="cpu") < most[name] for name, block in blocks.items()}
     row = architecture_of(model)
     for name in never_empty(row, model, blocks) if row is not None else ():
         if blocks[name].count and not bool(kept[name].any()):
@@ -154,37 +162,45 @@ def _planned(
         Size(_entries(model, cut), _bytes(model, cut), None if products is None else _flops(products, cut)) for cut in ({}, changes)
     )
     counts = {name: int(stay.sum()) for name, stay in kept.items()}
+    kinds = [kind for kind in KINDS if any(block.kind == kind for block in blocks.values())]
+    left = {kind: {name: counts[name] for name, block in blocks.items() if block.kind == kind} for kind in kinds}
+    pruned = [kind for kind in kinds if (kind in keep if keep is not None else config.density < 1.0 and kind in config.prune)]
     return Plan(
         model=type(model).__name__,
         adapters=found.ranks,
         saved=found.saved,
         trainable=trainable,
         training_bytes=dense.bytes + per_entry * (factors + 3 * trainable),
-        blocks={
-            kind: {n: b.count for n, b in blocks.items() if b.kind == kind}
-            for kind in KINDS
-            if any(b.kind == kind for b in blocks.values())
-        },
-        keep=wanted,
+        blocks={kind: {name: blocks[name].count for name in left[kind]} for kind in kinds},
+        keep={kind: max(left[kind].values()) for kind in pruned if keep is not None or len(set(left[kind].values())) == 1},
+        left=left,
         dense=dense,
         target=target,
         batch=batch,
         length=length,
-        exports=allowed(model, _sizes(model, blocks, counts)),
+        exports=allowed(model, sizes_left(model, blocks, counts)),
         heads=_head_formats(model, blocks, counts),
         notes=notes,
     )
 
 
-def _wanted(model: nn.Module, blocks: dict[str, Block], config: APTConfig, keep: Mapping[str, int] | None) -> dict[str, int]:
-    """{kind: how many stay in each block}."""
+def _searched(model: nn.Module, blocks: dict[str, Block], config: APTConfig, notes: list[str]) -> dict[str, int]:
+    """How many of each block a Controller leaves where all scores are alike; adds to `notes` what other scores may change."""
+    live = {name: torch.ones(block.count, dtype=torch.bool, device="cpu") for name, block in blocks.items()}
+    outlook = Outlook(model, blocks, config, cost_of(model, blocks), live)
+    outlook.check_density()
+    counts = outlook.left()
+    if outlook.pruned and outlook.competing():
+        shared = "kinds" if config.uniform else "layers and kinds"
+        notes.append(f"{shared} compete by their scores: these are the numbers where all scores are alike")
+        failures, formats = outlook.unwritable(), allowed(model, sizes_left(model, blocks, counts))
+        if failures and not all(formats.get(name, failures) for name in ("stock", "retyped")):
+            notes.append(f"other scores may leave what no stock config can say: {'; '.join(failures)}")
+    return counts
+
+
+def _checked_keep(model: nn.Module, blocks: dict[str, Block], keep: Mapping[str, int]) -> Mapping[str, int]:
     present = {kind: max((b.count for b in blocks.values() if b.kind == kind), default=0) for kind in KINDS}
-    if keep is None:
-        if config.density == 1.0:
-            return {}
-        keep = {"heads": max(int(present["heads"] * config.density + 1e-6), 1)}
-        steps = max(int(present["neurons"] * config.density + 1e-6) // config.round_to, 1)
-        keep = {**keep, "neurons": min(steps * config.round_to, present["neurons"])}
     for kind, count in keep.items():
         if kind not in KINDS:
             raise ValueError(f"keep: expected {', '.join(KINDS)}, got {kind!r}")
@@ -195,7 +211,7 @@ def _wanted(model: nn.Module, blocks: dict[str, Block], config: APTConfig, keep:
             raise TypeError(f"keep: expected an int for {kind}, got {type(count).__name__}")
         if not least <= count <= present[kind]:
             raise ValueError(f"keep: expected {least} to {present[kind]} {kind}, got {count}")
-    return dict(keep)
+    return keep
 
 
 def _outside_blocks(model: nn.Module, blocks: dict[str, Block]) -> list[str]:
@@ -304,7 +320,7 @@ def _flops(products: _Products, changes: Changes) -> int:
 # -- formats -----------------------------------------------------------------------------------------------------------
 
 
-def _sizes(model: nn.Module, blocks: dict[str, Block], counts: Mapping[str, int]) -> Sizes:
+def sizes_left(model: nn.Module, blocks: dict[str, Block], counts: Mapping[str, int]) -> Sizes:
     """What a config has to say when `counts` of each block are left."""
     found: dict[str, dict[str, int]] = {}
     grouped = hasattr(getattr(model, "config", None), "num_key_value_heads")
@@ -325,8 +341,13 @@ def _head_formats(model: nn.Module, blocks: dict[str, Block], counts: Mapping[st
     found = {}
     for count in range(1, most + 1):
         these = {name: count if blocks[name].kind == "heads" else other for name, other in counts.items()}
-        found[count] = [name for name, failures in allowed(model, _sizes(model, blocks, these)).items() if not failures]
+        found[count] = [name for name, failures in allowed(model, sizes_left(model, blocks, these)).items() if not failures]
     return found
+
+
+def _range(counts: Mapping[str, int]) -> str:
+    least, most = min(counts.values()), max(counts.values())
+    return str(most) if least == most else f"{least}-{most}"
 
 
 def _mib(size: int) -> str:

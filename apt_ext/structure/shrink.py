@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import nn
 
+from ..arguments import checked_bool
 from ..errors import naming
 from ..model import APTModel, adapters
 from .blocks import merged_linear
@@ -24,7 +25,7 @@ from .cutting import (
 )
 
 
-def shrink(model: APTModel) -> nn.Module:
+def shrink(model: APTModel, *, unfinished: bool = False) -> nn.Module:
     """A new model of the stock class, with stock modules only: adapters merged, and cut where a block's mask is exactly zero.
 
     Rows of the linears that produce a removed channel go, with their bias, and columns of those that consume it; embeddings and norms
@@ -38,11 +39,15 @@ def shrink(model: APTModel) -> nn.Module:
 
     `model` is untouched. Every Parameter of the result is trainable, as in a model that was just loaded.
 
+    unfinished  take the model as it is also where a Controller has not reached its density
+
     Raises TypeError (not an APTModel), ValueError (layers that have to keep the same heads and do not; nothing kept of the residual
-    stream) and RuntimeError (a merged weight would not be finite), naming it.
+    stream) and RuntimeError (a merged weight would not be finite; a Controller has not reached its density), naming it.
     """
     if not isinstance(model, APTModel):
         raise TypeError(f"model: expected an APTModel, got {type(model).__name__}")
+    if not checked_bool("unfinished", unfinished):
+        model.refuse_unfinished("shrink")
     gone = removal(model.model, model.blocks)
     with torch.inference_mode(False):  # Parameters born in inference mode could never be trained
         return _shrunk(copy.deepcopy(model), gone)

@@ -12,7 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from .._version import __version__
-from ..config import APTConfig
+from ..config import KINDS, APTConfig
 from ..structure.planner import plan
 from .data import ARCHIVE, Missing
 from .demo import QUICK_STEPS, STEPS, CheckFailed, demo
@@ -42,7 +42,8 @@ def _demo(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     keep = _once(options.keep) if options.keep else None
     try:
-        config = APTConfig(r=options.rank, target_modules=options.target_modules or "all-linear", density=options.density)
+        prune = {"prune": options.prune} if options.prune else {}
+        config = APTConfig(r=options.rank, target_modules=options.target_modules or "all-linear", density=options.density, **prune)
         found = plan(empty_model(options.model), config, keep=keep, batch=options.batch, length=options.length)
     except ValueError as error:
         raise Missing(str(error)) from error
@@ -123,7 +124,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("model", type=Path, metavar="DIR", help="a model's directory; its config.json is enough")
     target = command.add_mutually_exclusive_group()
     target.add_argument("--keep", nargs="+", type=_kept, metavar="KIND=NUMBER", help="how many heads, neurons, hidden stay in each layer")
-    target.add_argument("--density", type=float, default=1.0, help="share of heads and neurons that stays, instead of --keep")
+    target.add_argument("--density", type=float, default=1.0, help="share of the layers' parameters that stays, instead of --keep")
+    command.add_argument("--prune", nargs="+", choices=KINDS, help="what --density is reached with (neurons)")
     command.add_argument("--rank", type=_positive, default=8, help="of each adapter (%(default)s)")
     command.add_argument("--target-modules", nargs="+", metavar="NAME", help="linears that get an adapter (all)")
     command.add_argument("--batch", type=_positive, default=1, help="of the FLOPs (%(default)s)")

@@ -1,0 +1,203 @@
+"""What a search will leave of a model, known before anything is trained: for `plan`, and for a Controller at its creation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from ..arguments import checked_choice
+from ..config import APTConfig
+from ..structure.architectures import ARCHITECTURES, Block, architecture_of, unknown_modules
+from ..structure.export import check_class
+from ..structure.formats import allowed
+from .cost import Cost
+from .groups import groups_of
+from .search import Group, search
+
+logger = logging.getLogger("apt_ext")
+
+_SLACK = 1 + 1e-12  # 0.29 * 100 is a little below 29
+
+
+def allowance(density: float, full: float) -> float:
+    """The cost that a search may leave at this density of the `full` cost."""
+    return density * full * _SLACK
+
+
+def pruned_blocks(model: nn.Module, blocks: Mapping[str, Block], config: APTConfig) -> dict[str, Block]:
+    """The blocks of the kinds in `config.prune`; none where `config.density` is 1. ValueError where there would be none to prune."""
+    if config.density == 1.0:
+        return {}
+    found = {name: block for name, block in blocks.items() if block.kind in config.prune}
+    if found:
+        return found
+    known = ", ".join(dict.fromkeys(block.kind for block in blocks.values())) or "none"
+    text = f"prune: expected kinds of blocks that the model has ({known}), got {config.prune}"
+    if architecture_of(model) is None:
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        rows = sorted({kind for row in ARCHITECTURES for kind in row.model_types})
+        text += (
+            f"; declare {type(model).__name__} (model_type {model_type!r}) with apt_ext.register_architecture, which says where its heads, "
+            f"neurons and hidden dimensions are, or pass density=1.0 to let ranks grow alone; in the table are {', '.join(rows)}"
+        )
+    elif not blocks:
+        text += "; after merge_and_unload() it has none"
+    elif "hidden" in config.prune:
+        text += f"; its row does not say how these modules touch the residual stream: {', '.join(unknown_modules(model)[:4])}"
+    raise ValueError(text)
+
+
+def say_unpruned(model: nn.Module, pruned: Mapping[str, Block], config: APTConfig, meant: bool) -> None:
+    """Say it where a Controller will prune nothing, unless that is `meant`, and where `config.prune` names kinds that the model lacks."""
+    if not pruned:
+        if not meant:
+            logger.warning(
+                "Controller: density is 1.0, its default, so nothing will be pruned; give density=0.5, for example, to keep half of the "
+                "layers' parameters, or density=1.0 to let ranks grow alone"
+            )
+        return
+    missing = [kind for kind in config.prune if kind not in {block.kind for block in pruned.values()}]
+    if missing:
+        logger.warning("Controller: prune names %s, of which %s has no blocks; the others are pruned", missing, type(model).__name__)
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """A search that is to come, at the density at which pruning ends.
+
+    model   the stock model, with or without adapters in it; it may lie on meta
+    blocks  all blocks of it
+    config  whose prune, density, round_to and uniform count
+    cost    of those blocks, of which density is a share
+    live    {block: [count] bool}, on the host: what is there now
+    floor   chunks that always stay in every block
+    joint   as in `search`
+    """
+
+    model: nn.Module
+    blocks: Mapping[str, Block]
+    config: APTConfig
+    cost: Cost
+    live: Mapping[str, Tensor]
+    floor: int = 1
+    joint: bool = True
+
+    @cached_property
+    def pruned(self) -> dict[str, Block]:
+        return pruned_blocks(self.model, self.blocks, self.config)
+
+    @cached_property
+    def groups(self) -> list[Group]:
+        return groups_of(self.model, self.pruned, self.config.round_to, self.config.uniform, self.floor)
+
+    @cached_property
+    def _counts(self) -> dict[str, int]:
+        return {name: int(live.sum()) for name, live in self.live.items()}
+
+    @cached_property
+    def _full(self) -> float:
+        return self.cost.total({name: block.count for name, block in self.blocks.items()})
+
+    def left(self, scores: Mapping[str, float] | None = None, cost: float | None = None) -> dict[str, int]:
+        """How many of each block stay.
+
+        scores  {block: the score of each of its entries}; 1 for a block that is not in it
+        cost    what may stay; None: what the density allows
+        """
+        if not self.pruned:
+            return dict(self._counts)
+        values = {name: torch.full((block.count,), (scores or {}).get(name, 1.0), device="cpu") for name, block in self.pruned.items()}
+        allowed_cost = allowance(self.config.density, self._full) if cost is None else cost
+        live = {name: self.live[name] for name in self.pruned}
+        keep = search(values, live, self.groups, self.cost, self._counts, allowed_cost, self.joint).keep
+        return {**self._counts, **{name: int(kept.sum()) for name, kept in keep.items()}}
+
+    def check_density(self) -> None:
+        """ValueError where even the floors cost more than the density allows."""
+        share = self.cost.total(self.left(cost=-1.0)) / self._full if self.pruned and self._full else 0.0
+        if share > self.config.density:
+            raise ValueError(
+                f"density: expected at least {share:.4f}, which is what stays where every block keeps its floor and {self.config.prune} "
+                f"alone are pruned, got {self.config.density}"
+            )
+
+    def competing(self) -> bool:
+        """Whether scores decide how many stay, and not only which."""
+        return len(self.groups) > 1
+
+    def outcomes(self) -> Iterator[dict[str, int]]:
+        """How many of each block may stay: where all scores are alike, and then each number that other scores may leave of one group.
+
+        The cost never falls when a count grows, so a group keeps the fewest where its scores are the lowest of all and the most where they
+        are the highest.
+        """
+        even = self.left()
+        yield even
+        for group in self.groups if self.pruned and self.competing() else ():
+            least, most = (self.left(dict.fromkeys(group.blocks, score))[group.blocks[0]] for score in (0.0, 1e9))
+            # Of neurons no config asks more than that all layers have the same.
+            between = () if group.kind == "neurons" else range(least, most, group.chunk)
+            for number in dict.fromkeys((most, least, *between)):
+                yield {**even, **dict.fromkeys(group.blocks, number)}
+
+    def unwritable(self) -> list[str]:
+        """Which constraints stand against an outcome that no stock class can say, in words; none: each can be exported as a stock model."""
+        from ..structure.planner import sizes_left  # which asks this module what will be left
+
+        for counts in self.outcomes():
+            formats = allowed(self.model, sizes_left(self.model, dict(self.blocks), counts))
+            if formats["stock"] and formats.get("retyped", formats["stock"]):
+                return formats["stock"]
+        return []
+
+    def writable(self) -> str | None:
+        """Other settings that reach the density and whose outcomes can all be exported as stock models, in words; None: none was found."""
+        config = self.config
+        without = [kind for kind in config.prune if kind != "heads"]
+        changes = [{"uniform": True}, {"prune": without}, {"prune": without, "uniform": True}, {"prune": ["neurons"], "uniform": True}]
+        for change in changes:
+            if all(getattr(config, name) == value for name, value in change.items()) or change.get("prune") == []:
+                continue
+            other = replace(self, config=replace(config, **change))  # type: ignore[arg-type]
+            try:
+                other.check_density()
+                if not other.unwritable():
+                    return " with ".join(f"{name}={value}" for name, value in change.items())
+            except ValueError:  # a kind that the model does not have, a density out of reach
+                continue
+        return None
+
+
+def check_export(outlook: Outlook, export: str | None) -> None:
+    """ValueError, with what would pass, where what may be left cannot be written as `export` says; TypeError for a model of no stock class.
+
+    None: the logger says it where no stock model may come of it.
+    """
+    if export is not None:
+        checked_choice("export", export, ("stock", "per_layer"))
+        check_class(outlook.model)
+    elif not outlook.pruned:
+        return
+    failures = outlook.unwritable()
+    if not failures or export == "per_layer":
+        return
+    settings, other = f"prune={outlook.config.prune} with uniform={outlook.config.uniform}", outlook.writable()
+    if export is None:
+        would = f"; {other} would pass" if other else ""
+        logger.warning(
+            "Controller: no stock config may be able to say what %s leaves: %s%s; export(..., per_layer=True) writes it in any case "
+            "(Controller(export='per_layer') says that this is meant)",
+            settings,
+            "; ".join(failures),
+            would,
+        )
+        return
+    would = f"{other} would pass, and so would export='per_layer'" if other else "export='per_layer' would pass"
+    raise ValueError(
+        f"export: expected settings of which a stock config can say whatever is left, got {settings}: {'; '.join(failures)}; {would}"
+    )
