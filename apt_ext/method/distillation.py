@@ -21,6 +21,7 @@ from ..arguments import checked_int, checked_mapping, checked_number, checked_se
 from ..model import APTModel, adapters
 from ..structure.architectures import in_encoder, is_encoder_decoder
 from .refusals import generator_state
+from .shared_weights import SharedWeights
 
 _LABELS = ("labels", "start_positions", "end_positions")
 _HEADS = ("logits", "start_logits", "end_logits")  # of a model's outputs; question answering has the last two
@@ -37,10 +38,10 @@ class Distiller:
         outputs = model(**batch, **distiller.asks)
         distiller.loss(batch, outputs, progress).backward()     # progress: distill_weight(step, start, end)
 
-    teacher      None: the task's loss alone. A module with the student's inputs and outputs, put into evaluation mode. "self": the student
-                 as it is now and after each `refresh`: its frozen weights in the same memory, its adapters, trained modules and masks as
-                 copies. It computes under its own masks, whatever becomes of the student's; once the student was cut the teacher alone
-                 holds the full weights.
+    teacher      None: the task's loss alone. A module with the student's inputs and outputs, put into evaluation mode, of the student's
+                 hidden size of now or of that before its cuts. "self": the student as it is now and after each `refresh`: its frozen
+                 weights in the same memory, its adapters, trained modules and masks as copies. It computes under its own masks, whatever
+                 becomes of the student's; once the student was cut the teacher alone holds the full weights.
     logits, layers  weights of the two terms; 0 leaves a term, and what only it needs, out
     temperature  T; the teacher's and the student's logits are divided by it
     quarters     in so many stretches the layers are divided; of each one layer of the teacher, drawn anew every step, is compared
@@ -89,12 +90,13 @@ class Distiller:
         self._lanes = model._hidden_left  # which dimensions of the model as it was built are those of Tr; None: all
         self.teacher: nn.Module | None = None
         self.transform: APTAdapter | None = None
+        self._shared = SharedWeights({})  # the frozen weights of an own self, as they were at the last refresh
         if teacher is None:
             return
-        width = _width("model", model)
+        width = _width("model", model) if layers else 0
         if isinstance(teacher, nn.Module):
             if layers and (found := _width("teacher", teacher)) != width:
-                raise ValueError(f"teacher: expected the student's hidden size {width}, got {found}; layers=0 compares logits alone")
+                width = self._width_before_cuts(found, width)
             self.teacher = teacher.eval()
         if layers:
             first = next(model.parameters())
@@ -103,6 +105,13 @@ class Distiller:
             )
         if self.own:
             self.refresh()
+
+    def _width_before_cuts(self, teachers: int, students: int) -> int:
+        """The teacher's hidden size, where it can be the one that the student had before its cuts; ValueError where it cannot."""
+        if self._lanes is None or teachers <= int(self._lanes.max()):
+            raise ValueError(f"teacher: expected the student's hidden size {students}, got {teachers}; layers=0 compares logits alone")
+        self._lanes = None
+        return teachers
 
     @property
     def asks(self) -> dict[str, Any]:
@@ -119,6 +128,7 @@ class Distiller:
             raise RuntimeError('refresh: expected a Distiller made with teacher="self", got another')
         self._refuse_merged("refresh")
         self.teacher = frozen_copy(self.model)
+        self._shared = SharedWeights({name: value for name, value in self.model.named_parameters() if not value.requires_grad})
 
     def loss(self, batch: Mapping[str, Any], outputs: Any, progress: float = 1.0) -> Tensor:
         """The loss of one pass, a scalar.
@@ -128,7 +138,8 @@ class Distiller:
         progress  mu, taken into [0, 1]: at 0 the teacher is not run, at 1 the task's own loss is not used
 
         Call it under the same autocast as the student's pass. ValueError for what the outputs lack or what has another shape than the
-        teacher's; RuntimeError while an adapter is merged into weights that the teacher shares.
+        teacher's; RuntimeError while an adapter is merged into weights that the teacher shares, and after merge_and_unload() of the student
+        or anything else that wrote into them.
         """
         checked_mapping("batch", batch)
         if not isinstance(progress, Real) or isinstance(progress, bool):
@@ -141,6 +152,7 @@ class Distiller:
             return task
         if self.own:
             self._refuse_merged("loss")
+            self._refuse_written()
         shared = {key: value for key, value in batch.items() if key not in _LABELS or (key == "labels" and is_encoder_decoder(self.model))}
         with torch.no_grad():
             taught = self.teacher(**shared, **self.asks)
@@ -239,6 +251,15 @@ class Distiller:
         merged = next((name for name, adapter in adapters(self.model) if adapter.merged), None)
         if merged is not None:
             raise RuntimeError(f"{call}: {merged} is merged into a weight that the teacher shares; unmerge it first")
+
+    def _refuse_written(self) -> None:
+        written = self._shared.written()
+        if written is not None:
+            raise RuntimeError(
+                f"loss: {written} was written since the last refresh, by merge_and_unload() of the student or by others, and the teacher "
+                "shares its memory, so it is not the model any more that it was; call refresh() for the student as it is now, or make a "
+                "new Distiller with a copy of the model as its teacher"
+            )
 
     # -- state ---------------------------------------------------------------------------------------------------------
 
