@@ -69,8 +69,9 @@ class APTConfig:
 
     What a Controller does, and building the model does not read:
 
-    prune           kinds of blocks that are pruned, of "heads", "neurons" and "hidden"; of the default, every stock config can say what is
-                    left, of heads of BERT and GPT-2 it cannot
+    prune           kinds of blocks that are pruned, of "heads", "neurons" and "hidden". None: heads and neurons where the
+                    model's stock config can store what is left; neurons alone where it cannot store other heads (BERT,
+                    GPT-2) and the density can be reached so; else heads and neurons
     density         share of the layers' parameters (or what the Controller's budget counts) to keep, in [0, 1]
     schedule        a Schedule, or a dict of its fields
     round_to        neurons and hidden dimensions go in groups of so many, so that widths stay multiples of it
@@ -89,7 +90,7 @@ class APTConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     max_rank: int | None = None
     float32_factors: bool = False
-    prune: list[str] = field(default_factory=lambda: ["neurons"])
+    prune: list[str] | None = None
     density: float = 1.0
     schedule: Schedule = field(default_factory=Schedule)
     round_to: int = 8
@@ -105,8 +106,8 @@ class APTConfig:
         if not 0.0 <= self.density <= 1.0:
             raise ValueError(f"density: expected a share in [0, 1], got {self.density}")
         _check_int("round_to", self.round_to)
-        prune = _checked_names("prune", self.prune, regex=False)
-        for kind in prune:
+        prune = None if self.prune is None else _checked_names("prune", self.prune, regex=False)
+        for kind in prune or ():
             if kind not in KINDS:
                 raise ValueError(f"prune: expected kinds of {', '.join(KINDS)}, got {kind!r}")
         schedule = _checked_schedule(self.schedule)

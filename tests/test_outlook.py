@@ -10,7 +10,9 @@ from training import SHORT, built, train
 
 from apt_ext import APTConfig, Controller, export, get_apt_model, plan, shrink
 from apt_ext.method import Products, search
+from apt_ext.method.oneshot import pruned_kinds
 from apt_ext.method.search import Group
+from apt_ext.structure.architectures import ARCHITECTURES
 from apt_ext.structure.export import expressed
 
 KINDS = [["neurons"], ["heads", "neurons"], ["heads", "neurons", "hidden"]]
@@ -47,11 +49,31 @@ def test_a_plan_is_what_a_run_with_equal_scores_leaves(name, prune, uniform, mon
 @EVERY
 def test_what_the_default_prunes_is_a_stock_model(family, caplog):
     config = APTConfig(r=2, density=0.9, round_to=4)
-    assert config.prune == ["neurons"] and plan(family.model(), config, length=16).exports["stock"] == []
+    exports = plan(family.model(), config, length=16).exports
+    assert exports["stock"] == [] or exports.get("retyped") == []
     apt = get_apt_model(family.model(), config)
     Controller(apt, torch.optim.SGD([p for p in apt.parameters() if p.requires_grad]), 16, export="stock", **SHORT).remove()
-    Controller(apt, torch.optim.SGD([p for p in apt.parameters() if p.requires_grad]), 16, **SHORT)
+    chosen = Controller(apt, torch.optim.SGD([p for p in apt.parameters() if p.requires_grad]), 16, **SHORT).config.prune
     assert not caplog.records
+    ties_heads = any(family.model().config.model_type in row.model_types and row.derives_head_size for row in ARCHITECTURES)
+    assert chosen == (["neurons"] if ties_heads else ["heads", "neurons"])
+
+
+@pytest.mark.parametrize(("name", "density"), [("bert", 0.5), ("gpt2", 0.25)])
+def test_a_density_that_neurons_alone_do_not_reach_prunes_heads_too_and_says_so(name, density, caplog):
+    family = FAMILIES[name]
+    apt, optimizer = built(family, prune=None, density=density)
+    with pytest.raises(ValueError, match=r"density: expected at least .* \['neurons'\] alone"):
+        Controller(apt, optimizer, 16, prune=["neurons"], **SHORT)
+    assert Controller(apt, optimizer, 16, **SHORT).config.prune == ["heads", "neurons"]
+    assert "no stock config may be able to say what prune=['heads', 'neurons']" in caplog.text
+    left = plan(family.model(), APTConfig(r=2, density=density, round_to=4), length=16)
+    assert set(left.keep) == {"heads", "neurons"} and left.exports["stock"]
+
+
+def test_one_shot_prunes_the_kinds_that_a_controller_would():
+    apt, _ = built(FAMILIES["bert"], prune=None, density=1.0)
+    assert pruned_kinds(apt, 0.9) == ["neurons"] and pruned_kinds(apt, 0.5) == ["heads", "neurons"]
 
 
 REFUSED = [

@@ -25,8 +25,8 @@ from ..structure.blocks import host_mask, missing_carriers, put_carriers, submod
 from ..structure.cutting import decodes
 from ..target import BUDGETS, Target
 from .allocation import AdapterImportance, Growth, grown_ranks
-from .cost import Cost, budget_cost
-from .outlook import Outlook, allowance, check_export, pruned_blocks, say_unpruned
+from .cost import budget_cost
+from .outlook import Outlook, allowance, check_export, chosen, pruned_blocks, say_unpruned
 from .refusals import check_can_grow, check_held, check_state, checked_scores, gradients_came, note_controller, refuse_second
 from .schedule import Steps, linear_budget, step_mask
 from .scores import BlockScores
@@ -119,7 +119,7 @@ class Controller:
             config = self.model.apt_config if config is None else config
             if not isinstance(config, APTConfig):
                 raise TypeError(f"config: expected an APTConfig, got {type(config).__name__}")
-            self.config = replace(config, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+            config = replace(config, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
             self.growth = growth if isinstance(growth, Growth) else Growth(checked_number("growth", growth))
             checked_choice("budget", budget, BUDGETS)
             checked_int("length", length, 1)
@@ -135,19 +135,24 @@ class Controller:
             kurtosis = checked_number("kurtosis", kurtosis, 0.0)
             refuse_second(self.model)
             self.total_steps, self.budget, self.joint, self.compact, self.log = total_steps, budget, joint, compact, log
-            self.steps = Steps.of(self.config.schedule, total_steps)
+            self.steps = Steps.of(config.schedule, total_steps)
             self.now = 0  # optimizer steps that were counted, up to total_steps
 
-            self.blocks = pruned_blocks(inner, blocks, self.config)
-            self.cost: Cost = budget_cost(inner, blocks, budget, length, latency, self.blocks)
+            self._masks = {name: self.model.get_block_mask(name).cpu() for name in blocks}
+            self._live = {name: mask != 0 for name, mask in self._masks.items()}  # at the last event: what may still be kept
+
+            def outlook_of(config: APTConfig) -> Outlook:
+                cost = budget_cost(inner, blocks, budget, length, latency, pruned_blocks(inner, blocks, config))
+                return Outlook(inner, blocks, config, cost, self._live, floor, joint)
+
+            outlook = chosen(config, blocks, outlook_of)
+            self.config, self.blocks, self.cost = outlook.config, outlook.pruned, outlook.cost
             self.importance = AdapterImportance(adapters(self.model), decay, self.growth.importance == "signed")
             check_held(self.importance.adapters, optimizers)
             self.generator = checked_seed("seed", seed)
 
             self._uncut = blocks
             self._full = {name: block.count for name, block in blocks.items()}
-            self._masks = {name: self.model.get_block_mask(name).cpu() for name in blocks}
-            self._live = {name: mask != 0 for name, mask in self._masks.items()}  # at the last event: what may still be kept
             self._dense = self.cost.total(self._full)
             self._initial = self.density
             self._parameters, self._ranks = self.adapter_parameters, self._ranks_now()
@@ -156,7 +161,6 @@ class Controller:
             growing = {name: one for name, one in found.items() if one.max_rank is None and one.rank < limits[name]}
             if self.growth.budget > 1.0 and growing:
                 check_can_grow(growing, optimizers, self.growth.budget)
-            outlook = Outlook(inner, blocks, self.config, self.cost, self._live, floor, joint)
             outlook.check_density()
             self.groups = outlook.groups
             check_export(outlook, export)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from ..model import APTModel, adapters
 from ..modes import evaluating
 from .cost import cost_of
 from .groups import groups_of
+from .outlook import Outlook, chosen
 from .refusals import checked_scores, refuse_second
 from .scores import BlockScores
 from .search import search
@@ -43,7 +45,7 @@ def one_shot(
         masks = {name: top_k(score, keep[model.blocks[name].kind]).float() for name, score in scores.items()}
     else:
         _check_density("keep", keep)
-        masks = within_density(model, block_scores(model, model.apt_config.prune, batches, kurtosis), keep)
+        masks = within_density(model, block_scores(model, pruned_kinds(model, keep), batches, kurtosis), keep)
     before = {name: model.get_block_mask(name) for name in masks}
     try:
         for name, mask in masks.items():
@@ -54,6 +56,13 @@ def one_shot(
                 model.set_block_mask(name, mask)
         raise
     return masks
+
+
+def pruned_kinds(model: APTModel, density: float) -> list[str]:
+    """The kinds of blocks that the model's config prunes at this density of the layers' parameters."""
+    config, cost = replace(model.apt_config, density=density), cost_of(model.model, model.blocks)
+    live = {name: model.get_block_mask(name).cpu() != 0 for name in model.blocks}
+    return chosen(config, model.blocks, lambda one: Outlook(model.model, model.blocks, one, cost, live)).config.prune or []
 
 
 def within_density(model: APTModel, scores: Mapping[str, Tensor], density: float, joint: bool = True, floor: int = 1) -> dict[str, Tensor]:

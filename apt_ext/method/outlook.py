@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -33,11 +33,12 @@ def pruned_blocks(model: nn.Module, blocks: Mapping[str, Block], config: APTConf
     """The blocks of the kinds in `config.prune`; none where `config.density` is 1. ValueError where there would be none to prune."""
     if config.density == 1.0:
         return {}
-    found = {name: block for name, block in blocks.items() if block.kind in config.prune}
+    prune = config.prune or []
+    found = {name: block for name, block in blocks.items() if block.kind in prune}
     if found:
         return found
     known = ", ".join(dict.fromkeys(block.kind for block in blocks.values())) or "none"
-    text = f"prune: expected kinds of blocks that the model has ({known}), got {config.prune}"
+    text = f"prune: expected kinds of blocks that the model has ({known}), got {prune}"
     if architecture_of(model) is None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         rows = sorted({kind for row in ARCHITECTURES for kind in row.model_types})
@@ -47,7 +48,7 @@ def pruned_blocks(model: nn.Module, blocks: Mapping[str, Block], config: APTConf
         )
     elif not blocks:
         text += "; after merge_and_unload() it has none"
-    elif "hidden" in config.prune:
+    elif "hidden" in prune:
         text += f"; its row does not say how these modules touch the residual stream: {', '.join(unknown_modules(model)[:4])}"
     raise ValueError(text)
 
@@ -61,7 +62,7 @@ def say_unpruned(model: nn.Module, pruned: Mapping[str, Block], config: APTConfi
                 "layers' parameters, or density=1.0 to let ranks grow alone"
             )
         return
-    missing = [kind for kind in config.prune if kind not in {block.kind for block in pruned.values()}]
+    missing = [kind for kind in config.prune or () if kind not in {block.kind for block in pruned.values()}]
     if missing:
         logger.warning("Controller: prune names %s, of which %s has no blocks; the others are pruned", missing, type(model).__name__)
 
@@ -158,7 +159,7 @@ class Outlook:
     def writable(self) -> str | None:
         """Other settings that reach the density and whose outcomes can all be exported as stock models, in words; None: none was found."""
         config = self.config
-        without = [kind for kind in config.prune if kind != "heads"]
+        without = [kind for kind in config.prune or () if kind != "heads"]
         changes = [{"uniform": True}, {"prune": without}, {"prune": without, "uniform": True}, {"prune": ["neurons"], "uniform": True}]
         for change in changes:
             if all(getattr(config, name) == value for name, value in change.items()) or change.get("prune") == []:
@@ -171,6 +172,29 @@ class Outlook:
             except ValueError:  # a kind that the model does not have, a density out of reach
                 continue
         return None
+
+
+def chosen(config: APTConfig, blocks: Mapping[str, Block], outlook_of: Callable[[APTConfig], Outlook]) -> Outlook:
+    """The outlook of `config`, with the kinds to prune chosen where its `prune` is None.
+
+    Chosen are heads and neurons where a stock config can store what may be left, else neurons alone where it can store
+    those and the density can be reached so, else heads and neurons.
+
+    outlook_of  makes the Outlook of a config; a ValueError of it says that this config does not fit
+    """
+    if config.prune is not None:
+        return outlook_of(config)
+    kinds = [kind for kind in ("heads", "neurons") if any(block.kind == kind for block in blocks.values())]
+    every = replace(config, prune=kinds or ["heads", "neurons"])
+    for one in (every, replace(config, prune=["neurons"])) if config.density < 1.0 else ():
+        try:
+            outlook = outlook_of(one)
+            outlook.check_density()
+            if not outlook.unwritable():
+                return outlook
+        except ValueError:  # a kind that the model does not have, a density out of reach
+            continue
+    return outlook_of(every)
 
 
 def check_export(outlook: Outlook, export: str | None) -> None:

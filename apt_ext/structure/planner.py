@@ -17,7 +17,7 @@ from ..compiled import unwrap
 from ..config import APTConfig
 from ..drawn import parameters_of
 from ..method.cost import cost_of
-from ..method.outlook import Outlook
+from ..method.outlook import Outlook, chosen
 from .architectures import Block, architecture_of, ends_with, find_blocks, is_encoder_decoder, is_linear, side_width, stored, weight_dim
 from .blocks import missing_block
 from .cutting import Changes, lanes_for, never_empty, parameter_changes
@@ -139,7 +139,7 @@ def _planned(
     blocks = find_blocks(model)
     notes += found.notes
     if keep is None:
-        most = _searched(model, blocks, config, notes)
+        most, config = _searched(model, blocks, config, notes)
     else:
         wanted = _checked_keep(model, blocks, keep)
         most = {name: min(wanted.get(block.kind, block.count), block.count) for name, block in blocks.items()}
@@ -164,7 +164,7 @@ def _planned(
     counts = {name: int(stay.sum()) for name, stay in kept.items()}
     kinds = [kind for kind in KINDS if any(block.kind == kind for block in blocks.values())]
     left = {kind: {name: counts[name] for name, block in blocks.items() if block.kind == kind} for kind in kinds}
-    pruned = [kind for kind in kinds if (kind in keep if keep is not None else config.density < 1.0 and kind in config.prune)]
+    pruned = [kind for kind in kinds if (kind in keep if keep is not None else config.density < 1.0 and kind in (config.prune or ()))]
     return Plan(
         model=type(model).__name__,
         adapters=found.ranks,
@@ -184,10 +184,15 @@ def _planned(
     )
 
 
-def _searched(model: nn.Module, blocks: dict[str, Block], config: APTConfig, notes: list[str]) -> dict[str, int]:
-    """How many of each block a Controller leaves where all scores are alike; adds to `notes` what other scores may change."""
+def _searched(model: nn.Module, blocks: dict[str, Block], config: APTConfig, notes: list[str]) -> tuple[dict[str, int], APTConfig]:
+    """How many of each block a Controller leaves where all scores are alike, and the config with the kinds that it prunes.
+
+    Adds to `notes` what other scores may change.
+    """
     live = {name: torch.ones(block.count, dtype=torch.bool, device="cpu") for name, block in blocks.items()}
-    outlook = Outlook(model, blocks, config, cost_of(model, blocks), live)
+    cost = cost_of(model, blocks)
+    outlook = chosen(config, blocks, lambda one: Outlook(model, blocks, one, cost, live))
+    config = outlook.config
     outlook.check_density()
     counts = outlook.left()
     if outlook.pruned and outlook.competing():
@@ -196,7 +201,7 @@ def _searched(model: nn.Module, blocks: dict[str, Block], config: APTConfig, not
         failures, formats = outlook.unwritable(), allowed(model, sizes_left(model, blocks, counts))
         if failures and not all(formats.get(name, failures) for name in ("stock", "retyped")):
             notes.append(f"other scores may leave what no stock config can say: {'; '.join(failures)}")
-    return counts
+    return counts, config
 
 
 def _checked_keep(model: nn.Module, blocks: dict[str, Block], keep: Mapping[str, int]) -> Mapping[str, int]:

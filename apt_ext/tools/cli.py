@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     target = command.add_mutually_exclusive_group()
     target.add_argument("--keep", nargs="+", type=_kept, metavar="KIND=NUMBER", help="how many heads, neurons, hidden stay in each layer")
     target.add_argument("--density", type=float, default=1.0, help="share of the layers' parameters that stays, instead of --keep")
-    command.add_argument("--prune", nargs="+", choices=KINDS, help="what --density is reached with (neurons)")
+    command.add_argument("--prune", nargs="+", choices=KINDS, help="what --density is reached with (what a stock config can store)")
     command.add_argument("--rank", type=_positive, default=8, help="of each adapter (%(default)s)")
     command.add_argument("--target-modules", nargs="+", metavar="NAME", help="linears that get an adapter (all)")
     command.add_argument("--batch", type=_positive, default=1, help="of the FLOPs (%(default)s)")

@@ -192,7 +192,7 @@ def _optimizer(parameters: list[nn.Parameter], rate: float, steps: int, device: 
 
 def _prune(model: apt_ext.APTModel, row: Row, data: Data, density: float, seed: int) -> dict[str, int]:
     """Mask and cut in one step; how many stay of each block."""
-    kinds = model.apt_config.prune
+    kinds = model.apt_config.prune or []  # every row names its kinds
     if row.once == "salience":
         batches = data.training(seed + 10_000)
         number = max(data.task.scored // data.task.batch, 1)
