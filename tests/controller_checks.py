@@ -127,11 +127,15 @@ def fsdp_hands_gradients_over_with_the_last_micro_batch(rank):
 
 @check
 def a_controller_refuses_growth_that_ddp_would_not_see(rank):
-    """Without max_rank: an error on every rank, masks and ranks as before."""
+    """Without max_rank: an error on every rank when it is made; and where it was made before DDP, masks and ranks are as before."""
     family = FAMILIES["bert"]
     apt, optimizer = built(family)
-    model, controller = DistributedDataParallel(apt), Controller(apt, optimizer, 16, schedule={"start": 0, "end": 2, "events": 1})
-    words = []
+    controller = Controller(apt, optimizer, 16, schedule={"start": 0, "end": 2, "events": 1})
+    model, words = DistributedDataParallel(apt), []
+    other, its = built(family)
+    wrapped = DistributedDataParallel(other)
+    with pytest.raises(RuntimeError, match=r"growth: expected at most 1, or APTConfig\(max_rank=.* held by DistributedDataParallel"):
+        Controller(wrapped, its, 16, **SHORT)
     for step in range(2):
         model(**rows(batch_for(family, step), rank)).loss.backward()
         controller.observe()
@@ -145,3 +149,57 @@ def a_controller_refuses_growth_that_ddp_would_not_see(rank):
     assert len(words) == 1 and "held by DistributedDataParallel" in words[0] and "max_rank" in words[0]
     assert all(torch.equal(apt.get_block_mask(name), mask) for name, mask in before.items())
     assert {adapter.rank for _, adapter in adapters(apt)} == {2}
+
+
+def modules_of(apt):
+    return [(name, type(module), id(module)) for name, module in apt.named_modules()]
+
+
+@check
+def a_mask_that_is_refused_leaves_no_carrier(rank):
+    """Embeddings and norms are wrapped once the ranks agree, and not before."""
+    for name in ("bert", "llama"):
+        apt, _ = built(FAMILIES[name])
+        before = modules_of(apt)
+        mask = torch.ones(apt.blocks["hidden"].count)
+        mask[rank] = 0
+        with pytest.raises(RuntimeError, match="set_block_mask 'hidden': the ranks disagree, and nothing has changed"):
+            apt.set_block_mask("hidden", mask)
+        if rank:
+            mask[0] = 2  # out of range on one rank alone
+        with pytest.raises((RuntimeError, ValueError), match="set_block_mask 'hidden'|must hold values in"):
+            apt.set_block_mask("hidden", mask)
+        assert modules_of(apt) == before and bool(apt.get_block_mask("hidden").all())
+
+
+@check
+def a_controller_that_one_rank_refuses_is_made_on_none(rank):
+    """With other settings, or where one rank alone finds a mistake: no rank has its carriers, hooks or a Controller at work."""
+    for mine, words in (
+        ([{"density": 0.7}, {"density": 0.6}], "a new Controller: the ranks disagree, and nothing has changed"),
+        ([{}, {"prune": ["neurons"], "density": 0.9}], "the ranks disagree"),
+        ([{}, {"decay": 1.0}], "rank 1 refuses a new Controller with ValueError: decay" if rank == 0 else "decay must lie in"),
+    ):
+        apt, optimizer = built(FAMILIES["bert"], prune=["heads", "neurons", "hidden"], max_rank=5)
+        before = modules_of(apt)
+        with pytest.raises((RuntimeError, ValueError), match=words):
+            Controller(apt, optimizer, 16, **SHORT, **mine[rank])
+        assert modules_of(apt) == before and not any(module._forward_pre_hooks for module in apt.modules())
+        assert not optimizer._optimizer_step_post_hooks
+        Controller(apt, optimizer, 16, seed=rank, **SHORT)  # the seed is each rank's own: rank 0's new rows are used everywhere
+        assert modules_of(apt) != before
+
+
+@check
+def a_state_that_is_refused_leaves_no_carrier(rank):
+    """A state of pruned hidden dimensions brings carriers, but not with a tensor of another size."""
+    apt, _ = built(FAMILIES["bert"])
+    with agreement.alone():
+        other, _ = built(FAMILIES["bert"])
+        other.set_block_mask("hidden", torch.cat([torch.zeros(4), torch.ones(20)]))
+    before = modules_of(apt)
+    with pytest.raises(ValueError, match=r"query.lora_A and .* must have shapes"):
+        apt.load_state_dict({**other.state_dict(), "model.bert.encoder.layer.0.attention.self.query.lora_A": torch.ones(2, 2)})
+    assert modules_of(apt) == before
+    apt.load_state_dict(other.state_dict())
+    assert modules_of(apt) != before and int(apt.get_block_mask("hidden").sum()) == 20

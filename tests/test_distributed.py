@@ -204,6 +204,18 @@ def test_a_controller_refuses_growth_that_ddp_would_not_see(both):
     both("a_controller_refuses_growth_that_ddp_would_not_see")
 
 
+def test_a_refused_mask_leaves_no_carrier(both):
+    both("a_mask_that_is_refused_leaves_no_carrier")
+
+
+def test_a_refused_controller_leaves_no_carrier_on_any_rank(both):
+    both("a_controller_that_one_rank_refuses_is_made_on_none")
+
+
+def test_a_refused_state_leaves_no_carrier(both):
+    both("a_state_that_is_refused_leaves_no_carrier")
+
+
 # -- one process --------------------------------------------------------------------------------------------------------------------------
 
 
