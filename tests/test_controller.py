@@ -149,7 +149,9 @@ def test_dead_blocks_go_first():
             planted[f"{i}.heads"] = torch.arange(3) == i
             layer.output.dense.weight[:, 1::2] = 0
             planted[f"{i}.neurons"] = torch.arange(20) % 2 == 1
-    config = APTConfig(r=2, density=0.55, round_to=2, uniform=False, target_modules=["query", "value", "intermediate.dense"])
+    config = APTConfig(
+        r=2, prune=["heads", "neurons"], density=0.55, round_to=2, uniform=False, target_modules=["query", "value", "intermediate.dense"]
+    )
     apt = get_apt_model(model, config).train()
     optimizer = torch.optim.AdamW(apt_ext.adapter_parameters(apt), lr=1e-3)
     controller = Controller(apt, optimizer, 16, **SHORT)

@@ -98,7 +98,7 @@ def test_it_refuses_in_words(keep, words):
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5"])
 def test_a_density_is_met_and_nothing_more_would_fit(name, uniform):
     family = FAMILIES[name]
-    apt = get_apt_model(family.model(), APTConfig(r=2, round_to=4, uniform=uniform))
+    apt = get_apt_model(family.model(), APTConfig(r=2, prune=["heads", "neurons"], round_to=4, uniform=uniform))
     masks = one_shot(apt, with_loss(family, apt), 0.5)
     cost = cost_of(apt.model, apt.blocks)
     full = {block: apt.blocks[block].count for block in apt.blocks}
@@ -133,7 +133,7 @@ def test_within_density_goes_by_the_scores_for_what_a_block_costs():
 
 def test_kurtosis_is_of_all_the_samples_and_raises_what_has_an_outlier():
     family = FAMILIES["llama"]
-    apt = get_apt_model(family.model(), APTConfig(r=2))
+    apt = get_apt_model(family.model(), APTConfig(r=2, prune=["heads", "neurons"]))
     plain = block_scores(apt, ["heads", "neurons"], with_loss(family, apt))
     weighted = block_scores(apt, ["heads", "neurons"], with_loss(family, apt), 2.0)
     turned = block_scores(apt, ["heads", "neurons"], with_loss(family, apt, (2, 1)), 2.0)

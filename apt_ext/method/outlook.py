@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -160,11 +161,16 @@ class Outlook:
         """Other settings that reach the density and whose outcomes can all be exported as stock models, in words; None: none was found."""
         config = self.config
         without = [kind for kind in config.prune or () if kind != "heads"]
-        changes = [{"uniform": True}, {"prune": without}, {"prune": without, "uniform": True}, {"prune": ["neurons"], "uniform": True}]
+        changes: list[dict[str, Any]] = [
+            {"uniform": True},
+            {"prune": without},
+            {"prune": without, "uniform": True},
+            {"prune": ["neurons"], "uniform": True},
+        ]
         for change in changes:
             if all(getattr(config, name) == value for name, value in change.items()) or change.get("prune") == []:
                 continue
-            other = replace(self, config=replace(config, **change))  # type: ignore[arg-type]
+            other = replace(self, config=replace(config, **change))
             try:
                 other.check_density()
                 if not other.unwritable():
