@@ -19,6 +19,7 @@ from .compact import Chain
 from .config import APTConfig, nearest
 from .drawn import covered
 from .errors import naming
+from .fused_losses import tell_of_output_adapter
 from .guard import guard
 from .module_hooks import drop_copied_hooks
 from .optimizers import OptimizerLike
@@ -65,6 +66,7 @@ def get_apt_model(model: nn.Module, config: APTConfig) -> APTModel:
     def finish(inner: nn.Module, blocks: dict[str, Block], saved: list[str]) -> APTModel:
         apt = APTModel(inner, config, blocks, saved)
         apt._guard()
+        tell_of_output_adapter(inner)
         return apt
 
     return build(model, config, finish)

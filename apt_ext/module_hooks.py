@@ -1,4 +1,4 @@
-"""Hooks of one module that its copies do not have: pickle, copy.deepcopy and torch.save leave them out."""
+"""Hooks of one module that its copies do not have, and that notice whether it is compiled."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ModuleHook:
     def __init__(self, module: nn.Module | None = None, call: Callable[..., None] | None = None) -> None:
         self._module = None if module is None else weakref.ref(module)
         self._call = call
-        self._between_graphs = torch.compiler.disable(self._take)  # type: ignore[no-untyped-call]
+        self._between_graphs = torch.compiler.disable(self._take_compiled)  # type: ignore[no-untyped-call]
 
     def __call__(self, module: nn.Module, *inputs: Any) -> None:
         if self._call is not None:
@@ -42,12 +42,30 @@ class ModuleHook:
         if self._call is not None and self._module is not None and module is self._module():
             self._call(module, *inputs)
 
+    def _take_compiled(self, module: nn.Module, *inputs: Any) -> None:
+        _met_the_compiler.add(module)
+        self._take(module, *inputs)
+
     def belongs_to(self, module: nn.Module) -> bool:
         """True for the hook of this very module; False for a copied one."""
         return self._module is not None and self._module() is module
 
     def __reduce__(self) -> tuple[type[ModuleHook], tuple[()]]:
         return ModuleHook, ()
+
+
+_met_the_compiler: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """True if `model` or a module within it was given to torch.compile, or a ModuleHook of one was called between compiled graphs.
+
+    torch.compile(model) leaves no trace in the model itself, so there it is known from the first compiled call on.
+    """
+    return any(
+        "_orig_mod" in module._modules or module._compiled_call_impl is not None or module in _met_the_compiler
+        for module in model.modules()
+    )
 
 
 def drop_copied_hooks(model: nn.Module) -> None:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..adapter import APTAdapter
 from ..arguments import FLOATING, checked_choice, checked_int, checked_mapping, checked_number
+from ..optimizers import OptimizerLike
 from ..sharding import is_sharded, whole
+from .advice import Advice
 from .averages import Averages
 
 
@@ -54,6 +56,7 @@ class AdapterImportance:
     def __init__(self, adapters: Iterable[tuple[str, APTAdapter]], decay: float = 0.85, signed: bool = True) -> None:
         self.adapters = {name: adapter for name, adapter in adapters if adapter.rank > 0}
         self.signed = signed
+        self.advice = Advice(self.adapters)
         self._averages = Averages(decay)  # of all rows of a factor, those that no rank uses yet among them
         self._alike: list[dict[str, int]] = []  # {adapter: rows}, for each number of columns
         self._seen: list[tuple[dict[str, int], Tensor]] = []  # each of those with its products of the last observe, end to end
@@ -87,7 +90,8 @@ class AdapterImportance:
 
     @torch.no_grad()
     def observe(self) -> None:
-        """Read the gradients (accumulated over micro-batches); an adapter without a gradient counts 0."""
+        """Read the gradients (accumulated over micro-batches); an adapter without a gradient counts 0, and is named once."""
+        self.advice.of_gradients()
         self._seen = [(names, self._products([self._factor(name) for name in names])) for names in self._alike]
 
     def _products(self, factors: list[Tensor]) -> Tensor:
@@ -108,6 +112,12 @@ class AdapterImportance:
         for names, seen in self._seen:
             self._averages.add(names, seen)
         self._seen = []
+
+    def grow(self, model: nn.Module, ranks: Mapping[str, int], optimizer: OptimizerLike, generator: torch.Generator) -> None:
+        """Give the adapters these ranks; `model` holds them, and may be compiled."""
+        self.advice.of_growth(model, ranks)
+        for name, rank in ranks.items():
+            self.adapters[name].increase_rank(rank, optimizer=optimizer, generator=generator)
 
     def importance(self) -> dict[str, float]:
         """One plain number for each adapter; waits for the device once."""

@@ -179,6 +179,7 @@ class Controller:
             self._handles = [one.register_step_post_hook(self._note_step) for one in optimizers]
             note_controller(self.model, self)
         say_unpruned(inner, self.blocks, self.config, density is not None)
+        self.importance.advice.of_growth(model, self.importance.adapters if self.growth.budget > 1 else ())
 
     # -- what others may ask -----------------------------------------------------------------------------------------
 
@@ -334,8 +335,7 @@ class Controller:
         for name, mask in masks.items():
             self.model.set_block_mask(name, mask)
             self._masks[name] = mask
-        for name, rank in ranks.items():
-            self.importance.adapters[name].increase_rank(rank, optimizer=self.optimizer, generator=self.generator)
+        self.importance.grow(self.model, ranks, self.optimizer, self.generator)
 
     def _next_masks(self, hard: bool) -> tuple[dict[str, Tensor], float]:
         """The masks that change at this step, and the salience for its cost of the last chunk that stays."""

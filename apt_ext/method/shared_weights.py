@@ -38,7 +38,7 @@ class SharedWeights:
 def _local(tensor: Tensor) -> Tensor:
     """The same memory without a graph; of a DTensor the part on this rank."""
     tensor = tensor.detach()
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined,no-any-return]
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def _version(tensor: Tensor) -> int | None:
@@ -51,7 +51,8 @@ def _sums(tensor: Tensor) -> Tensor:
     for dim, stride in enumerate(tensor.stride()):
         if stride == 0 and tensor.shape[dim] > 1:  # one entry that is read everywhere
             tensor = tensor.narrow(dim, 0, 1)
-    in_memory = tensor.permute(sorted(range(tensor.dim()), key=lambda dim: -tensor.stride(dim)))
+    strides = tensor.stride()
+    in_memory = tensor.permute(sorted(range(tensor.dim()), key=lambda dim: strides[dim], reverse=True))
     words = in_memory.reshape(-1).view(_WORDS[tensor.element_size()])
-    sums = [chunk.sum(dtype=torch.int64) for chunk in words.split(_CHUNK)]
+    sums = [chunk.sum(dtype=torch.int64) for chunk in torch.split(words, _CHUNK)]
     return torch.stack(sums) if sums else words.new_zeros(0, dtype=torch.int64)
