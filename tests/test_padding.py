@@ -256,6 +256,7 @@ def test_models_that_take_no_mask_have_no_padding() -> None:
     assert bool(salience.scores["site"].any())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's own, after a hook
 def test_a_compiled_body() -> None:
     given = batch("llama", pads=3)
