@@ -18,6 +18,7 @@ from .config import APTConfig, ends_with, select
 from .drawn import covered, drawn_anew, parameters_of
 from .errors import naming
 from .experts import expert_parameters, not_adapted
+from .precision import narrow, train_in_float32
 from .structure.architectures import Block, architecture_of, find_blocks, is_linear, output_layer, task_heads
 from .structure.carriers import MaskedLinear
 
@@ -31,6 +32,10 @@ _DRAWN_AND_SAVED = (
 _DRAWN_AND_LEFT = (
     "{}: not in the checkpoint that from_pretrained read, so the values are random, and save_pretrained will not "
     "write them; name them in modules_to_save, or save the base model and load that one next time"
+)
+_FLOAT16 = (
+    "float32_factors: False leaves all that trains in float16, whose gradients torch.amp.GradScaler refuses and whose small "
+    "steps are rounded away; APTConfig(float32_factors=True) trains it in float32"
 )
 
 T = TypeVar("T")
@@ -61,7 +66,9 @@ def build(
     except BaseException:
         inner.restore()
         raise
-    for note in filter(None, (inner.note, *found.notes)):
+    trains = (parameter for parameter in inner.module.parameters() if parameter.requires_grad and parameter.numel())
+    float16 = _FLOAT16 if any(parameter.dtype == torch.float16 for parameter in trains) else ""
+    for note in filter(None, (inner.note, *found.notes, float16)):
         logger.warning("%s", note)
     return result
 
@@ -96,8 +103,11 @@ def _wrapped(
                         )
                 adapter._label = name
                 model.set_submodule(name, adapter)
+        if config.float32_factors:
+            train_in_float32(model, found.saved)
         return finish(model, blocks, found.saved)
     except BaseException:
+        narrow(model)
         for name in dict.fromkeys((*found.linears, *(side.module for block in blocks.values() for side in block.sides))):
             model.set_submodule(name, modules[name])
         for parameter, flag in flags:

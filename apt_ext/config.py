@@ -64,8 +64,9 @@ class APTConfig:
     rank_pattern    {regular expression for the end of a name: rank}; the first that matches replaces r
     alpha_pattern   the same for lora_alpha
     max_rank        storage reserved for growth (see APTAdapter), None: growth re-allocates
-    float32_factors factors over 16-bit weights are float32, and so are their gradients and optimizer state: steps that 16 bits would round
-                    away are not lost; False: they have the weight's dtype
+    float32_factors all that trains in a 16-bit model, factors and whole modules, is float32, and so are its gradients and
+                    optimizer state: steps that 16 bits would round away are not lost, and torch.amp.GradScaler works;
+                    False: it has the model's dtype
 
     What a Controller does, and building the model does not read:
 

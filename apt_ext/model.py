@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ from .fused_losses import tell_of_output_adapter
 from .guard import guard
 from .module_hooks import drop_copied_hooks
 from .optimizers import OptimizerLike
+from .precision import follow, narrow
 from .state import check_loadable
 from .structure.architectures import Block
 from .structure.blocks import get_mask, merged_linear, missing_block, missing_carriers, put_carriers, set_mask, take_carriers
@@ -285,6 +286,7 @@ class APTModel(Adapted):
         if "hidden" in self.blocks and not bool(self.get_block_mask("hidden").all()):
             raise RuntimeError("merge_and_unload: hidden dimensions are pruned, which no full-size model computes; use apt_ext.shrink")
         found = list(adapters(self))
+        narrow(self.model, check=True)
         values = folded(self.model)
         merged_before = [adapter.merged for _, adapter in found]
         try:
@@ -304,6 +306,7 @@ class APTModel(Adapted):
         with torch.no_grad():
             for parameter, value in values:
                 parameter.copy_(value)
+        narrow(self.model)
         self.blocks = {}
         return self.model
 
@@ -382,6 +385,11 @@ class APTModel(Adapted):
             if versions is not None:
                 state._metadata = versions  # type: ignore[attr-defined]
         return state
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> APTModel:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        follow(self, fn)
+        return self
 
     def _guard(self) -> None:
         """No optimizer steps a Parameter that trains while what it keeps for it has another shape."""

@@ -19,13 +19,15 @@ from torch.nn import functional as F
 from ..adapter import APTAdapter
 from ..arguments import checked_int, checked_mapping, checked_number, checked_seed
 from ..model import APTModel, adapters
+from ..precision import Hook
 from ..structure.architectures import in_encoder, is_encoder_decoder
 from .refusals import generator_state
 from .shared_weights import SharedWeights
 
 _LABELS = ("labels", "start_positions", "end_positions")
 _HEADS = ("logits", "start_logits", "end_logits")  # of a model's outputs; question answering has the last two
-# A hook belongs to whoever watches that one model, and is not copied; but stock classes collect hidden states through hooks of their own.
+# A hook belongs to whoever watches that one model, and is not copied; but stock classes collect hidden states through
+# hooks of their own, and ours cast.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -317,9 +319,13 @@ def frozen_copy(model: APTModel) -> APTModel:
             memo[id(stored)] = stored
     for module in model.modules():
         for hooks in (getattr(module, name) for name in _HOOKS):
-            own = {key: hook for key, hook in hooks.items() if getattr(hook, "__module__", "").startswith("transformers.")}
+            own = {key: hook for key, hook in hooks.items() if isinstance(hook, Hook) or _is_stock(hook)}
             memo[id(hooks)] = OrderedDict(own)
     return copy.deepcopy(model, memo).eval()
+
+
+def _is_stock(hook: Any) -> bool:
+    return getattr(hook, "__module__", "").startswith("transformers.")
 
 
 def nearest_layers(layer: int, alive: list[bool]) -> list[int]:

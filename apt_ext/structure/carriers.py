@@ -14,6 +14,7 @@ from ..adapter import APTAdapter
 from ..arguments import on_host
 from ..changes import Changes
 from ..host_mask import HostMask
+from ..precision import hooks_aside, through_door
 from ..reference import scale_lanes
 
 
@@ -27,7 +28,8 @@ class MaskedLinear(APTAdapter):
     def around(cls, linear: nn.Module) -> MaskedLinear:
         """Wrap a linear; it keeps its requires_grad."""
         flags = [(parameter, parameter.requires_grad) for parameter in linear.parameters()]
-        masked = cls.from_linear(linear, 0, max_rank=0)
+        with hooks_aside(linear):
+            masked = cls.from_linear(linear, 0, max_rank=0)
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         for factor in (masked.lora_A, masked.lora_B):  # empty for life, and no part of any graph: DDP would wait for their gradients
@@ -159,10 +161,11 @@ class MaskedNorm(StreamCarrier):
         norm, gathered = self.base_layer, x.index_select(-1, kept)
         parameters = {name: parameter.index_select(0, kept) for name, parameter in norm.named_parameters()}
         width = (len(kept),)  # which torch's norms hold beside their Parameters
+        weight, bias = parameters["weight"], parameters.get("bias")
         if isinstance(norm, nn.LayerNorm):
-            y = F.layer_norm(gathered, width, parameters["weight"], parameters.get("bias"), norm.eps)
+            y = through_door(norm, gathered, lambda kept: F.layer_norm(kept, width, weight, bias, norm.eps))
         elif isinstance(norm, nn.RMSNorm):
-            y = F.rms_norm(gathered, width, parameters["weight"], norm.eps)
+            y = through_door(norm, gathered, lambda kept: F.rms_norm(kept, width, weight, norm.eps))
         else:
             y = functional_call(norm, parameters, (gathered,))
         return y.new_zeros(x.shape).index_copy(-1, kept, y)

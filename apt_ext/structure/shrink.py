@@ -10,6 +10,7 @@ from torch import nn
 from ..arguments import checked_bool
 from ..errors import naming
 from ..model import APTModel, adapters
+from ..precision import narrow
 from .blocks import merged_linear
 from .carriers import StreamCarrier
 from .cutting import (
@@ -72,6 +73,8 @@ def _shrunk(small: APTModel, gone: Removal) -> nn.Module:
         tell_blocks(result)
         if width is not None:
             tell_constants(result, width)
+        narrow(result, check=True)
+        narrow(result)
     report_spared(gone.spared)
     for parameter in result.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
