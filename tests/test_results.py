@@ -79,7 +79,7 @@ def test_cells_side_by_side_are_all_run_and_a_dead_process_takes_only_what_ran(p
     """With a thread in the place of the processes."""
     pools = []
 
-    def pool(jobs, context, begin, arguments):
+    def pool(jobs, begin, *arguments):
         pools.append(jobs)
         return ThreadPoolExecutor(1)
 
@@ -89,7 +89,7 @@ def test_cells_side_by_side_are_all_run_and_a_dead_process_takes_only_what_ran(p
             raise BrokenProcessPool("killed")
         return {"seconds": {"total": 0.0}, "measure": "m", "scores": {"test": 1.0}, "kept": {"weights": 1.0}}
 
-    monkeypatch.setattr(runner, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(runner, "worker_pool", pool)
     monkeypatch.setattr(runner, "_tried", tried)
     said = runner.run_cells(place, [Cell("movies", "lora", seed) for seed in range(6)], jobs=2)
     assert "movies.lora.seed-1: a process died: killed" in said and len(said) <= 2 and pools == [2, 2]
@@ -172,7 +172,7 @@ def test_all_rows_are_those_of_the_table_and_extra_ones_come_by_name():
     ],
 )
 def test_options_are_refused_in_words(place, capsys, more, words):
-    assert command(place, *more) == 1
+    assert command(place, *more) == 2
     assert words in capsys.readouterr().err
 
 

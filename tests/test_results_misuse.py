@@ -154,7 +154,7 @@ def test_a_report_or_output_that_cannot_be_written_is_said_first(cells, place, t
     ],
 )
 def test_numbers_that_cannot_be_meant(place, capsys, more, words):
-    assert command(place, "--task", "movies", *more) == 1
+    assert command(place, "--task", "movies", *more) == 2
     assert words in capsys.readouterr().err and not place.output.exists()
 
 

@@ -126,12 +126,12 @@ def test_the_longest_inputs_fit(family):
             model(torch.full((1, positions(model) + 1), 5))
 
 
-def test_reviews_are_no_longer_than_the_model(source, monkeypatch):
-    monkeypatch.setattr(shrinking, "load_reviews", lambda archive: [Review(f"a film {i} " * 30, i % 2) for i in range(3000)])
+def test_reviews_are_no_longer_than_the_model(source):
+    texts = [Review(f"a film {i} " * 30, i % 2) for i in range(3000)]
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     tokenizer.pad_token = "[UNK]"  # noqa: S105
     for most, length in ((16, 16), (None, 64), (512, 64)):
-        reviews = shrinking.Reviews(source, tokenizer, shrinking.Settings(keep={}), most)
+        reviews = shrinking.Reviews(texts, tokenizer, shrinking.Settings(keep={}), most)
         assert max(batch["input_ids"].shape[1] for batch in reviews.tests()) == length
 
 

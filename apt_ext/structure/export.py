@@ -77,7 +77,7 @@ def export(
     if not checked_bool("unfinished", unfinished) and isinstance(model, APTModel):
         model.refuse_unfinished("export")
     target = checked_path(path).absolute()
-    _check_target(target)
+    check_target(target)
     small: Any = shrink(model, unfinished=True) if isinstance(model, APTModel) else model
     check_class(small)
     written, loader = expressed(small, per_layer)
@@ -200,7 +200,8 @@ def _reloaded(directory: Path, loader: str, exchange: Path) -> dict[str, Any]:
     return found
 
 
-def _check_target(target: Path) -> None:
+def check_target(target: Path) -> None:
+    """ValueError unless `export` can write this directory: a missing or empty one, or an earlier export that nobody changed."""
     if target.is_symlink() or (target.exists() and not target.is_dir()):
         raise ValueError(f"path: expected a directory, a missing or an empty one, got another kind of file: {target}")
     if target.exists() and any(target.iterdir()) and not disk.unchanged(target, MANIFEST):

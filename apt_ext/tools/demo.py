@@ -11,12 +11,13 @@ import torch
 
 import apt_ext
 
-from .data import ARCHIVE, encoder_directory, load_reviews
-from .models import transformers_offline
+from .data import ARCHIVE, Missing, encoder_directory, load_reviews, split_reviews
+from .models import check_weights, transformers_offline
 from .phases import compare, reload, train
+from .places import check_export, replace_json
 from .processes import run_apart
 from .recipe import Recipe
-from .report import figure_class, table, write_json, write_plot
+from .report import figure_class, table, write_plot
 
 STEPS, QUICK_STEPS = 500, 20
 METHODS = {"lora": "dense LoRA", "apt": "APT"}
@@ -30,22 +31,25 @@ class CheckFailed(Exception):
 def demo(output: Path, *, seed: int = 0, steps: int | None = None, archive: Path = ARCHIVE, quick: bool = False) -> dict[str, Any]:
     """Train both models, check the cut and the export, compare, and write report.json and report.png into `output`; returns the report.
 
-    Raises Missing before anything starts if the encoder, the reviews or a library is not there, and CheckFailed.
+    report.json is there, without what `compare` measures, before that begins. Raises Missing before anything starts if the encoder, the
+    reviews or a library is not there or `output` holds other files in the place of a model, and CheckFailed.
     """
     started = time.perf_counter()
     transformers = transformers_offline()
     figure_class()
-    encoder_directory()
-    load_reviews(archive)
-    output.mkdir(parents=True, exist_ok=True)
+    check_weights(encoder_directory())
     recipe = Recipe(steps=steps or (QUICK_STEPS if quick else STEPS), seed=seed)
+    reviews = len(split_reviews(load_reviews(archive)).train)
+    if reviews < recipe.batch:
+        raise Missing(f"data: expected at least {recipe.batch} reviews to train on beside those held out, got {reviews} in {archive}")
+    for method in METHODS:
+        check_export("output", output / method)
+    output.mkdir(parents=True, exist_ok=True)
 
     trained = {method: run_apart(train, method, recipe, archive, output, quick) for method in METHODS}
     for method in METHODS:
         check(method, trained[method], reload(output / method, output / f"{method}.check.safetensors"))
-    compared = run_apart(compare, list(METHODS), archive, output, quick)
-
-    report = {
+    report: dict[str, Any] = {
         "quick": quick,
         "recipe": vars(recipe),
         "threads": torch.get_num_threads(),
@@ -56,10 +60,14 @@ def demo(output: Path, *, seed: int = 0, steps: int | None = None, archive: Path
             "python": platform.python_version(),
         },
         "machine": platform.machine(),
-        "methods": {method: {"name": name, **trained[method], **compared[method]} for method, name in METHODS.items()},
+        "methods": {method: {"name": name, **trained[method]} for method, name in METHODS.items()},
         "seconds": time.perf_counter() - started,
     }
-    write_json(report, output / "report.json")
+    replace_json(output / "report.json", report, indent=2)  # what is done is kept, whatever happens to the clock
+    for method, measured in run_apart(compare, list(METHODS), archive, output, quick).items():
+        report["methods"][method] |= measured
+    report["seconds"] = time.perf_counter() - started
+    replace_json(output / "report.json", report, indent=2)
     write_plot(report, output / "report.png")
     print(table(report))
     print(f"In {output}: the models {' and '.join(METHODS)}, report.json and report.png.")

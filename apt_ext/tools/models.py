@@ -29,38 +29,50 @@ def transformers_offline() -> Any:
     return transformers
 
 
-def class_of(directory: Path) -> tuple[Any, Any]:
-    """(the class of transformers that a directory's config.json names, or its AutoModel; the config). Missing in words."""
+def class_of(path: Path) -> tuple[Any, Any]:
+    """(the class of transformers that a directory's config.json names, or its AutoModel; the config). Missing in words.
+
+    A .gguf file holds a language model.
+    """
     transformers = transformers_offline()
-    if not (directory / "config.json").is_file():
-        raise Missing(f"model: expected a directory with a config.json, found none at {directory}")
-    with _worded(directory / "config.json"):
-        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+    if path.is_file():
+        with _worded(path):
+            return transformers.AutoModelForCausalLM, transformers.AutoConfig.from_pretrained(path.parent, **_where(path))
+    if not (path / "config.json").is_file():
+        raise Missing(f"model: expected a directory with a config.json, found none at {path}")
+    with _worded(path / "config.json"):
+        config = transformers.AutoConfig.from_pretrained(path, **_where(path))
         names = config.architectures or []
         kind = getattr(transformers, names[0], None) if names else None
     known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
     return kind if known else transformers.AutoModel, config
 
 
+def _where(path: Path) -> dict[str, Any]:
+    """What from_pretrained needs to know beside the directory."""
+    return {"local_files_only": True, **({"gguf_file": path.name} if path.is_file() else {})}
+
+
 @contextmanager
-def _worded(config: Path) -> Iterator[None]:
+def _worded(path: Path) -> Iterator[None]:
     """Missing for whatever transformers raises at values that it does not expect, which it may only meet while it builds the model."""
     try:
         yield
     except Exception as error:
-        raise Missing(f"model: {config}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise Missing(f"model: {path}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
-def _built(directory: Path) -> Any:
-    kind, config = class_of(directory)
-    with _worded(directory / "config.json"):
+def _built(path: Path, kind: Any = None) -> Any:
+    named, config = class_of(path)
+    kind = kind or named
+    with _worded(path if path.is_file() else path / "config.json"):
         return kind.from_config(config) if kind.__name__.startswith("Auto") else kind(config)
 
 
-def empty_model(directory: Path) -> Any:
-    """The model that config.json describes, on meta: shapes and no values."""
+def empty_model(path: Path, kind: Any = None) -> Any:
+    """The model that a directory's config.json or a .gguf file describes, as its own class or as `kind`, on meta: shapes and no values."""
     with torch.device("meta"):
-        return _built(directory)
+        return _built(path, kind)
 
 
 def random_model(directory: Path) -> Any:
@@ -108,31 +120,44 @@ def package_file(source: str) -> Path:
     raise Missing(f"model: expected a directory, a .gguf file or an installed package that holds one, got {source}")
 
 
-def load(path: Path, kind: Any, head: bool = False) -> tuple[Any, Any]:
-    """(the model in float32, its tokenizer) from a directory or a .gguf file. Missing in words, also where weights are not of the model.
+def check_weights(path: Path) -> None:
+    """Missing unless there is a .gguf file, or a directory with a config.json and weights beside it."""
+    if path.is_file():
+        return
+    class_of(path)
+    if not any((path / f"{name}{end}").is_file() for name in _WEIGHTS for end in ("", ".index.json")):
+        raise Missing(f"model: expected {' or '.join(_WEIGHTS)} beside config.json, found none in {path}")
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer in a directory or a .gguf file. Missing in words."""
+    with _unreadable(path):
+        return transformers_offline().AutoTokenizer.from_pretrained(path.parent if path.is_file() else path, **_where(path))
+
+
+def load(path: Path, kind: Any, head: bool = False) -> Any:
+    """The model in float32 from a directory or a .gguf file. Missing in words, also where weights are not of the model.
 
     head: the task's head and the pooler may be new; every other Parameter has to be there.
     """
-    transformers = transformers_offline()
+    transformers_offline()
+    check_weights(path)
+    more = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with _unreadable(path):
+        model, found = kind.from_pretrained(path.parent if path.is_file() else path, **_where(path), **more)
+        _check_loaded(path, model, found, head)
+        return (_plain(model) if path.is_file() else model).eval()
+
+
+@contextmanager
+def _unreadable(path: Path) -> Iterator[None]:
+    """Missing for what transformers raises at files that it cannot read."""
     from safetensors import SafetensorError
 
-    where: dict[str, Any] = {"local_files_only": True}
-    source = path
-    if path.is_file():
-        path, where = path.parent, {**where, "gguf_file": path.name}
-    else:
-        class_of(path)
-        if not any((path / f"{name}{end}").is_file() for name in _WEIGHTS for end in ("", ".index.json")):
-            raise Missing(f"model: expected {' or '.join(_WEIGHTS)} beside config.json, found none in {path}")
     try:
-        more = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, found = kind.from_pretrained(path, dtype=torch.float32, **where, **more)
-        _check_loaded(source, model, found, head)
-        if "gguf_file" in where:
-            model = _plain(model)
-        return model.eval(), transformers.AutoTokenizer.from_pretrained(path, **where)
+        yield
     except (ValueError, OSError, ImportError, SafetensorError) as error:
-        raise Missing(f"model: {source}: {error}") from error
+        raise Missing(f"model: {path}: {error}") from error
 
 
 def _check_loaded(source: Path, model: Any, found: dict[str, Any], head: bool) -> None:

@@ -1,13 +1,17 @@
-"""Where the commands write: asked before a run, which would otherwise be for nothing."""
+"""Where the commands write, which is asked before a run; and files that are written whole or not at all."""
 
 from __future__ import annotations
 
+import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 from ..disk import made
+from ..structure.export import check_target
 from .data import Missing
 
 
@@ -34,3 +38,27 @@ def directory_of(option: str, file: Path) -> Iterator[None]:
         raise Missing(f"{option}: expected a file's name, got the directory {str(file)!r}")
     with directory_for(option, file.parent):
         yield
+
+
+def check_export(option: str, directory: Path) -> None:
+    """Missing where `export` will refuse to write `directory`."""
+    try:
+        check_target(directory.absolute())
+    except ValueError as error:
+        raise Missing(f"{option}: {error}") from error
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file aside and put it in its place in one step."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_bytes(content)
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def replace_json(path: Path, value: Any, indent: int = 1) -> None:
+    """The same with a value as JSON."""
+    replace_file(path, (json.dumps(value, indent=indent) + "\n").encode())

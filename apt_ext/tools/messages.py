@@ -1,0 +1,46 @@
+"""What the commands say on stderr: lines of their own, and warnings of the library."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from tqdm import tqdm
+
+_PROGRAM = "apt-ext"
+logger = logging.getLogger("apt_ext")
+
+
+def say(text: str) -> None:
+    """Print `text` in one line on stderr; nothing where stderr is closed."""
+    with suppress(OSError):
+        print(f"{_PROGRAM}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+
+
+class _Lines(logging.Handler):
+    """Each record in one line on stderr, above a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            tqdm.write(f"{_PROGRAM}: {record.levelname.lower()}: {' '.join(record.getMessage().split())}", file=sys.stderr)
+        except Exception:  # as all handlers of logging do
+            self.handleError(record)
+
+
+def log_to_stderr() -> logging.Handler:
+    """Show the warnings of the logger "apt_ext" on stderr from now on; returns what shows them."""
+    handler = _Lines(logging.WARNING)
+    logger.addHandler(handler)
+    return handler
+
+
+@contextmanager
+def warnings_on_stderr() -> Iterator[None]:
+    """The same within this context."""
+    handler = log_to_stderr()
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
