@@ -10,7 +10,9 @@
 #include <utility>
 #include <vector>
 
+#include "archs.h"
 #include "listener.h"
+#include "mask_values.h"
 #include "ops.h"
 #include "plan.h"
 #include "sums.h"
@@ -168,6 +170,12 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::call_guard<py::gil_scoped_release>(),
         "Sums of |values| (or values) [..., channels] over the tokens [...] that count (bool, or None): no "
         "gradient.");
+  m.def("check_gpu", &check_gpu, py::arg("gpu"), py::arg("major"), py::arg("minor"), py::arg("archs"),
+        "RuntimeError unless a build for these architectures (8.0;9.0a;9.0+PTX) has code for the GPU.");
+  m.def("all_ones", &all_ones, py::arg("first"), py::arg("second"),
+        "Whether every entry of these masks on the CPU is 1; None is.");
+  m.def("same_masks", &same_masks, py::arg("first"), py::arg("first_before"), py::arg("second"),
+        py::arg("second_before"), "Whether two masks on the CPU hold the values of two others.");
   m.def("build_info", &build_info,
         "What this build is: version, cuda, cuda_archs, cuda_version, torch_version, cpu_capability.");
 }

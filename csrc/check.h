@@ -111,13 +111,20 @@ void check_same_device(const Tensor& tensor, const Name& name, const Tensor& lik
                     like.device().str(), ", got ", tensor.device().str());
 }
 
-// expected reads like "[N=4096, R=8]"
-inline void check_matrix(const Tensor& tensor, const char* name, const char* rows_name,
-                         const c10::SymInt& rows, const char* cols_name, const c10::SymInt& cols) {
+// Expected reads like "[N=4096, R=8]". The fault may as well lie with the tensors that it is held against:
+// `fit` says which they are.
+template <class Fit>
+void check_matrix(const Tensor& tensor, const char* name, const char* rows_name, const c10::SymInt& rows,
+                  const char* cols_name, const c10::SymInt& cols, const Fit& fit) {
   bool fits = tensor.dim() == 2;
   fits = fits && tensor.sym_size(0) == rows && tensor.sym_size(1) == cols;
   TORCH_CHECK_VALUE(fits, name, " must have shape [", rows_name, "=", text(rows), ", ", cols_name, "=",
-                    text(cols), "], got ", text(tensor.sym_sizes()));
+                    text(cols), "] to fit ", fit(), ", got ", text(tensor.sym_sizes()));
+}
+
+// "weight [19, 24]"
+inline std::string sized(const char* name, const Tensor& tensor) {
+  return name + (" " + text(tensor.sym_sizes()));
 }
 
 template <class Name>

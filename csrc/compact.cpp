@@ -155,7 +155,7 @@ void check_compact(const Tensor& x, const CompactLayer& layer, bool gathered) {
   c10::SymInt N = B.sym_size(0), K = A.sym_size(1);
   TORCH_CHECK_VALUE(layer.compact_in || gathered || x.sym_size(-1) == K,
                     "x must have shape [..., K=", text(K), "] to fit lora_A, got ", text(x.sym_sizes()));
-  check_matrix(B, "lora_B", "N", N, "R", A.sym_size(0));
+  check_matrix(B, "lora_B", "N", N, "R", A.sym_size(0), [&] { return sized("lora_A", A); });
   for (auto [vector, name, size_name, size] :
        {std::tuple(layer.packed, "packed", "values",
                    layer.packed.has_value() ? layer.packed->sym_numel() : 0),

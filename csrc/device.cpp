@@ -7,7 +7,10 @@ namespace apt {
 const Kernels& kernels_for(const at::Tensor& tensor) {
   if (tensor.is_cpu()) return kCpuKernels;
 #ifdef APT_WITH_CUDA
-  if (tensor.is_cuda()) return kCudaKernels;
+  if (tensor.is_cuda()) {
+    check_cuda_gpu(tensor.get_device());
+    return kCudaKernels;
+  }
 #endif
   TORCH_CHECK(!tensor.is_cuda(), "apt_ext was built without CUDA and got a tensor on ", tensor.device().str(),
               "; rebuild it beside a CUDA torch with nvcc on the PATH: APT_WITH_CUDA=1 python -m pip install "

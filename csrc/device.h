@@ -25,6 +25,7 @@ DeviceLimits limits_of(const at::Tensor& tensor);
 #ifdef APT_WITH_CUDA
 Stream current_cuda_stream(int device_index);  // cuda/device.cpp
 bool is_cuda_capturing();
+void check_cuda_gpu(int device_index);  // RuntimeError where the build has no code for it; asked once a GPU
 DeviceLimits cuda_limits(int device_index);
 #endif
 

@@ -50,13 +50,18 @@ Sizes check_linear(const Tensor& x, const OptTensor& weight, const OptTensor& bi
     TORCH_CHECK_VALUE(weight->dim() == 2, "weight must have shape [N, K=", text(size.K), "], got ",
                       text(weight->sym_sizes()));
     size.N = weight->sym_size(0);
-    check_matrix(*weight, "weight", "N", size.N, "K", size.K);
+    check_matrix(*weight, "weight", "N", size.N, "K", size.K,
+                 [&] { return sized("x", x) + " and " + sized("lora_A", lora_A); });
   }
   if (!weight.has_value()) check_dtype_of_x(x, weight, "weight", lora_A, lora_B);
   check_dtype_or_float32(lora_A, "lora_A", x.scalar_type(), /*over_any=*/false);
   check_dtype_or_float32(lora_B, "lora_B", x.scalar_type(), /*over_any=*/false);
-  check_matrix(lora_A, "lora_A", "R", size.R, "K", size.K);
-  check_matrix(lora_B, "lora_B", "N", size.N, "R", size.R);
+  check_matrix(lora_A, "lora_A", "R", size.R, "K", size.K, [&] {
+    return sized("x", x) + (weight.has_value() ? " and " + sized("weight", *weight) : "");
+  });
+  check_matrix(lora_B, "lora_B", "N", size.N, "R", size.R, [&] {
+    return (weight.has_value() ? sized("weight", *weight) + " and " : "") + sized("lora_A", lora_A);
+  });
   if (bias.has_value()) {
     check_strided(*bias, "bias");
     check_same_dtype(*bias, "bias", x, "x");
@@ -182,8 +187,10 @@ void merge_(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, do
   }
   check_dtype_or_float32(lora_A, "lora_A", weight.scalar_type(), /*over_any=*/false);
   check_same_dtype(lora_B, "lora_B", lora_A, "lora_A");
-  check_matrix(lora_A, "lora_A", "R", lora_A.sym_size(0), "K", weight.sym_size(1));
-  check_matrix(lora_B, "lora_B", "N", weight.sym_size(0), "R", lora_A.sym_size(0));
+  check_matrix(lora_A, "lora_A", "R", lora_A.sym_size(0), "K", weight.sym_size(1),
+               [&] { return sized("weight", weight); });
+  check_matrix(lora_B, "lora_B", "N", weight.sym_size(0), "R", lora_A.sym_size(0),
+               [&] { return sized("weight", weight) + " and " + sized("lora_A", lora_A); });
   check_mask(mask_in, "mask_in", "K", weight.sym_size(1), weight, "weight");
   check_mask(mask_out, "mask_out", "N", weight.sym_size(0), weight, "weight");
   if (weight.is_meta() || weight.numel() == 0) return;

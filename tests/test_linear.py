@@ -261,7 +261,11 @@ ERRORS = [
     ({"bias": lambda p: p.bias[1:]}, ValueError, r"bias must have shape \[N=6\], got \[5\]"),
     ({"lora_A": lambda p: p.lora_A.half()}, TypeError, "lora_A must have dtype float64, got float16"),
     ({"lora_A": lambda p: p.lora_A[:, 1:]}, ValueError, "lora_A must have shape"),
-    ({"lora_B": lambda p: p.lora_B[:, 1:]}, ValueError, r"lora_B must have shape \[N=6, R=3\], got \[6, 2\]"),
+    (
+        {"lora_B": lambda p: p.lora_B[:, 1:]},
+        ValueError,
+        r"lora_B must have shape \[N=6, R=3\] to fit weight .*, got \[6, 2\]",
+    ),
     ({"mask_in": lambda p: p.mask_in[:1]}, ValueError, r"mask_in must have shape \[K=5\], got \[1\]"),
     ({"mask_out": lambda p: p.mask_out.half()}, TypeError, "mask_out must have dtype float64 or float32, got float16"),
     ({"mask_out": lambda p: p.mask_out.bool()}, TypeError, "mask_out must have dtype"),

@@ -61,8 +61,8 @@ def test_merge_refuses_what_would_not_be_finite_and_changes_nothing(device):
 def test_merge_bad_arguments():
     W, A, B = torch.randn(4, 6), torch.randn(2, 6), torch.randn(4, 2)
     for arguments, error, match in (
-        ((W, A[:, :5], B), ValueError, r"lora_A must have shape \[R=2, K=6\], got \[2, 5\]"),
-        ((W, A, B[:3]), ValueError, r"lora_B must have shape \[N=4, R=2\], got \[3, 2\]"),
+        ((W, A[:, :5], B), ValueError, r"lora_A must have shape \[R=2, K=6\] to fit weight \[4, 6\], got \[2, 5\]"),
+        ((W, A, B[:3]), ValueError, r"lora_B must have shape \[N=4, R=2\] to fit weight \[4, 6\] and lora_A \[2, 6\], got \[3, 2\]"),
         ((W.int(), A, B), TypeError, "weight must be float64"),
         ((W, A.half(), B.half()), TypeError, "lora_A must have dtype float32, got float16"),
         ((torch.randn(1, 6).expand(4, 6), A, B), RuntimeError, "single memory location"),

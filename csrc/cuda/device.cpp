@@ -4,6 +4,10 @@
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
 
+#include <array>
+#include <atomic>
+
+#include "../archs.h"
 #include "../device.h"
 #include "kernels.h"
 
@@ -15,6 +19,16 @@ Stream current_cuda_stream(int device_index) {
 
 bool is_cuda_capturing() {
   return c10::cuda::currentStreamCaptureStatusMayInitCtx() != c10::cuda::CaptureStatus::None;
+}
+
+void check_cuda_gpu(int device_index) {
+  static std::array<std::atomic<bool>, 128> found{};
+  const auto place = static_cast<size_t>(device_index) % found.size();
+  if (found[place].load(std::memory_order_relaxed)) return;
+  const cudaDeviceProp* properties =
+      at::cuda::getDeviceProperties(static_cast<c10::DeviceIndex>(device_index));
+  check_gpu(properties->name, properties->major, properties->minor, APT_CUDA_ARCHS);
+  found[place].store(true, std::memory_order_relaxed);
 }
 
 DeviceLimits cuda_limits(int device_index) {
