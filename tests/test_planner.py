@@ -154,7 +154,7 @@ def test_the_command(tmp_path, capsys):
     assert main(["plan", str(tmp_path), "--density", "0.9", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["keep"] == {"neurons": 8}
     for arguments, words in [
-        (["plan", str(tmp_path / "none")], "expected a directory with a config.json"),
+        (["plan", str(tmp_path / "none")], "expected a directory, a .gguf file or an installed package that holds one"),
         (["plan", str(tmp_path), "--keep", "heads=9"], "keep: expected 0 to 3 heads, got 9"),
         (["plan", str(tmp_path), "--keep", "heads=2", "heads=1"], "keep: expected each kind once"),
         (["plan", str(tmp_path), "--density", "nan"], "density: expected a finite number, got nan"),
