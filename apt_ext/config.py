@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+from .peft_config import translated
+
 Patterns = list[str] | str
 ALL_LINEAR = "all-linear"
 KINDS = ("heads", "neurons", "hidden")
@@ -196,6 +198,15 @@ class APTConfig:
             raise TypeError(f"values: expected a dict, got {type(values).__name__}")
         _check_fields("values", cls, values)
         return cls(**values)
+
+    @classmethod
+    def from_peft(cls, lora_config: Any, **more: Any) -> APTConfig:
+        """What a `peft.LoraConfig`, or the dict in an adapter_config.json, means here; `more` are further fields, which win.
+
+        Ranks, scalings (rsLoRA's too), dropout, targets and modules_to_save come through. PEFT's modules_to_save=None, nothing, is
+        [] here. ValueError naming a field that asks for what there is not (DoRA, trained biases), TypeError for another object.
+        """
+        return cls(**{**translated(lora_config), **more})
 
 
 def select(

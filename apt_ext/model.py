@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import agreement, checkpoint
+from . import agreement, checkpoint, peft_factors
 from .adapter import APTAdapter
 from .arguments import checked_bool, checked_mapping, checked_module
+from .bases import refuse_peft
 from .building import Adapted, build
 from .compact import Chain
+from .compiled import unwrap
 from .config import APTConfig, nearest
 from .drawn import covered
 from .errors import naming
@@ -340,6 +342,35 @@ class APTModel(Adapted):
                 return apt
 
             return build(base_model, config, finish, saved.saved_in)
+
+    @classmethod
+    def from_peft(cls, base_model: nn.Module, peft: Any, config: APTConfig | None = None) -> APTModel:
+        """`base_model` with the factors of an adapter that PEFT trained, in place as in `get_apt_model`.
+
+        peft    a directory that PEFT wrote (safetensors), or a PeftModel with one adapter over another copy of the model; only read
+        config  None: PEFT's ranks, scalings, dropout, targets and modules_to_save, by name. Another must have all of those targets, with
+                their ranks and scalings (`APTConfig.from_peft(lora_config, density=0.5)`)
+
+        A rank above min(out_features, in_features), which PEFT allows, becomes that, with the same product. Raises what
+        `APTConfig.from_peft` does, and ValueError naming the file, tensor or module that does not fit; `base_model` is then as before.
+        """
+        lora = peft_factors.read(peft)
+        refuse_peft("base_model", checked_module("base_model", base_model))
+        unwrapped = unwrap(base_model)
+        try:
+            settings = lora.config(unwrapped.module) if config is None else config
+        finally:
+            unwrapped.restore()
+
+        def finish(inner: nn.Module, blocks: dict[str, Block], names: list[str]) -> APTModel:
+            apt = cls(inner, settings, blocks, names)
+            found = dict(adapters(apt))
+            lora.check(inner, found, names)
+            lora.write(inner, found)
+            apt._guard()
+            return apt
+
+        return build(base_model, settings, finish)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """torch's own, and nothing is loaded where it raises. A state with masks of hidden dimensions brings what carries them; one from
