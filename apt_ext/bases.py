@@ -30,14 +30,14 @@ def refuse_peft(argument: str, model: nn.Module) -> None:
 
 def is_quantised(module: nn.Module) -> bool:
     """Whether this is a linear whose weight is stored quantised: by the name of its class, or by the weight's class or dtype."""
-    name = type(module).__name__
+    name, weight = type(module).__name__, getattr(module, "weight", None)
+    if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and type(weight) is nn.Parameter:
+        return weight.dtype not in FLOATING and not weight.dtype.is_complex  # a complex one is refused in other words
     if "linear" in name.lower() and _QUANTISED.search(name) is not None:
         return isinstance(module, nn.Linear) or hasattr(module, "in_features") or next(module.children(), None) is None
-    weight = getattr(module, "weight", None)
     if not isinstance(module, nn.Linear) or not isinstance(weight, Tensor) or is_sharded(weight):
         return False
-    plain = weight.dtype in FLOATING or weight.dtype.is_complex  # which is refused in other words
-    return not plain or _QUANTISED.search(type(weight).__name__) is not None or _is_packed(weight)
+    return weight.dtype not in FLOATING or _QUANTISED.search(type(weight).__name__) is not None or _is_packed(weight)
 
 
 def refuse_quantised(modules: Iterable[tuple[str, nn.Module]]) -> None:

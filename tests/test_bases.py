@@ -177,3 +177,12 @@ def test_a_linear_whose_weight_is_computed_is_not_called_quantised():
     model = nn.ModuleDict({"only": nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))})
     with pytest.raises(TypeError, match="^only: linear must be an nn.Linear"):
         get_apt_model(model, APTConfig(r=2))
+
+
+def test_a_plain_linear_may_have_any_name():
+    """torch's own attention has a NonDynamicallyQuantizableLinear."""
+
+    class QuantFriendlyLinear(nn.Linear):
+        pass
+
+    assert list(adapters(get_apt_model(nn.ModuleDict({"only": QuantFriendlyLinear(4, 4)}), APTConfig(r=2))))
