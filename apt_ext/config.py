@@ -56,14 +56,15 @@ class Schedule:
 class APTConfig:
     """What `get_apt_model` builds. Frozen: derive another with `dataclasses.replace`.
 
-    r               rank of each adapter, at least 1
+    r               rank of each adapter, at least 1; a linear too narrow for it gets the rank that it can hold
     lora_alpha      scaling is lora_alpha / r at the start and then constant, also when the rank grows
     lora_dropout    probability of dropping a low-rank input during training, in [0, 1)
     target_modules  the linears that get an adapter: names or ends of names ("query", "attention.self.query"), one regular expression for
                     the whole name, or "all-linear": all but the output layer of a language model and what modules_to_save holds
     exclude_modules the same, taken out of target_modules
-    modules_to_save names or ends of names of modules that train whole; None: the task head that a stock model has; []: none
-    rank_pattern    {regular expression for the end of a name: rank}; the first that matches replaces r
+    modules_to_save names or ends of names of modules that train whole; []: none; None: the task head of a stock model,
+                    and what `from_pretrained` drew at random because its checkpoint did not hold it
+    rank_pattern    {regular expression for the end of a name: rank}; the first that matches replaces r; it has to fit
     alpha_pattern   the same for lora_alpha
     max_rank        storage reserved for growth (see APTAdapter), None: growth re-allocates
     float32_factors all that trains in a 16-bit model, factors and whole modules, is float32, and so are its gradients and

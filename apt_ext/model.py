@@ -59,11 +59,15 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 def get_apt_model(model: nn.Module, config: APTConfig) -> APTModel:
     """Put adapters into `model`, in place, and freeze everything but them and `config.modules_to_save`.
 
+    Of a model that `torch.compile` has wrapped the module inside is taken. The logger "apt_ext" says so, and says what of
+    the model was drawn at random, gets a lower rank, holds experts without adapters or trains in float16.
+
     Every linear of heads and neurons is wrapped as well, with rank 0 if it is no target: their masks change later without changing the
     modules. What only the hidden dimensions touch (embeddings, norms, output layers) is wrapped when they are first masked.
 
-    Raises TypeError (not a module, a quantised or fused linear), ValueError (a name that matches nothing, with the nearest names; a rank
-    that does not fit; a weight that is tied or not finite; a model with adapters), naming the module; the model is then as before.
+    Raises TypeError (not a module, a model of PEFT, a quantised or fused linear), ValueError (a name that matches nothing,
+    with the nearest names; a rank that does not fit; a weight that is tied or not finite; a model with adapters), naming
+    the module; the model is then as before.
     """
 
     def finish(inner: nn.Module, blocks: dict[str, Block], saved: list[str]) -> APTModel:
@@ -82,7 +86,7 @@ class APTModel(Adapted):
     apt_config  the APTConfig that it was built with
     blocks      {name: Block}: what can be pruned: "<layer>.heads", "<layer>.neurons" ("encoder.<layer>..." and "decoder.<layer>...", with
                 "decoder.<layer>.cross_heads", in encoder-decoders), and "hidden", the dimensions of the residual stream
-    saved       the names of the modules that train whole
+    saved       the names of the modules that train whole, and of lone Parameters that do
     target      the Target of the last Controller that worked on it; None: none did
     """
 
