@@ -431,7 +431,7 @@ class APTAdapter(Saving):
         return self._rank
 
     def get_parameter_count(self) -> int:
-        """Trainable entries in use: rank * (in_features + out_features). Reserved rows and frozen factors do not count."""
+        """Trainable entries in use: rank * (in_features + out_features). Reserved rows and frozen factors are none."""
         factors = ((self.lora_A, self.in_features), (self.lora_B, self.out_features))
         return sum(self._rank * features for factor, features in factors if factor.requires_grad)
 

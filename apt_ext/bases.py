@@ -23,13 +23,14 @@ def refuse_peft(argument: str, model: nn.Module) -> None:
         if any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__):
             where = f" at {name}" if name else ""
             raise TypeError(
-                f"{argument}: expected a model without layers of PEFT, got a {type(module).__name__}{where}; its merge_and_unload() gives "
-                "the plain model with the update in its weights, and apt_ext.APTModel.from_peft takes the factors over to train them on"
+                f"{argument}: expected a model without layers of PEFT, got a {type(module).__name__}{where}; its "
+                "merge_and_unload() gives the plain model with the update in its weights, and "
+                "apt_ext.APTModel.from_peft takes the factors over to train them on"
             )
 
 
 def is_quantised(module: nn.Module) -> bool:
-    """Whether this is a linear whose weight is stored quantised: by the name of its class, or by the weight's class or dtype."""
+    """Whether this is a linear with a quantised weight: by the name of its class, or by the weight's class or dtype."""
     name, weight = type(module).__name__, getattr(module, "weight", None)
     if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and type(weight) is nn.Parameter:
         return weight.dtype not in FLOATING and not weight.dtype.is_complex  # a complex one is refused in other words
@@ -48,8 +49,9 @@ def refuse_quantised(modules: Iterable[tuple[str, nn.Module]]) -> None:
             held = f" with a weight of type {type(weight).__name__} and dtype {weight.dtype}" if isinstance(weight, Tensor) else ""
             kind = type(module)
             raise TypeError(
-                f"{name}: expected a linear with a plain floating weight, got the quantised {kind.__module__}.{kind.__name__}{held}; "
-                "quantised layers cannot be merged or cut: load the model without quantisation"
+                f"{name}: expected a linear with a plain floating weight, got the quantised "
+                f"{kind.__module__}.{kind.__name__}{held}; quantised layers cannot be merged or cut: load the model "
+                "without quantisation"
             )
 
 

@@ -1,4 +1,4 @@
-"""Wrap the linears of a model in place: what a configuration names, what of it trains, and everything back where that fails."""
+"""Wrap the linears of a model in place, and put everything back where that fails."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ _DRAWN_AND_SAVED = (
     "(modules_to_save=[...] says otherwise)"
 )
 _DRAWN_AND_LEFT = (
-    "{}: not in the checkpoint that from_pretrained read, so the values are random, and save_pretrained will not "
-    "write them; name them in modules_to_save, or save the base model and load that one next time"
+    "{}: not in the checkpoint that from_pretrained read, so the values are random, and save_pretrained will "
+    "not write them; name them in modules_to_save, or save the base model and load that one next time"
 )
 _FLOAT16 = (
-    "float32_factors: False leaves all that trains in float16, whose gradients torch.amp.GradScaler refuses and whose small "
-    "steps are rounded away; APTConfig(float32_factors=True) trains it in float32"
+    "float32_factors: False leaves all that trains in float16, whose gradients torch.amp.GradScaler refuses and whose "
+    "small steps are rounded away; APTConfig(float32_factors=True) trains it in float32"
 )
 
 T = TypeVar("T")

@@ -1,4 +1,4 @@
-"""Take modules out of the wrappers that `torch.compile` puts around them, which would become part of every name."""
+"""Take modules out of the wrappers of `torch.compile`, which would become part of every name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def uncompiled(module: nn.Module) -> nn.Module:
-    """Return the module inside a `torch.compile` wrapper, or the module itself. What lies within it is not looked at."""
+    """Return the module inside a `torch.compile` wrapper, or the module itself; wrappers within it stay."""
     inner = module._modules["_orig_mod"] if _is_wrapper(module) else module
     assert inner is not None
     return inner

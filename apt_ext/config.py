@@ -163,11 +163,11 @@ class APTConfig:
     ) -> list[str]:
         """The names among `linears` that get an adapter, in their order.
 
-        `saved` are the linears that train whole, `output` is the output layer of a language model; neither gets one by
-        "all-linear". `drawn` are those of `saved` that nobody asked to save: naming one gives it no adapter.
+        `saved` are the linears that train whole, `output` is the output layer of a language model; neither gets one
+        by "all-linear". `drawn` are those of `saved` that nobody asked to save: naming one gives it no adapter.
 
-        ValueError, with the nearest names, for a name, expression or pattern that matches nothing, only others of
-        `saved`, or only `experts`, Parameters that are no linears.
+        ValueError, with the nearest names, for a name, expression or pattern that matches nothing, only others
+        of `saved`, or only `experts`, Parameters that are no linears.
         """
         free = [name for name in linears if name not in saved]
         if self.target_modules == ALL_LINEAR:
@@ -202,10 +202,11 @@ class APTConfig:
 
     @classmethod
     def from_peft(cls, lora_config: Any, **more: Any) -> APTConfig:
-        """What a `peft.LoraConfig`, or the dict in an adapter_config.json, means here; `more` are further fields, which win.
+        """Translate a `peft.LoraConfig`, or the dict in an adapter_config.json; `more` are further fields, which win.
 
-        Ranks, scalings (rsLoRA's too), dropout, targets and modules_to_save come through. PEFT's modules_to_save=None, nothing, is
-        [] here. ValueError naming a field that asks for what there is not (DoRA, trained biases), TypeError for another object.
+        Ranks, scalings (rsLoRA's too), dropout, targets and modules_to_save come through. PEFT's modules_to_save=None is
+        [] here. ValueError naming a field that asks for what there is not (DoRA, trained biases), TypeError for another
+        object.
         """
         return cls(**{**translated(lora_config), **more})
 
@@ -216,7 +217,7 @@ def select(
     names: Collection[str],
     others: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """The `names` that match: a list holds names or ends of names, a string is one expression for the whole name.
+    """The `names` that match: a list holds names or ends of names, a string is one expression for whole names.
 
     ValueError, with the nearest names, for an entry that matches nothing, or only `others`, {name: words on it}.
     """

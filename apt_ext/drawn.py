@@ -1,4 +1,4 @@
-"""Which values of a model `from_pretrained` drew at random, because the checkpoint that it read did not hold them."""
+"""Which values of a model `from_pretrained` drew at random, because its checkpoint did not hold them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from torch import nn
 
 # transformers sets it on every Parameter that it loads or ties, and keeps no other report on the model.
 _LOADED = "_is_hf_initialized"
-# Expressions for names that transformers leaves out of its report, because nothing uses their values or they are no random ones.
+# Expressions for names that transformers leaves out of its report: nothing uses their values, or they are not random.
 _NO_MATTER = "_keys_to_ignore_on_load_missing"
 
 
 def drawn_anew(model: nn.Module) -> list[str]:
-    """Return the names of the smallest modules that hold Parameters which `from_pretrained` drew anew; a tied weight is none.
+    """Return the names of the smallest modules that hold Parameters which `from_pretrained` drew anew.
 
-    Where such a module holds other weights too, in modules within it or tied to others, the Parameter is named instead.
+    A tied weight is none. Where such a module holds other weights too, in modules within it or tied to others, the
+    Parameter is named instead.
     Empty where nothing was drawn, and where the model carries no report: one made from a config, a deep copy, another transformers.
     """
     parameters = dict(model.named_parameters())
@@ -53,7 +54,7 @@ def covered(name: str, modules: list[str]) -> bool:
 
 
 def parameters_of(model: nn.Module, name: str) -> list[nn.Parameter]:
-    """Return the Parameters of the module of this name, or the Parameter that the name itself means. AttributeError if there is none."""
+    """Return the Parameters of the module of this name, or the Parameter of this name. AttributeError if there is none."""
     owner, _, last = name.rpartition(".")
     own = model.get_submodule(owner)._parameters.get(last)
     return [own] if own is not None else list(model.get_submodule(name).parameters())

@@ -59,15 +59,15 @@ def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
 def get_apt_model(model: nn.Module, config: APTConfig) -> APTModel:
     """Put adapters into `model`, in place, and freeze everything but them and `config.modules_to_save`.
 
-    Of a model that `torch.compile` has wrapped the module inside is taken. The logger "apt_ext" says so, and says what of
-    the model was drawn at random, gets a lower rank, holds experts without adapters or trains in float16.
+    Of a model that `torch.compile` has wrapped the module inside is taken. The logger "apt_ext" says so, and says what
+    of the model was drawn at random, gets a lower rank, holds experts without adapters or trains in float16.
 
     Every linear of heads and neurons is wrapped as well, with rank 0 if it is no target: their masks change later without changing the
     modules. What only the hidden dimensions touch (embeddings, norms, output layers) is wrapped when they are first masked.
 
-    Raises TypeError (not a module, a model of PEFT, a quantised or fused linear), ValueError (a name that matches nothing,
-    with the nearest names; a rank that does not fit; a weight that is tied or not finite; a model with adapters), naming
-    the module; the model is then as before.
+    Raises TypeError (not a module, a model of PEFT, a quantised or fused linear), ValueError (a name that matches
+    nothing, with the nearest names; a rank that does not fit; a weight that is tied or not finite; a model with
+    adapters), naming the module; the model is then as before.
     """
 
     def finish(inner: nn.Module, blocks: dict[str, Block], saved: list[str]) -> APTModel:
@@ -349,14 +349,16 @@ class APTModel(Adapted):
 
     @classmethod
     def from_peft(cls, base_model: nn.Module, peft: Any, config: APTConfig | None = None) -> APTModel:
-        """`base_model` with the factors of an adapter that PEFT trained, in place as in `get_apt_model`.
+        """Put the factors of an adapter that PEFT trained into `base_model`, in place as in `get_apt_model`.
 
-        peft    a directory that PEFT wrote (safetensors), or a PeftModel with one adapter over another copy of the model; only read
-        config  None: PEFT's ranks, scalings, dropout, targets and modules_to_save, by name. Another must have all of those targets, with
-                their ranks and scalings (`APTConfig.from_peft(lora_config, density=0.5)`)
+        peft    a directory that PEFT wrote (safetensors), or a PeftModel with one adapter over another copy of the
+                model; it is only read
+        config  None: PEFT's ranks, scalings, dropout, targets and modules_to_save, by name. Another must have all of
+                those targets, with their ranks and scalings (`APTConfig.from_peft(lora_config, density=0.5)`)
 
-        A rank above min(out_features, in_features), which PEFT allows, becomes that, with the same product. Raises what
-        `APTConfig.from_peft` does, and ValueError naming the file, tensor or module that does not fit; `base_model` is then as before.
+        A rank above min(out_features, in_features), which PEFT allows, becomes that, with the same product. Raises
+        what `APTConfig.from_peft` does, and ValueError naming the file, tensor or module that does not fit;
+        `base_model` is then as before.
         """
         lora = peft_factors.read(peft)
         refuse_peft("base_model", checked_module("base_model", base_model))

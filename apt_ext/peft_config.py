@@ -8,7 +8,7 @@ from typing import Any
 
 # What APTConfig has too, under the same name.
 _SAME = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "exclude_modules")
-# What is about where the adapter came from, how it was initialised, or other settings that are read where they matter.
+# What says where the adapter came from or how it was initialised, and what is read where it matters.
 _ELSEWHERE = (
     "peft_type",
     "peft_version",
@@ -59,8 +59,8 @@ def fields_of(lora_config: Any) -> dict[str, Any]:
     start = values.get("init_lora_weights", True)
     if isinstance(start, str) and start not in _INITIALISED:
         raise ValueError(
-            f"lora_config: expected init_lora_weights that leaves the base weights as they are, got {start!r}; convert it first (PEFT's "
-            "path_initial_model_for_weight_conversion)"
+            f"lora_config: expected init_lora_weights that leaves the base weights as they are, got {start!r}; convert "
+            "it first (PEFT's path_initial_model_for_weight_conversion)"
         )
     for name, value in values.items():
         if name not in _SAME and name not in _ELSEWHERE and value:
@@ -69,7 +69,7 @@ def fields_of(lora_config: Any) -> dict[str, Any]:
 
 
 def translated(lora_config: Any) -> dict[str, Any]:
-    """What APTConfig takes for a LoraConfig; raises what `fields_of` does, and ValueError for what only a model can resolve."""
+    """What APTConfig takes for a LoraConfig; raises what `fields_of` does, also for what only a model can resolve."""
     values = fields_of(lora_config)
     if values.get("target_modules") is None:
         raise ValueError(
@@ -105,8 +105,8 @@ def _rank_stabilised(values: Mapping[str, Any]) -> dict[str, Any]:
     ranks, alphas = values.get("rank_pattern") or {}, values.get("alpha_pattern") or {}
     if ranks and alphas:
         raise ValueError(
-            "lora_config: expected use_rslora with rank_pattern or alpha_pattern, got both, of which only a model says which meet; "
-            "APTModel.from_peft takes them"
+            "lora_config: expected use_rslora with rank_pattern or alpha_pattern, got both, of which only a model says "
+            "which meet; APTModel.from_peft takes them"
         )
     pattern = {key: alpha * math.sqrt(rank) for key, rank in ranks.items()}
     pattern |= {key: own * math.sqrt(r) for key, own in alphas.items()}

@@ -67,7 +67,7 @@ class Lora:
         )
 
     def check(self, model: nn.Module, adapters: Mapping[str, APTAdapter], saved: Iterable[str]) -> None:
-        """ValueError naming what `model`, with `adapters` and `saved` training whole, cannot take; nothing is changed."""
+        """ValueError naming what `model`, with `adapters` and with `saved` training whole, cannot take."""
         for name, pair in self.pairs.items():
             adapter = adapters.get(name)
             if adapter is None or not adapter.rank:
@@ -122,7 +122,7 @@ def read(peft: Any) -> Lora:
 
 
 def fitting(pair: Pair, model: nn.Module, name: str) -> Pair:
-    """The factors, or where their rank is above min(N, K) of the linear, which PEFT allows, some of that rank with their product."""
+    """The factors; where PEFT's rank is above min(N, K) of the linear, some of that rank with the same product."""
     try:
         linear = model.get_submodule(name)
     except AttributeError:
@@ -134,8 +134,8 @@ def fitting(pair: Pair, model: nn.Module, name: str) -> Pair:
             out_features, in_features, _ = linear_shape(linear)
     if pair.A.shape[1:] != (in_features,) or pair.B.shape[:1] != (out_features,) or len(pair.A) != pair.B.shape[1]:
         raise ValueError(
-            f"base_model: expected {name} of the sizes of PEFT's factors, lora_A {list(pair.A.shape)} and lora_B {list(pair.B.shape)}, got "
-            f"{in_features} inputs and {out_features} outputs"
+            f"base_model: expected {name} of the sizes of PEFT's factors, lora_A {list(pair.A.shape)} and lora_B "
+            f"{list(pair.B.shape)}, got {in_features} inputs and {out_features} outputs"
         )
     if len(pair.A) <= min(out_features, in_features):
         return pair
@@ -200,7 +200,7 @@ def _hint(path: Path) -> str:
 
 
 def _lora(fields: dict[str, Any], tensors: Mapping[str, Tensor], scalings: Mapping[str, float]) -> Lora:
-    """Sort tensors by what they are; `scalings` of modules are those of a model, elsewhere the fields say them."""
+    """Sort tensors by what they are; what is not in `scalings`, a model's own, is as the fields say."""
     factors: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
@@ -227,15 +227,15 @@ def _lora(fields: dict[str, Any], tensors: Mapping[str, Tensor], scalings: Mappi
 
 
 def _saved_module(name: str, modules_to_save: Iterable[str]) -> str:
-    """The module that PEFT has trained whole, of a name within it: the outermost that ends as `modules_to_save` says."""
+    """The module that PEFT has trained whole, of a name within it: the outermost that `modules_to_save` names."""
     parts = name.split(".")
     for end in range(1, len(parts)):
         module = ".".join(parts[:end])
         if any(ends_with(wanted, module) for wanted in modules_to_save):
             return module
     raise ValueError(
-        f"expected factors of linears and modules_to_save, got {name}; PEFT writes embeddings that were resized or are targets: load them "
-        "into the base model, or name them in modules_to_save"
+        f"expected factors of linears and modules_to_save, got {name}; PEFT writes embeddings that were resized or are "
+        "targets: load them into the base model, or name them in modules_to_save"
     )
 
 

@@ -23,7 +23,7 @@ _CARRIER = "base_layer."  # what carriers of masks put into the names of what th
 
 
 class Hook:
-    """One of ours on a module: `names` are its Parameters and buffers that had `dtype`, as named without carriers."""
+    """One of ours on a module: `names` are its values that had `dtype`, as named without carriers."""
 
     def __init__(self, dtype: torch.dtype, names: frozenset[str]) -> None:
         self.dtype, self.names = dtype, names
@@ -47,7 +47,7 @@ class Leave(Hook):
 
 
 class Lend(Hook):
-    """A forward pre-hook: until TakeBack, the attributes of these names are the Parameters in the model's dtype."""
+    """A forward pre-hook: until TakeBack, attributes of these names are the Parameters in the model's dtype."""
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Attributes of the instance come before Parameters, which nn.Module looks up last."""
@@ -67,7 +67,7 @@ class TakeBack(Hook):
 
 
 def train_in_float32(model: nn.Module, saved: Iterable[str]) -> None:
-    """Make the 16-bit values of the modules and lone Parameters `saved` float32, so that no other module notices.
+    """Make the 16-bit values of modules and lone Parameters `saved` float32, so that no other module notices.
 
     `narrow` undoes it.
     """
@@ -117,7 +117,7 @@ def narrow(model: nn.Module, check: bool = False) -> None:
 
 
 def follow(model: nn.Module, move: Callable[[Tensor], Tensor]) -> None:
-    """What `model` hands on gets the dtype that `move`, which was applied to all its values, gives to those of the old."""
+    """From now on the old dtype is what `move`, which was applied to all values of `model`, makes of it."""
     for _, _, _, hook in _hooks(model):
         hook.dtype = move(torch.empty(0, dtype=hook.dtype)).dtype
 
@@ -133,7 +133,7 @@ def through_door(module: nn.Module, x: Tensor, compute: Callable[[Tensor], Tenso
 
 @contextmanager
 def hooks_aside(module: nn.Module) -> Iterator[None]:
-    """Within this context the module has none of our hooks: what is put around it calls it, and so they go on."""
+    """Within this context the module has none of our hooks; they work on, for what is put around it calls it."""
     registries = (module._forward_pre_hooks, module._forward_hooks)
     before = [registry.copy() for registry in registries]
     try:
@@ -177,7 +177,7 @@ def _hooks(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, Hook]]:
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """`value` with its float32 and 16-bit tensors in `dtype`; containers of other kinds than those of outputs stay as they are."""
+    """`value` with its float32 and 16-bit tensors in `dtype`; in tuples, lists and mappings too."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.dtype in (*_HALF, torch.float32) else value
     if type(value) is dict:
