@@ -248,6 +248,48 @@ def test_a_mask_that_the_model_makes_of_its_own_is_no_doubt() -> None:
     torch.testing.assert_close(salience.scores["site"], h[0].abs().sum(0) * gradient[0].abs().sum(0))
 
 
+class Tower(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.reader = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return self.reader(self.up(pixel_values).tanh())
+
+
+class Captioner(nn.Module):
+    """Images of as many patches as there are tokens, so that no shape says which are which."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tower, self.table = Tower(), nn.Embedding(9, 4)
+        self.before, self.after = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, input_ids: Tensor, pixel_values: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        states = self.before(self.table(input_ids).tanh())
+        return self.after((states + self.tower(pixel_values)).tanh())
+
+
+def test_images_have_no_padding() -> None:
+    """Within a model that is given a mask for its tokens, and alone."""
+    torch.manual_seed(0)
+    model, ids, images = Captioner(), torch.tensor([[1, 2, 3]]), torch.randn(1, 3, 4)
+    every, some = torch.ones(1, 3), torch.tensor([[1.0, 1.0, 0.0]])
+
+    def scores(run: Callable[[], Tensor]) -> dict[str, Tensor]:
+        names = ("tower.reader", "before", "after")
+        salience = Salience(model, {name: (model.get_submodule(name), 4) for name in names}, decay=0.0)
+        run().pow(2).sum().backward()
+        salience.update()
+        salience.remove()
+        return salience.scores
+
+    whole, padded = scores(lambda: model(ids, images, every)), scores(lambda: model(ids, images, some))
+    assert torch.equal(whole["tower.reader"], padded["tower.reader"])
+    assert all(bool((padded[name] < whole[name]).all()) for name in ("before", "after"))
+    assert bool(scores(lambda: model.tower(images))["tower.reader"].any())  # and nothing is said
+
+
 def test_models_that_take_no_mask_have_no_padding() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     salience = Salience(model, {"site": (model[2], 4)})

@@ -19,6 +19,7 @@ from ..module_hooks import ModuleHook
 
 MASKS = ("attention_mask", "decoder_attention_mask")
 _TOKENS = ("input_ids", "inputs_embeds", "input_values", "input_features")  # what a batch is called where a model takes it
+_IMAGES = ("pixel_values",)  # what it is called where it has no padding
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,16 @@ class Pass:
 
 @dataclass(frozen=True)
 class _Entrance:
-    """A module that takes a batch with its attention mask.
+    """A module that takes a batch.
 
+    masked     it takes the attention mask with the batch; False: it takes images, which have no padding
     positions  the names of the arguments that may be given without theirs
     inside     ids of all modules within it
     renamed    the names under which its masks count, where they are others: a decoder called alone takes its own as attention_mask
     """
 
     module: nn.Module
+    masked: bool
     positions: list[str]
     inside: frozenset[int]
     renamed: dict[str, str]
@@ -53,11 +56,11 @@ class Passes:
 
     A pass begins where a module is entered that takes a batch together with `attention_mask`: the model, its body, an encoder or a decoder.
     Of such modules within each other the outermost counts, for all of its pass: what the inner ones are given was made of it. The pass ends
-    where that module is left, by an error as well.
+    where that module is left, by an error as well. A module that takes images and no mask is a pass of its own, without padding.
 
     A thread numbers the nodes of its graphs, and a recomputation runs in a node made together with the pass that it repeats.
 
-    model    entered itself whatever its arguments are called
+    model    counts whatever its arguments are called; of the modules within it only those count that hold one of the next two
     decoder  modules in a decoder behind an encoder that ask for `decoder_attention_mask`
     others   modules that ask for `attention_mask`
     """
@@ -66,13 +69,15 @@ class Passes:
         self.forget()
         self._entrances = []
         for module in model.modules():
-            parameters = _parameters(module)
-            if module is model or ("attention_mask" in parameters and not parameters.keys().isdisjoint(_TOKENS)):
+            parameters, inside = _parameters(module), frozenset(map(id, module.modules()))
+            masked = "attention_mask" in parameters and not parameters.keys().isdisjoint(_TOKENS)
+            images = "attention_mask" not in parameters and not parameters.keys().isdisjoint(_IMAGES)
+            ask = [any(id(one) in inside for one in modules) for modules in (decoder, others)]
+            if module is model or ((masked or images) and any(ask)):
                 positions = [name for name, parameter in parameters.items() if parameter.kind in _POSITIONAL]
-                inside = frozenset(map(id, module.modules()))
-                alone = any(id(one) in inside for one in decoder) and not any(id(one) in inside for one in others)
-                renamed = {"attention_mask": "decoder_attention_mask"} if alone and "decoder_attention_mask" not in parameters else {}
-                self._entrances.append(_Entrance(module, positions, inside, renamed))
+                alone = ask == [True, False] and "decoder_attention_mask" not in parameters
+                renamed = {"attention_mask": "decoder_attention_mask"} if alone else {}
+                self._entrances.append(_Entrance(module, masked or module is model, positions, inside, renamed))
         self.told = any("attention_mask" in _parameters(entrance.module) for entrance in self._entrances)
 
     def hooks(self) -> list[RemovableHandle]:
@@ -90,7 +95,7 @@ class Passes:
         task = _task()
         entered = self._entered().get(task)  # at each site of each forward
         if entered:
-            return entered[0][1]
+            return entered[-1][1]
         if task == _NONE:
             return None
         thread, node = _C.node_moment() or _C.next_moment()
@@ -117,8 +122,8 @@ class Passes:
         entered = self._entered().setdefault(_task(), [])
         while entered and (entered[-1][0] is entrance or id(module) not in entered[-1][0].inside):
             entered.pop()  # one that an interrupt, or an error in compiled code, left without a word
-        if entered:
-            entered.append((entrance, entered[0][1]))
+        if entered and entrance.masked:
+            entered.append((entrance, entered[-1][1]))
             return
         begun = _pass_of(entrance, args, kwargs)
         entered.append((entrance, begun))
@@ -130,10 +135,12 @@ class Passes:
         task = _task()
         entered = self._entered().get(task)
         if entered and entered[-1][0].module is module:
-            entered.pop()
+            _, left = entered.pop()
+            back = entered[-1][1] if entered else None
             if not entered:
                 del self._entered()[task]
-                self._note(None)
+            if back is not left:
+                self._note(back)
 
     def _note(self, one: Pass | None) -> None:
         """Nodes made from now on are of this pass."""
