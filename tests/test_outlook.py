@@ -183,7 +183,9 @@ def test_kinds_that_the_model_does_not_have_are_said(caplog):
     apt, optimizer = built(family, sizes={"add_cross_attention": True}, prune=["neurons", "hidden"], density=0.95)
     Controller(apt, optimizer, 16, **SHORT).remove()
     assert "prune names ['hidden'], of which BertLMHeadModel has no blocks" in caplog.text
-    with pytest.raises(ValueError, match=r"prune: .*\(heads, neurons\), got \['hidden'\]; its row .* bert.encoder.layer.0.crossattention"):
+    with pytest.raises(
+        ValueError, match=r"prune: .*\['heads', 'neurons'\], got \['hidden'\]; its row .* bert.encoder.layer.0.crossattention"
+    ):
         Controller(apt, optimizer, 16, prune=["hidden"], **SHORT)
 
 
@@ -200,7 +202,7 @@ def test_an_architecture_that_is_not_in_the_table_is_named_with_the_remedy(kind)
     }
     model = getattr(transformers, f"{kind}ForSequenceClassification")(getattr(transformers, f"{kind}Config")(**sizes))
     config = APTConfig(r=2, density=0.6)
-    words = rf"model has \(none\), got \['heads', 'neurons'\]; declare {kind}.* \(model_type '{kind.lower()}'\) with apt_ext.register_architecture"
+    words = rf"model has, \[\], got \['heads', 'neurons'\]; declare {kind}.* \(model_type '{kind.lower()}'\) with apt_ext.register_architecture"
     with pytest.raises(ValueError, match=words):
         plan(model, config)
     apt = get_apt_model(model, config)

@@ -38,8 +38,8 @@ def pruned_blocks(model: nn.Module, blocks: Mapping[str, Block], config: APTConf
     found = {name: block for name, block in blocks.items() if block.kind in prune}
     if found:
         return found
-    known = ", ".join(dict.fromkeys(block.kind for block in blocks.values())) or "none"
-    text = f"prune: expected kinds of blocks that the model has ({known}), got {prune}"
+    known = sorted({block.kind for block in blocks.values()})
+    text = f"prune: expected kinds of blocks that the model has, {known}, got {prune}"
     if architecture_of(model) is None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         rows = sorted({kind for row in ARCHITECTURES for kind in row.model_types})
