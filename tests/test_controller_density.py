@@ -1,6 +1,7 @@
 """What a Controller says of the density and counts as kept: every entry of the model's own masks that is above 0."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from families import FAMILIES, keep_first
 from test_unfinished import begun
 from training import SHORT, batch_for, built, train
 
-from apt_ext import Controller, Schedule
+from apt_ext import Controller, Schedule, adapters
 
 BERT = FAMILIES["bert"]
 
@@ -110,3 +111,63 @@ def test_a_new_controller_keeps_what_is_a_fraction():
     controller.step()
     train(apt, optimizer, controller, BERT, 13, first=1)
     assert [int(apt.get_block_mask(name).sum()) for name in ("0.neurons", "1.neurons")] == [16, 16]
+
+
+# -- history ------------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_history_is_what_each_event_left(name):
+    family, lines, seen = FAMILIES[name], [], []
+    apt, optimizer = built(family, max_rank=8)
+    controller = Controller(apt, optimizer, 16, log=lines.append, **SHORT)
+    for step in range(16):
+        train(apt, optimizer, controller, family, 1, first=step)
+        if step + 1 in (6, 10, 14):
+            seen.append(
+                {
+                    "step": step + 1,
+                    "density": share(apt, controller),
+                    "kept": {block: int((apt.get_block_mask(block) != 0).sum()) for block in apt.blocks},
+                    "ranks": {name: adapter.rank for name, adapter in adapters(apt) if adapter.rank},
+                    "adapter_parameters": sum(adapter.get_parameter_count() for _, adapter in adapters(apt)),
+                }
+            )
+    assert [{key: value for key, value in one.items() if key != "threshold"} for one in controller.history] == seen
+    assert json.loads(json.dumps(controller.history)) == controller.history and len(lines) == 3
+    for one, words in zip(controller.history, lines, strict=True):
+        assert one["threshold"] > 0 and words.endswith(f"last score {one['threshold']:.3g}")
+
+
+def test_history_goes_on_from_a_state():
+    apt, controller, optimizer = begun(steps=7, max_rank=8)
+    state = copy.deepcopy(controller.state_dict())
+    again, other = built(BERT, max_rank=8)
+    second = Controller(again, other, 16, **SHORT)
+    again.load_state_dict(apt.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    second.load_state_dict(state)
+    for model, its, one in ((apt, optimizer, controller), (again, other, second)):
+        train(model, its, one, BERT, 9, first=7)
+    assert controller.history == second.history and [one["step"] for one in second.history] == [6, 10, 14]
+    assert [one["step"] for one in state["history"]] == [6]  # a copy
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        ({"step": 8}, ValueError, r"state\['history'\]\[0\]\['step'\]: expected events in their order, up to step 7, got 8"),
+        ({"step": 0}, ValueError, "must be at least 1, got 0"),
+        ({"density": "all"}, TypeError, r"\['density'\] must be a number, got str"),
+        ({"threshold": float("nan")}, ValueError, r"\['threshold'\] must be a finite number, got nan"),
+        ({"kept": [1]}, TypeError, r"\['kept'\]: expected a dict, got list"),
+        ({"ranks": {"query": 1.5}}, TypeError, r"\['ranks'\]\['query'\] must be an int, got float"),
+        ({"more": 1}, ValueError, "1 unknown, 'more' first"),
+    ],
+)
+def test_a_damaged_history_is_refused(change, kind, words):
+    _, controller, _ = begun(steps=7)
+    state = copy.deepcopy(controller.state_dict())
+    with pytest.raises(kind, match=words):
+        controller.load_state_dict({**state, "history": [{**state["history"][0], **change}]})
+    assert str(controller.state_dict()) == str(state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ from ..structure.cutting import decodes
 from ..target import BUDGETS, Target
 from .allocation import AdapterImportance, Growth, grown_ranks
 from .cost import budget_cost
+from .history import Event, checked_history, event, line
 from .outlook import Outlook, allowance, check_export, chosen, pruned_blocks, say_unpruned
 from .refusals import check_can_grow, check_held, check_state, checked_scores, gradients_came, note_controller, refuse_second
 from .schedule import Steps, linear_budget, step_mask
@@ -50,7 +52,8 @@ class Controller:
 
     It counts the optimizer's own steps: micro-batches between two of them are one batch, and one that a GradScaler skips is none. Masks end
     at exactly 0 or 1 at each event of the schedule. A block whose mask is 0 stays out. Parameters, their objects and the optimizer's state
-    stay; under DDP and FSDP2 every rank makes the same calls, and `APTConfig.max_rank` has to leave room for the ranks.
+    stay; under DDP and FSDP2 every rank makes the same calls, and `APTConfig.max_rank` has to leave room for the ranks. `history` is a list
+    of dicts, one an event: step, density, kept {block: number}, ranks {adapter: rank}, adapter_parameters, threshold.
 
     Args:
         model: an APTModel, or a module that holds one (DDP, torch.compile).
@@ -137,6 +140,7 @@ class Controller:
             self.total_steps, self.budget, self.joint, self.compact, self.log = total_steps, budget, joint, compact, log
             self.steps = Steps.of(config.schedule, total_steps)
             self.now = 0  # optimizer steps that were counted, up to total_steps
+            self.history: list[Event] = []
 
             self._masks = {name: self.model.get_block_mask(name).cpu() for name in blocks}
             self._live = {name: mask != 0 for name, mask in self._masks.items()}  # at the last event: what may still be kept
@@ -261,7 +265,7 @@ class Controller:
             self._tell_model()
             self.scores.salience.remove()
         if threshold is not None:
-            self._say(threshold)
+            self._note_event(threshold)
 
     def _check_uncut(self, call: str) -> None:
         if self.model.blocks is self._uncut:  # a cut makes others
@@ -405,20 +409,13 @@ class Controller:
     def _ranks_now(self) -> dict[str, int]:
         return {name: adapter.rank for name, adapter in self.importance.adapters.items()}
 
-    def _say(self, threshold: float) -> None:
-        ranks = sorted(self._ranks_now().values())
-        counts = self._counts()
-        kept = []
-        for kind in dict.fromkeys(block.kind for block in self.blocks.values()):
-            of = sorted(counts[name] for name, block in self.blocks.items() if block.kind == kind)
-            kept.append(f"{kind} {_range(of)} of {max(block.count for block in self.blocks.values() if block.kind == kind)}")
-        line = f"step {self.now}: density {self.density:.4f} (target {self.config.density:g})"
-        line += "".join(f", {text}" for text in kept) + f", ranks {_range(ranks) if ranks else 'none'}"
-        line += f", {self.adapter_parameters:,} adapter parameters" + ("" if threshold == float("inf") else f", last score {threshold:.3g}")
+    def _note_event(self, threshold: float) -> None:
+        self.history.append(event(self.now, self.density, self._counts(), self._ranks_now(), self.adapter_parameters, threshold))
+        words = line(self.history[-1], self.config.density, self.blocks)
         if self.log is None:
-            logger.info("%s", line)
+            logger.info("%s", words)
         else:
-            self.log(line)
+            self.log(words)
 
     # -- stop and go on ----------------------------------------------------------------------------------------------
 
@@ -436,6 +433,7 @@ class Controller:
             "ranks": self._ranks_now(),
             "initial": {"density": self._initial, "parameters": self._parameters, "ranks": dict(self._ranks)},
             "schedule": vars(self.steps) | {"density": self.config.density},
+            "history": copy.deepcopy(self.history),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -446,6 +444,7 @@ class Controller:
         """
         masks = {name: self.model.get_block_mask(name).cpu() for name in self.model.blocks}
         check_state(state, {**self.state_dict(), "masks": masks})
+        history = checked_history("state['history']", state["history"], state["step"])
         self.scores.check_state(state["scores"])
         self.importance.check_state(state["importance"])
         self._check_place(state["step"], masks)
@@ -459,7 +458,7 @@ class Controller:
         self.scores.load_state_dict(state["scores"])
         self.importance.load_state_dict(state["importance"])
         self.generator.set_state(state["generator"].cpu())
-        self.now = state["step"]
+        self.now, self.history = state["step"], history
         self._masks, self._live = masks, {name: live.cpu().clone() for name, live in state["live"].items()}
         self._initial, self._parameters, self._ranks = initial["density"], initial["parameters"], dict(initial["ranks"])
         self._observed, self._stepped, self._taken, self._since = False, False, False, 0
@@ -491,7 +490,3 @@ def apt_model_in(model: nn.Module) -> APTModel:
     if len(found) != 1:
         raise TypeError(f"model: expected an APTModel or a module that holds one, got {type(model).__name__} that holds {len(found)}")
     return found[0]
-
-
-def _range(numbers: list[int]) -> str:
-    return f"{numbers[0]}" if numbers[0] == numbers[-1] else f"{numbers[0]}-{numbers[-1]}"
