@@ -139,6 +139,18 @@ def test_a_signal_that_is_ignored_stays_ignored(does, monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
+def test_a_signal_waits_until_a_process_is_started(does, capsys):
+    started = []
+
+    class Pool:
+        def submit(self, function):
+            signal.raise_signal(signal.SIGTERM)
+            started.append(function)
+
+    assert main(does(lambda: processes.submit(Pool(), until))) == 143 and started == [until]
+    assert capsys.readouterr().err == "apt-ext: ended by SIGTERM\n"
+
+
 def test_a_worker_that_dies_is_said(monkeypatch):
     from concurrent.futures import Future
     from concurrent.futures.process import BrokenProcessPool

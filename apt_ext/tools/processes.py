@@ -23,6 +23,7 @@ from .messages import log_to_stderr
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_held: list[int] | None = None  # signals that came while a process was being started
 
 
 class Stopped(KeyboardInterrupt):
@@ -49,7 +50,9 @@ def stopped_by_signals() -> Iterator[None]:
         if asked:
             os._exit(128 + number)
         asked = True
-        raise Stopped(number)
+        if _held is None:
+            raise Stopped(number)
+        _held.append(number)
 
     before = {number: signal.signal(number, ask) for number in _ENDING if signal.getsignal(number) != signal.SIG_IGN}
     try:
@@ -65,12 +68,21 @@ def worker_pool(workers: int, begin: Callable[..., object] | None = None, *argum
 
 
 def submit(pool: Executor, function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> Future[_T]:
-    """Call `function` in a process of the pool. A Ctrl-C in the terminal reaches this process alone, which ends the others."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # a process that starts now inherits it
+    """Call `function` in a process of the pool. A Ctrl-C in the terminal reaches this process alone, which ends the others.
+
+    A process that starts is known to this one, and has what it needs, before a signal is heard.
+    """
+    global _held
+    _held = []
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)  # a process that starts now inherits it
     try:
-        return pool.submit(function, *args, **kwargs)
+        future = pool.submit(function, *args, **kwargs)
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        asked, _held = _held, None
+    if asked:
+        raise Stopped(asked[0])
+    return future
 
 
 def run_apart(function: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
@@ -98,7 +110,8 @@ def end_workers() -> None:
 
 
 def _begin(begin: Callable[..., object] | None, arguments: tuple[Any, ...]) -> None:
-    """A worker starts."""
+    """A worker starts; it has inherited that no signal but SIGKILL ends it."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM, signal.SIGHUP})
     Thread(target=_end_with_parent, daemon=True).start()
     log_to_stderr()
     if begin is not None:
