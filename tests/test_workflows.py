@@ -23,6 +23,14 @@ def test_least_rights_and_pinned_actions(path):
     assert set(re.findall(r"\$\{\{ *([\w.]+)", text)) <= {"github.ref", "matrix.python", "matrix.run"}
 
 
+@pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.name)
+def test_they_are_yaml(path):
+    yaml = pytest.importorskip("yaml")
+    jobs = yaml.safe_load(path.read_text())["jobs"]
+    steps = [step for job in jobs.values() for step in job["steps"]]
+    assert steps and all(("run" in step) != ("uses" in step) for step in steps)
+
+
 def test_pull_requests_run_on_hosted_machines_only():
     for path in WORKFLOWS:
         text = path.read_text()
@@ -40,3 +48,14 @@ def test_what_they_run_exists():
         if target
     }
     assert named and named - {".venv/built"} <= targets
+
+
+def test_a_pull_request_compiles_the_kernels():
+    """On a hosted machine, with a compiler that is pinned and of the release that the kept registers are of."""
+    kernels = (ROOT / ".github/workflows/ci.yml").read_text().partition("\n  kernels:\n")[2]
+    assert "runs-on: ubuntu-latest" in kernels and "run: make kernels" in kernels
+    assert "--require-hashes -r benchmarks/nvcc.txt" in kernels
+    pinned = [line for line in (ROOT / "benchmarks/nvcc.txt").read_text().splitlines() if not line.startswith("#")]
+    assert pinned and all(re.fullmatch(r"nvidia-[a-z-]+==[\d.]+ --hash=sha256:[0-9a-f]{64}", line) for line in pinned)
+    release = (ROOT / "benchmarks/registers.txt").read_text().splitlines()[0].rpartition(" ")[2]
+    assert any(line.startswith(f"nvidia-cuda-nvcc=={release}.") for line in pinned)
