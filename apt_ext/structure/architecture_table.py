@@ -56,7 +56,13 @@ _LLAMA_STREAM = Stream(
 def _t5_heads(layer: int, attention: str, **rest: Any) -> BlockRule:
     path = f"layer.{layer}.{attention}"
     rule = _heads(
-        *(f"{path}.{part}" for part in "qkvo"), owner=path, size="key_value_proj_dim", counts=("n_heads",), totals=("inner_dim",), **rest
+        *(f"{path}.{part}" for part in "qkvo"),
+        owner=path,
+        size="key_value_proj_dim",
+        size_field="d_kv",
+        counts=("n_heads",),
+        totals=("inner_dim",),
+        **rest,
     )
     return replace(rule, sides=(*rule.sides, Side(f"{path}.relative_attention_bias", "out", acts=False)))
 

@@ -40,6 +40,8 @@ class BlockRule:
     name         the last part of the block's name, None: the kind; "cross_heads": attention of a decoder to its encoder
     owner        the module that holds the attributes below, within the layer
     size         its attribute that says how many adjacent channels one of the block is (a head's size); "" for one
+    size_field   the entry of the config that says it, where the config has one; where layers agree it is set
+    groups_field  the entry of the config that says how many KV heads there are, where query heads may share them
     counts       its attributes that a cut sets to the number of query heads
     totals       and to that number times the size
     """
@@ -50,6 +52,8 @@ class BlockRule:
     name: str | None = None
     owner: str = ""
     size: str = ""
+    size_field: str = "head_dim"
+    groups_field: str = "num_key_value_heads"
     counts: tuple[str, ...] = ()
     totals: tuple[str, ...] = ()
 
@@ -80,6 +84,7 @@ class Stream:
     apart        modules that do not touch it
     last_norm    the norm whose output a tied output layer reads: it takes back what scales the embedding
     norm_offset  a norm multiplies by norm_offset + weight
+    width_field  the entry of the config that says how many dimensions it has
     """
 
     adds: str
@@ -89,6 +94,7 @@ class Stream:
     apart: str = ""
     last_norm: str = ""
     norm_offset: float = 0.0
+    width_field: str = "hidden_size"
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import nn
 
@@ -18,6 +18,8 @@ from .architecture_types import Architecture, Block, BlockRule, Layers, Side, St
 
 __all__ = ["ARCHITECTURES", "TASK_HEADS", "Architecture", "Block", "BlockRule", "Layers", "Side", "Stream"]
 
+
+_OWN_ROWS = tuple(ARCHITECTURES)
 
 ROLES = {"heads": ("q", "k", "v", "o"), "neurons": ("up", "down")}  # {kind of block: what a side may be to it}
 
@@ -39,8 +41,11 @@ def register_architecture(row: Architecture) -> None:
             odd = next((side for side in rule.sides if side.role not in ("", *ROLES[rule.kind])), None)
             if odd is not None:
                 raise ValueError(f"role: expected one of {ROLES[rule.kind]} for {odd.module!r} of {rule.kind}, got {odd.role!r}")
+            of = f"{rule.name or rule.kind} of {layers.pattern!r}"
             if not any(side.scales for side in rule.sides):
-                raise ValueError(f"sides: expected one that scales for {rule.name or rule.kind} of {layers.pattern!r}, got none")
+                raise ValueError(f"sides: expected one that scales for {of}, got none")
+            if not any(side.side == "in" for side in rule.sides):
+                raise ValueError(f"sides: expected an input that reads the channels for {of}, got none")
     if row.stream is not None:
         for field in ("adds", "reads", "norms", "keeps", "apart", "last_norm"):
             _compiled(field, getattr(row.stream, field))
@@ -60,6 +65,11 @@ def architecture_of(model: nn.Module) -> Architecture | None:
     return next((row for row in ARCHITECTURES if model_type in row.model_types), None)
 
 
+def is_registered(row: Architecture) -> bool:
+    """Whether the row is one that `register_architecture` added, not one that this package brings and tests."""
+    return all(row is not own for own in _OWN_ROWS)
+
+
 def task_heads(model: nn.Module) -> list[str]:
     """The names of the model's task heads."""
     return [name for name, _ in model.named_children() if name in TASK_HEADS]
@@ -72,39 +82,60 @@ def output_layer(model: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if module is layer), None) if layer is not None else None
 
 
-def find_blocks(model: nn.Module) -> dict[str, Block]:
+def find_blocks(model: nn.Module, row: Architecture | None = None) -> dict[str, Block]:
     """The blocks of a model: each layer's, in order, named "<stack><layer>.<part>", then "hidden".
 
-    Empty for an architecture not in the table. "hidden" is there only where the table accounts for every module with
+    Empty for an architecture not in the table. "hidden" is there only where the row accounts for every module with
     Parameters: see `unknown_modules`. ValueError where the row finds two blocks of one name.
+
+    row  None: that of the table
     """
-    row = architecture_of(model)
+    row = row or architecture_of(model)
     blocks: dict[str, Block] = {}
     if row is None:
         return blocks
     modules = dict(model.named_modules())
-    found = [
-        (name, match, layers, block)
-        for name in modules
-        for layers in row.layers
-        if (match := ends_with(layers.pattern, name)) is not None
-        for rule in layers.blocks
-        if (block := _block(modules, name, rule)) is not None
-    ]
-    stacks = _stacks({_path(match) for _, match, layers, _ in found if not layers.prefix})
-    for layer, match, layers, block in found:
-        stack = layers.prefix or stacks[_path(match)]
-        name = f"{stack}{match[1]}.{block.part}"
-        if name in blocks:
-            raise ValueError(
-                f"register_architecture: expected one block named {name!r}, got two, the second in {layer}; give Layers "
-                "of another stack another prefix, and two rules of one layer different names"
-            )
-        blocks[name] = replace(block, stack=stack, layer=int(match[1]))
+    for layer in find_layers(modules, row):
+        for block in layer.blocks:
+            name = f"{layer.stack}{layer.number}.{block.part}"
+            if name in blocks:
+                raise ValueError(
+                    f"register_architecture: expected one block named {name!r}, got two, the second in {layer.name}; give "
+                    "Layers of another stack another prefix, and two rules of one layer different names"
+                )
+            blocks[name] = replace(block, stack=layer.stack, layer=layer.number)
     hidden = _hidden(modules, row.stream)
     if hidden is not None:
         blocks["hidden"] = hidden
     return blocks
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer that a row finds in a model: its name, which is `before`, its number and `after`; its stack and blocks."""
+
+    name: str
+    before: str
+    number: int
+    after: str
+    layers: Layers
+    blocks: tuple[Block, ...]
+    stack: str = ""
+
+
+def find_layers(modules: dict[str, nn.Module], row: Architecture) -> list[Layer]:
+    """The layers among these modules, those that have no block left out."""
+    found = []
+    for name in modules:
+        for layers in row.layers:
+            match = ends_with(layers.pattern, name)
+            blocks = [_block(modules, name, rule) for rule in layers.blocks] if match else []
+            if match is not None and any(block is not None for block in blocks):
+                start, end = match.span(1)
+                own = tuple(block for block in blocks if block is not None)
+                found.append(Layer(name, name[:start], int(match[1]), name[end:], layers, own))
+    stacks = _stacks({(layer.before, layer.after) for layer in found if not layer.layers.prefix})
+    return [replace(layer, stack=layer.layers.prefix or stacks[layer.before, layer.after]) for layer in found]
 
 
 def in_encoder(model: nn.Module, block: Block) -> bool:
@@ -126,7 +157,7 @@ def unknown_modules(model: nn.Module) -> list[str]:
     """The modules with Parameters that the residual stream of the model's row does not account for, or all of them without a row."""
     row = architecture_of(model)
     stream = None if row is None else row.stream
-    return [name for name, _ in owners(dict(model.named_modules())) if stream is None or _role(stream, name) is None]
+    return [name for name, _ in owners(dict(model.named_modules())) if stream is None or role(stream, name) is None]
 
 
 def stored(module: nn.Module) -> nn.Module:
@@ -163,14 +194,12 @@ def ends_with(pattern: str, name: str) -> re.Match[str] | None:
     return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) if pattern else None
 
 
-def _path(layer: re.Match[str]) -> str:
-    """A layer's name without its number: the same for all layers of one stack."""
-    return layer.string[: layer.start(1)] + layer.string[layer.end(1) :]
+def _stacks(paths: Collection[tuple[str, str]]) -> dict[tuple[str, str], str]:
+    """{what stands before and after the number in names of a stack's layers: the beginning of its blocks' names}.
 
-
-def _stacks(paths: Collection[str]) -> dict[str, str]:
-    """{path of a stack: the beginning of its blocks' names}: "" for the only one, else what its path differs in."""
-    parts = {path: path.strip(".").split(".") for path in paths}
+    "" for the only stack, else what the names differ in.
+    """
+    parts = {path: ".".join(path).strip(".").split(".") for path in paths}
     for end in (0, -1):
         while len(parts) > 1 and all(parts.values()) and len({names[end] for names in parts.values()}) == 1:
             for names in parts.values():
@@ -198,12 +227,17 @@ def _block(modules: dict[str, nn.Module], layer: str, rule: BlockRule) -> Block 
     for side in _roles(rule):
         name = f"{layer}.{side.module}"
         if name in modules:
-            of = "embedding" if isinstance(stored(modules[name]), nn.Embedding) else "linear"
+            inner = stored(modules[name])
+            of = "embedding" if isinstance(inner, nn.Embedding) else "linear" if is_linear(inner) else "norm"
             sides.append(replace(side, module=name, of=of))
     if not any(side.scales for side in sides):
         return None
     owner = f"{layer}.{rule.owner}" if rule.owner else ""
-    size = int(getattr(modules[owner], rule.size)) if rule.size else 1
+    size = getattr(modules.get(owner), rule.size, None) if rule.size else 1
+    if type(size) is not int or size < 1:
+        raise ValueError(
+            f"size: expected the owner of {rule.name or rule.kind} to have a number of channels as {rule.size!r}, got {size!r} of {owner!r}"
+        )
     block = Block(rule.kind, 0, tuple(sides), rule.width_field, size, owner, rule, part=rule.name or rule.kind)
     scaling = block.scaling_side
     return replace(block, count=side_width(modules[scaling.module], scaling.side) // (scaling.parts * size))
@@ -220,28 +254,31 @@ def owners(modules: dict[str, nn.Module]) -> list[tuple[str, nn.Module]]:
     return found
 
 
-def _role(stream: Stream, name: str) -> str | None:
-    return next((role for role in ("apart", "keeps", "norms", "adds", "reads") if ends_with(getattr(stream, role), name)), None)
+def role(stream: Stream, name: str) -> str | None:
+    """What a module is to the residual stream: the field of Stream whose expression matches its name, or None."""
+    return next((field for field in ("apart", "keeps", "norms", "adds", "reads") if ends_with(getattr(stream, field), name)), None)
 
 
 def _hidden(modules: dict[str, nn.Module], stream: Stream | None) -> Block | None:
+    if stream is None:
+        return None
     sides: list[Side] = []
-    for name, module in owners(modules) if stream is not None else ():
-        role = _role(stream, name)  # type: ignore[arg-type]  # it is not None here
-        if role is None:
+    for name, module in owners(modules):
+        touches = role(stream, name)
+        if touches is None:
             return None
         of = "embedding" if isinstance(module, nn.Embedding) else "linear"
-        if role == "norms":
+        if touches == "norms":
             sides.append(Side(name, "out", of="norm"))
-        elif role == "adds":
+        elif touches == "adds":
             sides.append(Side(name, "out", scales=True, of=of))
-        elif role in ("reads", "keeps"):
+        elif touches in ("reads", "keeps"):
             sides.append(Side(name, "in"))
-            if role == "keeps":
+            if touches == "keeps":
                 sides.append(Side(name, "out"))
     embedding = next((side for side in sides if side.scales and side.of == "embedding"), None)
     if embedding is None:
         return None
     count = side_width(modules[embedding.module], "out")
     wrong = [side for side in sides if side_width(modules[side.module], side.side) != count]
-    return None if wrong else Block("hidden", count, tuple(sides), "hidden_size", part="hidden")
+    return None if wrong else Block("hidden", count, tuple(sides), stream.width_field, part="hidden")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -181,6 +181,12 @@ def _touched(module: nn.Module, direction: str) -> Iterable[tuple[nn.Parameter, 
         yield (module.lora_A, 1) if direction == "in" else (module.lora_B, 0)
 
 
+def left(parameter: nn.Parameter, changes: Changes) -> list[int]:
+    """The shape that is left of a Parameter."""
+    dims = changes.get(parameter, {})
+    return [len(dims[dim]) if dim in dims else size for dim, size in enumerate(parameter.shape)]
+
+
 def selected(value: Tensor, dims: dict[int, Tensor]) -> Tensor:
     """The entries of `value` that stay, a new tensor."""
     for dim, kept in dims.items():
@@ -250,9 +256,13 @@ def tell_modules(model: nn.Module, lanes: Lanes) -> None:
                 base.normalized_shape = (len(kept),)
 
 
-def tell_blocks(model: nn.Module) -> dict[str, Block]:
-    """Set what attention modules say about their heads, and the config where all layers agree; returns the blocks as they are now."""
-    blocks = find_blocks(model)
+def tell_blocks(model: nn.Module, row: Architecture | None = None) -> dict[str, Block]:
+    """Set what attention modules say about their heads, and the config where all layers agree; returns the blocks as they are now.
+
+    row  None: that of the table
+    """
+    row = row or architecture_of(model)
+    blocks = find_blocks(model, row)
     for block in blocks.values():
         if block.rule is not None and block.owner:
             owner, heads = model.get_submodule(block.owner), _query_heads(model, block)
@@ -260,15 +270,20 @@ def tell_blocks(model: nn.Module) -> dict[str, Block]:
                 setattr(owner, attribute, heads)
             for attribute in block.rule.totals:
                 setattr(owner, attribute, heads * block.size)
-    said = {field: next(iter(set(sizes.values()))) for field, sizes in widths(model).items() if len(set(sizes.values())) == 1}
-    sizes = {block.size for block in blocks.values() if block.kind == "heads"}
     for config in configs(model):
-        for field, width in said.items():
-            setattr(config, field, width)
-        row = architecture_of(model)
-        if len(sizes) == 1 and row is not None and not row.derives_head_size and not hasattr(config, "d_kv"):
-            config.head_dim = next(iter(sizes))  # stock classes fall back to hidden_size / heads
+        tell_config(config, row, blocks, widths(model, blocks))
     return blocks
+
+
+def tell_config(config: Any, row: Architecture | None, blocks: Mapping[str, Block], sizes: Mapping[str, Mapping[str, int]]) -> None:
+    """Set the entries of a config that `sizes` (see `widths`) gives one value each, and the size of heads."""
+    said = {field: set(found.values()) for field, found in sizes.items()}
+    for block in blocks.values():
+        if block.rule is not None and block.rule.size and row is not None and not row.derives_head_size:
+            said.setdefault(block.rule.size_field, set()).add(block.size)  # stock classes fall back to hidden_size / heads
+    for field, values in said.items():
+        if len(values) == 1:
+            setattr(config, field, next(iter(values)))
 
 
 def configs(model: nn.Module) -> list[Any]:
@@ -283,16 +298,22 @@ def copied_configs(model: nn.Module) -> list[tuple[nn.Module, Any]]:
     return list(zip(holders, copy.deepcopy([module.config for module in holders]), strict=True))
 
 
-def widths(model: nn.Module) -> dict[str, dict[str, int]]:
-    """{entry of the config: {block: its width in this model}}: a stock config can say it only where all widths of an entry are equal."""
+def widths(model: nn.Module, blocks: Mapping[str, Block], counts: Mapping[str, int] | None = None) -> dict[str, dict[str, int]]:
+    """{entry of the config: {block: its width}}: a stock config can say it only where all widths of an entry are equal.
+
+    counts  {block: how many there will be}; None: as many as there are in this model
+    """
     found: dict[str, dict[str, int]] = {}
-    for name, block in find_blocks(model).items():
-        if block.kind == "heads":
-            found.setdefault(block.width_field, {})[name] = _query_heads(model, block)
-            if hasattr(getattr(model, "config", None), "num_key_value_heads"):
-                found.setdefault("num_key_value_heads", {})[name] = block.count
-        else:
-            found.setdefault(block.width_field, {})[name] = block.count
+    for name, block in blocks.items():
+        count = block.count if counts is None else counts[name]
+        if block.kind == "heads" and block.rule is not None:
+            if hasattr(getattr(model, "config", None), block.rule.groups_field):
+                found.setdefault(block.rule.groups_field, {})[name] = count
+            if counts is not None:
+                count *= _query_heads(model, block) // max(block.count, 1)
+            else:
+                count = _query_heads(model, block)
+        found.setdefault(block.width_field, {})[name] = count
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,9 +22,11 @@ from ..modes import evaluating
 from . import per_layer as own_format
 from . import reload
 from .architectures import architecture_of
-from .formats import Sizes, retype_failures, stock_failures
+from .formats import retype_failures, stock_failures
 from .per_layer import MANIFEST
 from .shrink import shrink
+from .sizes import Sizes
+from .trials import stock_trial
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -81,12 +84,14 @@ def export(
     small: Any = shrink(model, unfinished=True) if isinstance(model, APTModel) else model
     check_class(small)
     written, loader = expressed(small, per_layer)
+    row = architecture_of(small)
     with disk.made(target.parent), disk.stage(target.parent, target.name) as beside:
         new = beside / "new"
         if loader == "apt_ext":
-            own_format.save(small, new, max_shard_size)
+            assert row is not None  # without one there is no such format
+            own_format.save(small, new, row, max_shard_size=max_shard_size)
         else:
-            written.save_pretrained(new, max_shard_size=max_shard_size)
+            type(written).save_pretrained(written, new, max_shard_size=max_shard_size)  # not the instance's, see `saving`
         _carry_tokenizer(tokenizer, small, new)
         disk.seal(new, MANIFEST)
         _compare(small, new, loader, beside / "exchange.safetensors")
@@ -110,7 +115,7 @@ def check_class(model: nn.Module) -> None:
 def expressed(small: Any, per_layer: bool) -> tuple[Any, str]:
     """The model under a class and config that can say its sizes, and what loads it; ValueError where there is none."""
     row, sizes, kind = architecture_of(small), Sizes.of(small), type(small)
-    failures = stock_failures(row, small.config, sizes)
+    failures = stock_failures(row, small.config, sizes) or stock_trial(small, sizes)
     if not failures:
         return small, kind.__name__
     others = retype_failures(row, small.config, sizes)
@@ -118,7 +123,7 @@ def expressed(small: Any, per_layer: bool) -> tuple[Any, str]:
         other = _retyped(small, row.retype[0])
         if other is not None:
             return other, type(other).__name__
-    if per_layer:
+    if per_layer and row is not None:
         return small, "apt_ext"
     also = f"; nor can another class say it: {'; '.join(others)}" if row is not None and row.retype is not None and others else ""
     raise ValueError(
@@ -189,15 +194,26 @@ def _probe(small: Any) -> tuple[dict[str, Tensor], Tensor | None]:
 
 
 def _reloaded(directory: Path, loader: str, exchange: Path) -> dict[str, Any]:
-    """What reload.py says in a process of its own: {"tensors": ...} or {"error": one line}."""
+    """What reload.py says in a process of its own: {"tensors": ...} or {"error": what it raised and reported}."""
     command = [sys.executable, "-P", reload.__file__, str(directory), loader, str(exchange)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # the packages that this process sees
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)  # noqa: S603  # our own script
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
-        return {"error": lines[-1].strip()}
+        return {"error": _reported(done.stderr) or f"exit status {done.returncode}"}
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+def _reported(stderr: str) -> str:
+    """What a Python process raised, then what it printed before: transformers lists the tensors that do not fit."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", stderr).splitlines()
+    begins = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+    if not begins:
+        return "\n".join(lines).strip()
+    raised = iter(lines[begins[-1] + 1 :])
+    message = [next((line for line in raised if not line.startswith(" ")), ""), *raised]
+    before = [line.rstrip() for line in lines[: begins[0]] if line.strip()]
+    return "\n".join([*message, *before]).strip()
 
 
 def check_target(target: Path) -> None:

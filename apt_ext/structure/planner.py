@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..arguments import checked_int, checked_module
 from ..building import match
@@ -18,10 +17,12 @@ from ..config import APTConfig
 from ..drawn import parameters_of
 from ..method.cost import cost_of
 from ..method.outlook import Outlook, chosen
-from .architectures import Block, architecture_of, ends_with, find_blocks, is_encoder_decoder, is_linear, side_width, stored, weight_dim
+from .architectures import Block, architecture_of, ends_with, find_blocks, is_linear, side_width, stored, weight_dim
 from .blocks import missing_block
-from .cutting import Changes, lanes_for, never_empty, parameter_changes
-from .formats import Sizes, allowed
+from .cutting import Changes, lanes_for, left, never_empty, parameter_changes
+from .formats import allowed
+from .on_meta import inputs_for, on_meta
+from .sizes import Sizes
 
 KINDS = ("heads", "neurons", "hidden")
 
@@ -241,18 +242,12 @@ def _outside_blocks(model: nn.Module, blocks: dict[str, Block]) -> list[str]:
 # -- parameters --------------------------------------------------------------------------------------------------------
 
 
-def _left(parameter: nn.Parameter, changes: Changes) -> list[int]:
-    """The shape that is left of a Parameter."""
-    dims = changes.get(parameter, {})
-    return [len(dims[dim]) if dim in dims else size for dim, size in enumerate(parameter.shape)]
-
-
 def _entries(model: nn.Module, changes: Changes) -> int:
-    return sum(math.prod(_left(parameter, changes)) for parameter in model.parameters())
+    return sum(math.prod(left(parameter, changes)) for parameter in model.parameters())
 
 
 def _bytes(model: nn.Module, changes: Changes) -> int:
-    return sum(math.prod(_left(parameter, changes)) * parameter.element_size() for parameter in model.parameters())
+    return sum(math.prod(left(parameter, changes)) * parameter.element_size() for parameter in model.parameters())
 
 
 def _shape(linear: nn.Module) -> tuple[int, int]:
@@ -275,11 +270,7 @@ class _Products:
 
 def _products(model: nn.Module, blocks: dict[str, Block], batch: int, length: int) -> _Products | None:
     """Found by a trial pass on meta, where nothing is computed; None where the model wants other inputs."""
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        twin: Tensor = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(twin, requires_grad=False) if isinstance(tensor, nn.Parameter) else twin
-    trial = copy.deepcopy(model, memo).eval()
+    trial = on_meta(model)
     calls: dict[str, int] = {}
 
     def note(name: str) -> Any:
@@ -292,12 +283,8 @@ def _products(model: nn.Module, blocks: dict[str, Block], batch: int, length: in
         if is_linear(module):
             module.register_forward_pre_hook(note(name))
     try:
-        tokens = torch.zeros(batch, length, dtype=torch.long, device="meta")
-        inputs = {"input_ids": tokens}
-        if is_encoder_decoder(model):
-            inputs["decoder_input_ids"] = tokens
         with torch.no_grad():
-            trial(**inputs)
+            trial(**inputs_for(model, batch, length))
     except Exception:  # any model's own code: a plan without this number is better than none
         return None
     linears = [(_weight(model, name), count) for name, count in calls.items()]
@@ -318,8 +305,8 @@ def _weight(model: nn.Module, name: str) -> nn.Parameter:
 
 def _flops(products: _Products, changes: Changes) -> int:
     """Two for each product and sum: of tokens with weights, of queries with keys, and of the weights of attention with values."""
-    linears = sum(2 * tokens * math.prod(_left(weight, changes)) for weight, tokens in products.linears)
-    return linears + sum(4 * pairs * _left(weight, changes)[dim] for weight, dim, pairs in products.attention)
+    linears = sum(2 * tokens * math.prod(left(weight, changes)) for weight, tokens in products.linears)
+    return linears + sum(4 * pairs * left(weight, changes)[dim] for weight, dim, pairs in products.attention)
 
 
 # -- formats -----------------------------------------------------------------------------------------------------------
@@ -327,17 +314,7 @@ def _flops(products: _Products, changes: Changes) -> int:
 
 def sizes_left(model: nn.Module, blocks: dict[str, Block], counts: Mapping[str, int]) -> Sizes:
     """What a config has to say when `counts` of each block are left."""
-    found: dict[str, dict[str, int]] = {}
-    grouped = hasattr(getattr(model, "config", None), "num_key_value_heads")
-    for name, block in blocks.items():
-        count = counts[name]
-        if block.kind == "heads":
-            shared = side_width(model.get_submodule(block.reader), "in") // max(block.size * block.count, 1)
-            if grouped:
-                found.setdefault("num_key_value_heads", {})[name] = count
-            count *= shared
-        found.setdefault(block.width_field, {})[name] = count
-    return Sizes(found, next((block.size for block in blocks.values() if block.kind == "heads"), 0))
+    return Sizes.of(model, counts)
 
 
 def _head_formats(model: nn.Module, blocks: dict[str, Block], counts: Mapping[str, int]) -> dict[int, list[str]]:
