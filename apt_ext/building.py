@@ -20,7 +20,9 @@ from .errors import naming
 from .experts import expert_parameters, not_adapted
 from .precision import narrow, train_in_float32
 from .structure.architectures import Block, architecture_of, find_blocks, is_linear, output_layer, task_heads
+from .structure.blocks import missing_carriers, put_carriers
 from .structure.carriers import MaskedLinear
+from .structure.row_check import check_row
 
 # They hand the weights of their linears to a fused function, so an adapter's forward would never be called.
 _READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -103,6 +105,9 @@ def _wrapped(
                         )
                 adapter._label = name
                 model.set_submodule(name, adapter)
+        for name, block in blocks.items():
+            if block.kind != "hidden":  # norms within the attention; their masks change later without changing the modules
+                put_carriers(model, missing_carriers(model, name, block))
         if config.float32_factors:
             train_in_float32(model, found.saved)
         return finish(model, blocks, found.saved)
@@ -170,6 +175,7 @@ def match(model: nn.Module, config: APTConfig, saved: list[str] | None = None) -
     targets = config.targets(linears, whole, output_layer(model), drawn=unasked, experts=experts)
     reached = linears if architecture_of(model) is not None else targets  # through blocks
     refuse_quantised((name, modules[name]) for name in reached)
+    check_row(model)
     _check_targets(model, targets)
     ranks = _ranks(modules, config, targets, notes)
     if experts:

@@ -326,7 +326,8 @@ class APTModel(Adapted):
         `from_pretrained` finds the old state or the new, whole, and the next save removes what was left over.
         ValueError where `path`, or a directory of such a name in it, is in the way; OSError (disk full, read-only) leaves what was there.
         """
-        stream = any(isinstance(module, StreamCarrier) for module in self.modules())
+        hidden = self.blocks["hidden"].sides if "hidden" in self.blocks else ()
+        stream = any(isinstance(self.model.get_submodule(side.module), StreamCarrier) for side in hidden)
         checkpoint.save(path, self.apt_config, self._own_state(), stream, self.saved, self.target)
 
     @classmethod
