@@ -27,6 +27,7 @@ from .module_hooks import drop_copied_hooks
 from .optimizers import OptimizerLike
 from .precision import follow, narrow
 from .state import check_loadable
+from .structure import saving
 from .structure.architectures import Block
 from .structure.blocks import get_mask, merged_linear, missing_block, missing_carriers, put_carriers, set_mask, take_carriers
 from .structure.carriers import MaskedLinear, StreamCarrier
@@ -72,7 +73,7 @@ def get_apt_model(model: nn.Module, config: APTConfig) -> APTModel:
 
     def finish(inner: nn.Module, blocks: dict[str, Block], saved: list[str]) -> APTModel:
         apt = APTModel(inner, config, blocks, saved)
-        apt._guard()
+        apt._begin()
         tell_of_output_adapter(inner)
         return apt
 
@@ -212,7 +213,7 @@ class APTModel(Adapted):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         drop_copied_hooks(self)
         self._link_chains()  # copies of adapters are not chained
-        self._guard()
+        self._begin()
 
     # -- counting ----------------------------------------------------------------------------------------------------
 
@@ -314,6 +315,7 @@ class APTModel(Adapted):
                 parameter.copy_(value)
         narrow(self.model)
         self.blocks = {}
+        saving.restore(self.model)
         return self.model
 
     # -- save and load -----------------------------------------------------------------------------------------------
@@ -325,10 +327,17 @@ class APTModel(Adapted):
         They are complete on the disk before anything changes, and take the place of older ones in one step: whenever the process is killed,
         `from_pretrained` finds the old state or the new, whole, and the next save removes what was left over.
         ValueError where `path`, or a directory of such a name in it, is in the way; OSError (disk full, read-only) leaves what was there.
+        The `save_pretrained` of the model inside, which a Trainer that was given it calls, writes the same.
         """
         hidden = self.blocks["hidden"].sides if "hidden" in self.blocks else ()
         stream = any(isinstance(self.model.get_submodule(side.module), StreamCarrier) for side in hidden)
         checkpoint.save(path, self.apt_config, self._own_state(), stream, self.saved, self.target)
+
+    def push_to_hub(self, *_: Any, unfinished: bool = False, **__: Any) -> None:
+        """Refused with RuntimeError: `export` writes what stock transformers loads, `huggingface_hub.upload_folder` uploads it."""
+        if not checked_bool("unfinished", unfinished):
+            self.refuse_unfinished("push_to_hub")
+        saving.refuse_push()
 
     @classmethod
     def from_pretrained(cls, base_model: nn.Module, path: str | os.PathLike[str]) -> APTModel:
@@ -343,7 +352,7 @@ class APTModel(Adapted):
             def finish(inner: nn.Module, blocks: dict[str, Block], names: list[str]) -> APTModel:
                 apt = cls(inner, config, blocks, names)
                 apt._restore(saved)
-                apt._guard()
+                apt._begin()
                 return apt
 
             return build(base_model, config, finish, saved.saved_in)
@@ -374,7 +383,7 @@ class APTModel(Adapted):
             found = dict(adapters(apt))
             lora.check(inner, found, names)
             lora.write(inner, found)
-            apt._guard()
+            apt._begin()
             return apt
 
         return build(base_model, settings, finish)
@@ -428,6 +437,11 @@ class APTModel(Adapted):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         follow(self, fn)
         return self
+
+    def _begin(self) -> None:
+        """All of it is there, of a new model or of a copy."""
+        saving.install(self)
+        self._guard()
 
     def _guard(self) -> None:
         """No optimizer steps a Parameter that trains while what it keeps for it has another shape."""

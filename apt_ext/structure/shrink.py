@@ -11,6 +11,7 @@ from ..arguments import checked_bool
 from ..errors import naming
 from ..model import APTModel, adapters
 from ..precision import narrow
+from . import saving
 from .blocks import merged_linear
 from .carriers import StreamCarrier
 from .cutting import (
@@ -31,7 +32,8 @@ def shrink(model: APTModel, *, unfinished: bool = False) -> nn.Module:
 
     Rows of the linears that produce a removed channel go, with their bias, and columns of those that consume it; embeddings and norms
     follow the residual stream; fractional values are merged into the weights. It computes what the masked model computes. Where all layers
-    have one width the config says it; different widths run as well, but no stock config can say them.
+    have one width the config says it; different widths run as well, but no stock config can say them. Then `save_pretrained` and
+    `push_to_hub` of the result write what `apt_ext.load_export` reads.
 
     A sub-layer with nothing left keeps its output bias and its norm. Where the stock class cannot run with nothing left (GPT-2's heads and
     neurons, the heads of the layer in which a decoder's cache is asked for its length) one stays, with output weights of zero, and the
@@ -78,4 +80,5 @@ def _shrunk(small: APTModel, gone: Removal) -> nn.Module:
     report_spared(gone.spared)
     for parameter in result.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
+    saving.restore(result)
     return result
