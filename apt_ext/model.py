@@ -284,14 +284,16 @@ class APTModel(Adapted):
         """The model itself with adapters and masks merged into its linears, which are back in their places; full shapes, frozen as it was.
 
         This APTModel has no adapters and no blocks afterwards. RuntimeError where a merged weight would not be finite, where dimensions
-        of the residual stream are pruned (a stock norm over all of them computes something else; `shrink` cuts them), and where a
-        Controller has not reached its density unless `unfinished`; all is then as before. The original weights are held in host memory
-        meanwhile.
+        of the residual stream or others that a norm runs over are pruned (a stock norm over all of them computes something else;
+        `shrink` cuts them), and where a Controller has not reached its density unless `unfinished`; all is then as before. The original
+        weights are held in host memory meanwhile.
         """
         if not checked_bool("unfinished", unfinished):
             self.refuse_unfinished("merge_and_unload")
-        if "hidden" in self.blocks and not bool(self.get_block_mask("hidden").all()):
-            raise RuntimeError("merge_and_unload: hidden dimensions are pruned, which no full-size model computes; use apt_ext.shrink")
+        for name, block in self.blocks.items():
+            if any(side.of == "norm" for side in block.sides) and not bool(self.get_block_mask(name).all()):
+                what = "hidden dimensions" if block.kind == "hidden" else f"{block.kind} of block {name!r}, over which a norm runs,"
+                raise RuntimeError(f"merge_and_unload: {what} are pruned, which no full-size model computes; use apt_ext.shrink")
         found = list(adapters(self))
         narrow(self.model, check=True)
         values = folded(self.model)

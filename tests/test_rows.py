@@ -195,6 +195,8 @@ def test_a_norm_over_all_heads_that_is_named_is_cut(tmp_path):
     small = shrink(apt)
     assert small.model.layers[0].self_attn.q_norm.weight.shape == (16,)
     close(logits(small), logits(apt))
+    with pytest.raises(RuntimeError, match="heads of block '0.heads', over which a norm runs, are pruned"):
+        apt.merge_and_unload()
     apt.save_pretrained(tmp_path)
     again = apt_ext.APTModel.from_pretrained(olmo2(num_key_value_heads=3), tmp_path)
     close(logits(again.eval()), logits(apt))
