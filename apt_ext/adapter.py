@@ -22,6 +22,7 @@ from .guard import guard, reserve
 from .host_mask import HostMask
 from .optimizers import OptimizerLike, optimizers_of
 from .sharding import is_sharded, replicated
+from .shared_weights import merged_into
 from .state import Saving
 
 
@@ -85,8 +86,6 @@ class APTAdapter(Saving):
         self._scaling = scaling
         self.dropout = float(dropout)
         self.init_std = 1.0 / math.sqrt(3 * max(in_features, 1)) if init_std is None else float(init_std)
-        self._label = ""  # its name in the model, for messages
-        self._mask_stamps: dict[str, tuple[Tensor, int | None]] = {}  # the buffer, and its version where it is known to be all ones
         self._disabled = False
         self.register_module("base_layer", None)
         stored = rank if max_rank is None else max_rank
@@ -117,7 +116,7 @@ class APTAdapter(Saving):
         Raises:
             TypeError: another module type (quantised layers are named), or a dtype that does not fit.
             ValueError: a rank that does not fit, or a weight that is not finite (not looked at on meta).
-            RuntimeError: the linear has forward hooks, which would not run.
+            RuntimeError: the linear has forward hooks, which would not run, or another adapter has merged into it.
         """
         out_features, in_features, transposed = linear_shape(linear)
         weight, bias = linear.weight, linear.bias
@@ -141,6 +140,8 @@ class APTAdapter(Saving):
             )
         if not weight.is_meta and not bool(torch.isfinite(weight.detach()).all()):
             raise ValueError(f"weight of {type(linear).__name__}({in_features}, {out_features}) must be finite, got NaN or Inf")
+        if any(merged_into(tensor) for tensor in (weight, bias) if isinstance(tensor, Tensor)):
+            raise RuntimeError("from_linear: this linear already carries the merge of another adapter; unmerge that one first")
         adapter = cls(
             in_features,
             out_features,
@@ -176,10 +177,6 @@ class APTAdapter(Saving):
         return self._scaling
 
     @property
-    def merged(self) -> bool:
-        return self._merged
-
-    @property
     def Wa(self) -> Tensor:
         """The first ``rank`` rows of lora_A, [rank, K] (the paper's W_A)."""
         return self.lora_A[: self._rank]
@@ -200,6 +197,8 @@ class APTAdapter(Saving):
         compiling = is_compiling()
         if not compiling:
             self._changes.check()
+        if self.foreign_merges:
+            self._refuse_foreign()
         # The registries themselves: attribute access through nn.Module is slow.
         base = self._modules["base_layer"]
         if self._merged or self._disabled:
@@ -237,7 +236,7 @@ class APTAdapter(Saving):
             if disabled:
                 self._refuse_away("disable_adapter")
             self._disabled = disabled
-            self._changes.note()
+            self._changes.note(disabled=disabled)
 
     def _check_override(self, name: str, mask: Tensor, size: int, x: Tensor) -> None:
         if self._merged:
@@ -259,13 +258,16 @@ class APTAdapter(Saving):
         """Set one or both masks, values in [0, 1] kept as given; None leaves a mask as it is.
 
         mask_in [in_features], mask_out [out_features], floating, on the module's device. An event, not a hot path:
-        the values are looked at once (one device synchronisation).
+        the values are looked at once (one device synchronisation). A write into a mask that torch does not count
+        (through `.data`, NumPy or a pointer) is seen by the next forward on the CPU. On a device it is seen at the next
+        set_masks, state_dict, merge_weights, compact, increase_rank, cut or shrink, which warn of it.
 
         Raises:
             TypeError: not a floating tensor. ValueError: wrong shape or device, a value outside [0, 1] or NaN.
             RuntimeError: while merged; ranks of a process group that disagree. Both masks are then as before.
         """
         with agreement.change(self._what("set_masks")) as agree:
+            self.settle("set_masks")
             if self._merged:
                 raise RuntimeError("set_masks: the weight is merged under the present masks; call unmerge_weights() first")
             given = {name: mask for name, mask in (("mask_in", mask_in), ("mask_out", mask_out)) if mask is not None}
@@ -293,8 +295,7 @@ class APTAdapter(Saving):
         """
         new = {name: HostMask.of(mask) for name, mask in masks.items()}
         if all(self._carries(name, mask) for name, mask in new.items()):
-            return self._changes.note
-        ones = {name: mask.ones for name, mask in new.items()}
+            return lambda: None
         with torch.inference_mode(False):
             resized = {name: mask.values for name, mask in new.items() if mask.values.shape != getattr(self, name).shape}
             others = {name: values.to(getattr(self, name).device, copy=True) for name, values in resized.items()}
@@ -307,41 +308,11 @@ class APTAdapter(Saving):
                         self._buffers[name] = others[name]
                     else:
                         getattr(self, name).copy_(mask.values, non_blocking=True)  # pageable memory is read before this returns
-                    self._stamp_mask(name, ones[name])
+                    self._stamp_mask(name, mask)
                     self._keep_values(name, mask.values)
             follow()
 
         return make
-
-    def _stamp_mask(self, name: str, ones: bool) -> None:
-        buffer: Tensor = getattr(self, name)
-        self._changes.note()
-        self._mask_stamps[name] = (buffer, buffer._version if ones and not buffer.is_inference() else None)
-
-    def _masks_are_own(self) -> bool:
-        """Whether the masks in place are the adapter's, and not others that ``torch.func.functional_call`` put there for a call."""
-        return all(self._mask_stamps[name][0] is self._buffers[name] for name in ("mask_in", "mask_out"))
-
-    def _effective_masks(self, mask_in: Tensor | None, mask_out: Tensor | None, compiling: bool) -> tuple[Tensor | None, Tensor | None]:
-        """The overrides, else the masks, or None for one known to be all ones: then it costs nothing, and no device is asked.
-
-        A compiled or captured graph outlives this knowledge, so there the masks always take part. The version counter
-        notices a mask written by anybody else (DDP broadcasts buffers).
-        """
-        own_in, own_out = self._buffers["mask_in"], self._buffers["mask_out"]
-        assert own_in is not None and own_out is not None
-        ones_in = ones_out = False
-        if not compiling:
-            (placed_in, version_in), (placed_out, version_out) = self._mask_stamps["mask_in"], self._mask_stamps["mask_out"]
-            ones_in = mask_in is None and placed_in is own_in and version_in is not None and version_in == own_in._version
-            ones_out = mask_out is None and placed_out is own_out and version_out is not None and version_out == own_out._version
-            if (ones_in or ones_out) and own_in.is_cuda and torch.cuda.is_current_stream_capturing():
-                ones_in = ones_out = False
-        if mask_in is None and not ones_in:
-            mask_in = own_in
-        if mask_out is None and not ones_out:
-            mask_out = own_out
-        return mask_in, mask_out
 
     # -- rank --------------------------------------------------------------------------------------------------------
 
@@ -373,6 +344,7 @@ class APTAdapter(Saving):
             checked_choice("init_type", init_type, ("lora", "zero"))
             if generator is not None and not isinstance(generator, torch.Generator):
                 raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
+            self.settle("increase_rank")
             if self._merged:
                 raise RuntimeError("increase_rank: the weight is merged; call unmerge_weights() first")
             limit = min(self.in_features, self.out_features)
@@ -407,6 +379,25 @@ class APTAdapter(Saving):
         self._rank = new_rank
         self._guard()
 
+    def settle(self, call: str) -> None:
+        super().settle(call)
+        self.adopt_rank()
+
+    def adopt_rank(self) -> None:
+        """Take the rank that the tensors say, where rows of lora_A or columns of lora_B at and above `rank` are not zero.
+
+        Whatever copies tensors (a moving average, swa_utils, a loop of copy_) copies no `rank`, while forward uses all that is stored.
+        For whatever uses the rank at an event: state_dict, merge_weights, increase_rank, a cut, the counts. Never lowers it.
+        """
+        if self._max_rank is None or self._rank >= self._max_rank:
+            return
+        found = growth.rank_of(self.lora_A, self.lora_B, self._rank)
+        if found == self._rank:
+            return
+        growth.say_adopted(self._what("rank"), self._rank, found)
+        self._rank = found
+        self._guard()
+
     def _guard(self) -> None:
         """Call it whenever the factors are new objects, their sizes or the rank changed: optimizers then step only what fits."""
         guard(self.lora_A, self.lora_B)
@@ -428,10 +419,13 @@ class APTAdapter(Saving):
     # -- counting ----------------------------------------------------------------------------------------------------
 
     def get_current_rank(self) -> int:
+        """The rank, and where tensors of a grown adapter were copied in, theirs (see `adopt_rank`); waits for the device."""
+        self.adopt_rank()
         return self._rank
 
     def get_parameter_count(self) -> int:
         """Trainable entries in use: rank * (in_features + out_features). Reserved rows and frozen factors are none."""
+        self.adopt_rank()
         factors = ((self.lora_A, self.in_features), (self.lora_B, self.out_features))
         return sum(self._rank * features for factor, features in factors if factor.requires_grad)
 
@@ -467,6 +461,7 @@ class APTAdapter(Saving):
             self.lora_A.zero_()[: self._rank].normal_(0.0, self.init_std)
             self.lora_B.zero_()
         change()
+        self._changes.note(factors=object())  # others than before
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, rank={self._rank}, scaling={self._scaling}"
@@ -484,7 +479,7 @@ class APTAdapter(Saving):
         for name, (old, ones) in before.items():
             if self.get_buffer(name).dtype != torch.float32:  # .half() and friends: masks keep every digit
                 self._buffers[name] = old.to(self.get_buffer(name).device)
-            self._stamp_mask(name, ones)
+            self._place_stamp(name, ones)
         self._guard()
         return self
 
@@ -495,5 +490,5 @@ class APTAdapter(Saving):
     def __setstate__(self, state_: dict[str, Any]) -> None:
         super().__setstate__(state_)
         for name, ones in dict(self._mask_stamps).items():
-            self._stamp_mask(name, bool(ones))
+            self._place_stamp(name, bool(ones))
         self._guard()

@@ -13,22 +13,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, cuda
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from .arguments import checked_bool, checked_choice, on_host
+from .changes import version
 from .compaction import Compaction
 from .guard import is_guarded
 from .host_mask import HostMask
-from .merging import Merging
+from .masks import Masking
 from .ops import dropped
 from .sharding import is_sharded
+from .shared_weights import is_read_by_other
 
 DENSE = ("keep", "cpu", "release")
-
-
-def _version(tensor: Tensor) -> int | None:
-    return None if tensor.is_inference() else tensor._version
 
 
 class Chain:
@@ -53,13 +51,12 @@ class Chain:
         return self.same and not any(one._merged or one._disabled for one in (*self.writers, self.reader))
 
 
-class Compacting(Merging):
+class Compacting(Masking):
     """Computes on kept lanes where it is asked to. State: one Compaction or none, and what it is chained to."""
 
     dropout: float
     _scaling: float
     _disabled: bool
-    _mask_stamps: dict[str, tuple[Tensor, int | None]]
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,7 +66,6 @@ class Compacting(Merging):
         self._seen: tuple[Tensor, int | None] | None = None  # see _look
         self._dense = "keep"
         self._away = False  # the base layer's weight is a placeholder: one NaN that is read everywhere
-        self._mask_values: dict[str, tuple[Tensor, int, Tensor]] = {}  # a mask on a device, its version, and its values on the host
         self._host: Tensor | None = None  # what it was, as stored, where dense is "cpu"
 
     @property
@@ -81,7 +77,8 @@ class Compacting(Merging):
         """From now on forward and backward compute on kept rows and columns only: the same function, at the cost of what is kept.
 
         x and y stay full-size, and masks change as before, also back up, without recompiling anything: every change of exact zeros copies
-        what is kept of W, in one pass. A captured CUDA graph keeps the sizes of its capture: capture again after such a change.
+        what is kept of W, in one pass. A captured CUDA graph keeps the widths of its capture: a change of widths after it is logged, and
+        where less is kept the old graph gives NaN; capture again.
         ``compact(False)`` undoes it. A state_dict holds nothing of it.
 
         dense says where the whole W [N, K] is meanwhile:
@@ -92,20 +89,58 @@ class Compacting(Merging):
         With "cpu" and "release" ``weight`` reads NaN, and what computes full-size (a forward with masks of its own, disable_adapter) is
         refused; merge_weights, state_dict and load_state_dict bring the weight back as long as they need it.
 
-        Masks are changed by set_masks, a block's mask or load_state_dict; what is written into a mask's buffer past them is looked at with
-        the next such change.
+        Masks are changed by set_masks, a block's mask or load_state_dict; what is written into a mask's buffer past them is noticed by the
+        next forward on the CPU, and on a device by the next such change, state_dict, merge, compact or cut.
 
         A backward after a change of exact zeros raises torch's error about a tensor modified in place; a second derivative is refused.
 
         Raises RuntimeError while merged, under FSDP and on meta; nothing has then changed.
         """
         self._check_compact(on, dense)
-        self._bring_back()
-        self._compaction = Compaction(self.mask_in, self.mask_out, self._source()) if on else None
-        self._dense = dense if on else "keep"
-        self._put_away()
-        self._look()
+        self.settle("compact")
+        undo = self._undo_of_compact()
+        try:
+            self._bring_back()
+            self._compaction = Compaction(self.mask_in, self.mask_out, self._source()) if on else None
+            self._dense = dense if on else "keep"
+            self._put_away()
+            self._look()
+        except BaseException:  # of memory there was not enough
+            undo()
+            raise
         self._compare_chains()
+
+    def way_back(self, on: bool, dense: str) -> Callable[[], None]:
+        """A function that undoes compact(on, dense) after it was done: as little as possible is held for it, and on the host."""
+        compacted, was, weight = self.compacted, self._dense, self.weight
+        original: Tensor | None = None
+        if on and dense == "release" and weight is not None and not (self._away and self._host is None):
+            with torch.inference_mode(False), torch.no_grad():
+                original = self._host if self._away else weight.detach().to("cpu", copy=True)
+
+        def undo() -> None:
+            self.compact(False)
+            if original is not None and weight is not None:
+                with torch.inference_mode(False), torch.no_grad():
+                    weight.set_(original.to(weight.device))  # type: ignore[call-overload]
+            if compacted:
+                self.compact(True, was)
+
+        return undo
+
+    def _undo_of_compact(self) -> Callable[[], None]:
+        """A function that brings back what is now, without allocating anything."""
+        plain = {name: self.__dict__[name] for name in ("_compaction", "_dense", "_away", "_host", "_seen")}
+        weight = self.weight
+        memory = None if weight is None else weight.detach()
+
+        def undo() -> None:
+            if weight is not None and memory is not None and weight.data_ptr() != memory.data_ptr():
+                with torch.inference_mode(False), torch.no_grad():
+                    weight.set_(memory)  # type: ignore[call-overload]
+            self.__dict__.update(plain)
+
+        return undo
 
     def _check_compact(self, on: bool, dense: str) -> None:
         checked_bool("on", on)
@@ -114,6 +149,8 @@ class Compacting(Merging):
             raise RuntimeError("compact: the weight is merged; call unmerge_weights() first")
         if on and dense != "keep" and self._disabled:
             raise RuntimeError(f"compact: dense={dense!r} would put away the weight that disable_adapter computes with; call it outside")
+        if on and dense != "keep" and is_read_by_other(self):
+            raise RuntimeError(f"compact: dense={dense!r} would put away a weight that another adapter reads, too; use dense='keep'")
         if on:
             self._refuse_sharded("compact")
             if self.mask_in.is_meta:
@@ -190,23 +227,6 @@ class Compacting(Merging):
         super().unmerge_weights()
         self._put_away()
 
-    def host_mask(self, name: str) -> Tensor:
-        """The values of "mask_in" or "mask_out", to be read only; waits for the device where somebody else has written them."""
-        buffer = self._buffers[name]
-        assert buffer is not None
-        if buffer.is_cpu:
-            return buffer.detach()
-        placed, version, values = self._mask_values.get(name, (None, None, buffer))
-        if placed is not buffer or version != buffer._version:
-            values = on_host(buffer)
-            self._keep_values(name, values)
-        return values
-
-    def _keep_values(self, name: str, values: Tensor) -> None:
-        buffer: Tensor = getattr(self, name)
-        if buffer.device.type not in ("cpu", "meta") and not buffer.is_inference():
-            self._mask_values[name] = (buffer, buffer._version, values)
-
     def _carries(self, name: str, mask: HostMask) -> bool:
         """Whether this mask is in place already, and so is all that follows from the masks and the weight, whoever has written them."""
         buffer, (placed, _) = self._buffers[name], self._mask_stamps.get(name, (None, None))
@@ -216,11 +236,6 @@ class Compacting(Merging):
             return False
         kept = self._compaction
         return kept is None or kept.knows(self.host_mask("mask_in"), self.host_mask("mask_out")) and not self._is_stale()
-
-    def _known_ones(self, name: str) -> bool:
-        """Whether the mask `name` is noted as all ones and has not changed since."""
-        placed, version = self._mask_stamps.get(name, (None, None))
-        return placed is not None and version is not None and placed is self._buffers[name] and version == placed._version
 
     def _compare_chains(self) -> None:
         for chain in (self._chain_in, self._chain_out):
@@ -289,17 +304,17 @@ class Compacting(Merging):
     def _look(self, weight: Tensor | None = None) -> None:
         """Remember what is in the place of the base layer's weight, its memory (so that no other gets the address) and its version."""
         weight = self.weight if weight is None and self._compaction is not None else weight
-        self._seen = None if weight is None else (weight.detach(), _version(weight))
+        self._seen = None if weight is None else (weight.detach(), version(weight))
 
     def _is_stale(self, weight: Tensor | None = None) -> bool:
         """Whether somebody has written into the weight since then, or put another into its place."""
         weight = self.weight if weight is None else weight
         if weight is None or self._seen is None:
             return False
-        memory, version = self._seen
+        memory, counted = self._seen
         if weight.data_ptr() != memory.data_ptr():
             return True
-        return not self._away and _version(weight) != version  # nobody writes into a placeholder, whose counter an alias may share
+        return not self._away and version(weight) != counted  # nobody writes into a placeholder, whose counter an alias may share
 
     def _is_gathered(self) -> bool:
         """Whether FSDP2 may have put tensors of its own, of the same values, in the place of the adapter's."""
@@ -331,6 +346,9 @@ class Compacting(Merging):
                 kept.pack(weight.t() if self._transposed else weight)
                 self._look(weight)
         masks = self._buffers["mask_in"], self._buffers["mask_out"]
+        if not compiling and not kept.holds(*masks):
+            kept = self._in_step(kept, masks[0])
+            packed = kept.packed
         before, after = self._chain_in, self._chain_out
         compact = (
             before is not None and isinstance(x, Tensor) and x.shape[-1] != kept.position_in.shape[0] and before.is_open(),
@@ -340,6 +358,23 @@ class Compacting(Merging):
             low_rank = kept.apply(dropped(x, self.dropout), None, None, A, B, masks, self._scaling, *compact)
             return low_rank if packed is None else kept.apply(x, packed, bias, A[:0], B[:, :0], masks, 1.0, *compact) + low_rank
         return kept.apply(x, packed, bias, A, B, masks, self._scaling, *compact)
+
+    def _in_step(self, kept: Compaction, mask: Tensor | None) -> Compaction:
+        """`kept`, once what others have written into masks on the CPU is in it, or the capture that this forward is part of."""
+        assert mask is not None
+        if mask.is_cpu:
+            self._see_written_masks()
+        elif mask.is_cuda and cuda.is_current_stream_capturing():
+            kept.note_capture()
+        return self._compaction or kept
+
+    def _see_written_masks(self) -> None:
+        self._masks_were_written()
+        super()._see_written_masks()
+
+    def _masks_were_written(self) -> None:
+        if self._compaction is not None:
+            self._compaction_change({})()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Compacting:
         stale = self._is_stale()

@@ -14,6 +14,7 @@ from torch._C import _is_torch_function_mode_enabled
 from torch.compiler import is_compiling
 
 from . import _C
+from .advice import advise
 from .arguments import on_host
 from .host_mask import HostMask
 from .ops import call
@@ -22,6 +23,7 @@ _compact_linear = torch.ops.apt_ext.compact_linear.default
 _pack_kept_ = torch.ops.apt_ext.pack_kept_.default
 
 Masks = tuple[Tensor | None, Tensor | None]  # (mask_in, mask_out)
+_MOST = (1 << 30) - 1  # lanes of a side that `kept` can say
 _INDICES = ("index_in", "index_out", "position_in", "position_out")
 
 
@@ -61,6 +63,8 @@ class Compaction:
                 setattr(self, name, torch.full((size,), -1, dtype=torch.int32, device=device))
             self.kept = torch.zeros((), dtype=torch.int64, device="cpu")
         self._masks: dict[str, HostMask] = {}  # {"in" or "out": the mask whose kept lanes these are}
+        self._on_host: tuple[Tensor, Tensor] | None = None  # the values of both, where the masks are on the CPU themselves
+        self._captured = False  # a CUDA graph has been captured since the widths last changed
         self.change(mask_in, mask_out, matrix, anew=True)()
 
     def change(
@@ -83,17 +87,55 @@ class Compaction:
 
         def make() -> None:
             self._masks = masks
-            if int(self.kept) != word:
+            self._hold()
+            before = int(self.kept)
+            if before != word:
                 self.kept.fill_(word)
-            if not new:
-                return
-            with torch.no_grad():
-                for name, value in new.items():
-                    getattr(self, name).copy_(value, non_blocking=True)  # pageable memory is read before this returns
-            self._view()
-            self.pack(matrix)
+            if new:
+                with torch.no_grad():
+                    for name, value in new.items():
+                        getattr(self, name).copy_(value, non_blocking=True)  # pageable memory is read before this returns
+                self._view()
+                self.pack(matrix)
+            if self._captured and self._sides(before) != self._sides(word):
+                self._leave_captured(before)
 
         return make
+
+    def note_capture(self) -> None:
+        """A CUDA graph is captured with the widths of now."""
+        self._captured = True
+
+    def _sides(self, word: int) -> tuple[tuple[int, bool, bool], ...]:
+        """Of each side what a captured graph keeps: its width, whether all lanes are kept, and whether the mask has fractions."""
+        counts = (word & _MOST, word >> 30 & _MOST)
+        sizes = (len(self.position_in), len(self.position_out))
+        return tuple((width(n, size), n == size, bool(word >> 60 + i & 1)) for i, (n, size) in enumerate(zip(counts, sizes, strict=True)))
+
+    def _leave_captured(self, before: int) -> None:
+        """Graphs that were captured with the widths of `before` are not to be replayed: say it, and let their weights read NaN.
+
+        They read further than what is kept now, where less is.
+        """
+        self._captured = False
+        if self.packed is not None:
+            last, used = ((n_in[0] * n_out[0]) for n_in, n_out in (self._sides(before), self._sides(int(self.kept))))
+            with torch.inference_mode(False), torch.no_grad():
+                self.packed[used:last].fill_(float("nan"))
+        advise(
+            "capture",
+            "compact: masks keep other widths than those that a CUDA graph was captured with, and replaying that graph would give wrong "
+            "values; capture it again after a change of masks",
+        )
+
+    def holds(self, mask_in: Tensor | None, mask_out: Tensor | None) -> bool:
+        """Whether these masks hold the values that it was made of. False on a device, which is not asked."""
+        held = self._on_host
+        return held is not None and _C.same_masks(mask_in, held[0], mask_out, held[1])
+
+    def _hold(self) -> None:
+        held = tuple(mask.values for mask in self._masks.values())
+        self._on_host = (held[0], held[1]) if len(held) == 2 and self.index_in.is_cpu and all(one.is_cpu for one in held) else None
 
     def _known(self, side: str, mask: Tensor | HostMask) -> HostMask:
         """The mask with what follows from it, which is known already where the values are those of the last one."""
@@ -153,14 +195,20 @@ class Compaction:
 
     def _view(self) -> None:
         """The widths as shapes: what a compiler takes for dynamic once they have changed."""
-        word, most = int(self.kept), (1 << 30) - 1
+        word = int(self.kept)
         with torch.inference_mode(False):
-            self.lanes_in = self.index_in[: width(word & most, len(self.position_in))]
-            self.lanes_out = self.index_out[: width(word >> 30 & most, len(self.position_out))]
+            self.lanes_in = self.index_in[: width(word & _MOST, len(self.position_in))]
+            self.lanes_out = self.index_out[: width(word >> 30 & _MOST, len(self.position_out))]
 
     def pack(self, matrix: Tensor | None) -> None:
         """Copy what is kept of W, in one pass over it."""
         if self.packed is not None and matrix is not None:
+            expected = [len(self.position_out), len(self.position_in)]
+            if list(matrix.shape) != expected:
+                raise ValueError(
+                    f"weight must have shape [N={expected[0]}, K={expected[1]}] to fit the masks, lora_B [N, R] and lora_A [R, K] of this "
+                    f"compacted layer, got {list(matrix.shape)}"
+                )
             _pack_kept_(self.packed, matrix.detach().to(self.packed.device), self.index_in, self.index_out, self.kept)
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
@@ -174,6 +222,7 @@ class Compaction:
                 with torch.no_grad():
                     moved.copy_(mask.index(len(moved)) if kind == "index" else mask.positions)
             setattr(self, name, moved)
+        self._hold()
         self._view()
 
     def apply(

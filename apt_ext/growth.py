@@ -5,6 +5,7 @@
     refuse_gathered      and refuse_pieces: a Parameter that a wrapper has put in the place of the adapter's own
     draw_rows            Gaussian rows, the same on every rank of a process group
     write_rows           puts them into reserved storage, also where FSDP2 has sharded it
+    rank_of              the rank that factors in reserved storage have, whatever somebody says
 
 Why `Tensor.set_`: it keeps the Parameter's identity, hooks and requires_grad, gives the next graph the new shape, and moves the version
 counter, so that a backward through a graph that saved the old value is an error in words. Assigning `.data` moves nothing: gradients of
@@ -21,8 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from . import agreement
+from .advice import advise
 from .guard import guard, in_closure, is_guarded, stale
 from .optimizers import SHARED, optimizers_of, start_value, state_starts
 from .sharding import is_sharded, replicated
@@ -225,6 +228,36 @@ def write_rows(param: nn.Parameter, rows: Tensor, start: int) -> None:
     whole[start : start + len(rows)] = rows
     # A slice of a DTensor along its sharded dimension is a copy, so a write into it would be lost.
     param.copy_(torch.where(replicated(new, param), replicated(whole, param), param))
+
+
+def rank_of(A: Tensor, B: Tensor, least: int) -> int:
+    """The last row of A [C, K] or column of B [N, C] that is not zero, counted from 1; `least` where none at or above it is.
+
+    Waits for the device once. Of tensors without values (meta, a transform) and of sharded ones, `least`.
+    """
+    if not (_has_values(A) and _has_values(B)) or least >= len(A):
+        return least
+    with torch.inference_mode(False), torch.no_grad():
+        used = (A.detach()[least:] != 0).any(1) | (B.detach()[:, least:] != 0).any(0).to(A.device)
+        places = used.cpu().nonzero()
+    return least + int(places[-1]) + 1 if len(places) else least
+
+
+def say_adopted(what: str, before: int, now: int) -> None:
+    """Say that an adapter takes another rank."""
+    advise(
+        "rank",
+        "%s: %d from now on instead of %d, since rows of lora_A or columns of lora_B above it are not zero: tensors of a grown "
+        "adapter were copied into it without its rank. Others that this happens to are logged on the level INFO",
+        what,
+        now,
+        before,
+    )
+
+
+def _has_values(tensor: Tensor) -> bool:
+    plain = type(tensor) in (Tensor, nn.Parameter) and tensor.dim() == 2
+    return plain and not tensor.is_meta and not is_functorch_wrapped_tensor(tensor)
 
 
 def draw_rows(

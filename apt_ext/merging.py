@@ -5,18 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import Lock
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from . import growth, ops
 from .arguments import checked_choice
-from .changes import Changes
+from .changes import Changes, version
 from .reference import scale_lanes
 from .sharding import is_sharded
+from .shared_weights import hold, join, merged_into, next_mark, release
 
 
 class Merging(nn.Module):
@@ -36,7 +35,20 @@ class Merging(nn.Module):
         self._kept: dict[str, Tensor] = {}  # "weight" and "bias" as they were before the merge
         self._transposed = False  # Conv1D stores [K, N]
         self._warned = False
-        self._changes = Changes()
+        self._changes = Changes(merge=None, disabled=False)
+        self._label = ""  # its name in the model, for messages
+        self.merge_mark = -1  # of its last merge
+        self.foreign_merges: dict[int, str] = {}  # {mark: why its base layer is not what it was}, by merges of others into its memory
+        join(self)
+
+    @property
+    def label(self) -> str:
+        """Its name in the model, for messages; empty where it is in none."""
+        return self._label
+
+    @property
+    def merged(self) -> bool:
+        return self._merged
 
     @property
     def weight(self) -> Tensor | None:
@@ -69,6 +81,7 @@ class Merging(nn.Module):
         checked_choice("keep", keep, ("device", "cpu"))
         if self._merged:
             return
+        self.settle("merge_weights")
         weight, bias, matrix = self.weight, self.bias, self._matrix()
         assert weight is not None and matrix is not None
         if is_sharded(weight) or is_sharded(self.lora_A):
@@ -89,9 +102,9 @@ class Merging(nn.Module):
             ops.merge_(matrix.detach(), self.lora_A, self.lora_B, self.scaling, self.mask_in, self.mask_out, check=True)
             if bias is not None and masked_bias is not None:
                 bias.copy_(masked_bias)
-        self._kept, self._keep, self._merged = kept, keep, True
+        self._kept, self._keep, self._merged, self.merge_mark = kept, keep, True, next_mark()
         hold(self)
-        self._changes.note()
+        self._changes.note(merge=(version(self.lora_A), version(self.lora_B)))  # of the same factors it is the same function
 
     def unmerge_weights(self) -> None:
         """Restore the base layer bitwise from what :meth:`merge_weights` kept. Idempotent."""
@@ -104,7 +117,7 @@ class Merging(nn.Module):
                 getattr(self.base_layer, name).copy_(value)
         self._merged, self._kept = False, {}
         release(self)
-        self._changes.note()
+        self._changes.note(merge=None)
 
     def _through_base(self, x: Tensor, compiling: bool) -> Tensor:
         """base_layer(x). Where that fails because of x, the error names x; what does not fail pays nothing."""
@@ -128,7 +141,21 @@ class Merging(nn.Module):
 
     def _merge_for_good(self) -> None:
         """The merged weight is an ordinary one again, which another adapter may merge into. This one is not to be used again."""
-        release(self)
+        release(self, for_good=True)
+
+    def settle(self, call: str) -> None:
+        """At an event: take what others have written into masks and factors for what it is, and say so."""
+
+    def merged_names(self) -> list[str]:
+        """Of "weight" and "bias" those that carry its merge."""
+        return list(self._kept)
+
+    def _refuse_foreign(self) -> None:
+        raise RuntimeError(f"{self._what('forward')}: {next(iter(self.foreign_merges.values()))}")
+
+    def _what(self, call: str) -> str:
+        """`call`, and which adapter it is about."""
+        return f"{call} of {self.label or type(self).__name__}"
 
     def _warn_if_learning(self) -> None:
         if self.training and torch.is_grad_enabled() and not self._warned and not torch.compiler.is_compiling():
@@ -145,46 +172,9 @@ class Merging(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        join(self)
         if self._merged:
             hold(self)
-
-
-_merged_adapters: WeakSet[Merging] = WeakSet()
-_lock = Lock()  # threads merge adapters of their own, and a set that grows cannot be walked
-
-
-def hold(adapter: Merging) -> None:
-    """Its weight and bias carry a merge from now on."""
-    with _lock:
-        _merged_adapters.add(adapter)
-
-
-def release(adapter: Merging) -> None:
-    with _lock:
-        _merged_adapters.discard(adapter)
-
-
-def merged_into(tensor: Tensor) -> list[tuple[Merging, str]]:
-    """(adapter, "weight" or "bias") of what merged adapters hold and is, or shares memory with, ``tensor``.
-
-    Looked up by memory: a tie can be one Parameter in two layers, or two Parameters over one storage.
-    """
-    with _lock:
-        holders = list(_merged_adapters)
-    held = ((adapter, name, getattr(adapter, name)) for adapter in holders for name in list(adapter._kept))
-    return [(adapter, name) for adapter, name, other in held if other is tensor or _extents_meet(other, tensor)]
-
-
-def _extents_meet(one: Tensor, other: Tensor) -> bool:
-    if one.is_meta or one.device != other.device or not one.numel() or not other.numel():
-        return False
-    (start, stop), (first, last) = (_extent(tensor) for tensor in (one, other))
-    return start < last and first < stop
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size()
 
 
 @contextmanager

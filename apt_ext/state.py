@@ -15,7 +15,8 @@ from . import growth
 from .arguments import checked_mapping, checked_mask
 from .compact import Compacting
 from .host_mask import HostMask
-from .merging import Merging, hold, merged_into
+from .merging import Merging
+from .shared_weights import hold, merged_into
 from .target import load_target
 
 _SEED_NAMES = {"Wa": "lora_A", "Wb": "lora_B"}
@@ -43,10 +44,6 @@ class Saving(Compacting):
         check_loadable(self, state_dict, strict)
         return super().load_state_dict(state_dict, strict, assign)
 
-    def _stamp_mask(self, name: str, ones: bool) -> None:
-        """Note whether the mask `name`, as it is now, is all ones."""
-        raise NotImplementedError
-
     def _guard(self) -> None:
         """The factors are new objects, or their sizes or the rank changed."""
         raise NotImplementedError
@@ -57,6 +54,7 @@ def _save(adapter: Saving, state: dict[str, Tensor], prefix: str, _metadata: Any
 
     Not even where it is another adapter that merged into a tied weight.
     """
+    adapter.settle("state_dict")
     state[prefix + "rank"] = torch.tensor(adapter._rank, device="cpu")
     state[prefix + "merged"] = torch.tensor(adapter._merged, device="cpu")
     for name in ("weight", "bias"):
@@ -96,7 +94,7 @@ def _load(
     merged = merged and adapter.base_layer is not None
 
     # What can run out of memory, before anything changes.
-    ones = {name: HostMask.of(mask).ones for name, mask in found.masks.items()}
+    held = {name: HostMask.of(mask) for name, mask in found.masks.items()}
     stored = rank if adapter._max_rank is None else adapter._max_rank
     factors: dict[str, Tensor] = {}
     storages: list[tuple[nn.Parameter, Tensor]] = []
@@ -123,7 +121,7 @@ def _load(
     for name, value in {**factors, **masks}.items():
         state[prefix + name] = value
     state |= bases
-    adapter.__dict__["_after_load"] = (ones, undo)
+    adapter.__dict__["_after_load"] = (held, "base_layer.weight" in own, undo)
 
 
 @dataclass(frozen=True)
@@ -233,9 +231,14 @@ def _check_entries(own: dict[str, Any], prefix: str) -> None:
 
 def _after_load(adapter: Saving, _incompatible: Any) -> None:
     """The base layer is loaded by now: merge again if the state was merged, and note which masks are all ones."""
-    ones, undo = adapter.__dict__.pop("_after_load", ({}, None))
-    for name, value in ones.items():
-        adapter._stamp_mask(name, value)
+    loaded = adapter.__dict__.pop("_after_load", None)
+    held, whole, undo = loaded or ({}, False, None)
+    for name, mask in held.items():
+        adapter._stamp_mask(name, mask)
+    if loaded is not None:
+        adapter._changes.note(factors=object())  # others than before
+    if whole and adapter.weight is not None and not merged_into(adapter.weight):
+        adapter.foreign_merges.clear()
     adapter._compact_anew()
     adapter._guard()
     if undo is not None:
@@ -264,7 +267,7 @@ def _undo(adapter: Saving) -> Callable[[], None]:
         if adapter._merged:
             hold(adapter)
         for name, value in ones.items():
-            adapter._stamp_mask(name, value)
+            adapter._place_stamp(name, value)
 
     return undo
 
@@ -282,6 +285,13 @@ def _saved_rank(adapter: Saving, prefix: str, A: Tensor | None, B: Tensor | None
     saved = A.shape[0] if rank is None else int(rank)
     if not 0 <= saved <= A.shape[0]:
         raise ValueError(f"{prefix}rank must lie between 0 and lora_A's {A.shape[0]} rows, got {saved}")
+    said = saved
+    if rank is not None:  # of a copy that took a grown adapter's tensors without its rank, which it may have been saved with
+        saved = growth.rank_of(A, B, saved)
+    elif A.shape[0] == adapter._max_rank:  # tensors alone, in storage as reserved here
+        saved = growth.rank_of(A, B, 0)
+    if saved > said:
+        growth.say_adopted(f"{prefix}rank", said, saved)
     if adapter._max_rank is not None and saved > adapter._max_rank:
         raise ValueError(f"{prefix}rank must be at most the module's max_rank = {adapter._max_rank}, got {saved}")
     if saved > max(min(N, K), adapter._rank):  # a cut leaves ranks above min(N, K), which load where they are

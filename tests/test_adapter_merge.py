@@ -40,6 +40,7 @@ def test_merge_is_the_adapter_and_unmerge_is_bitwise(device, dtype, keep):
 
 def test_merged_refuses_what_would_be_lost():
     adapter = make()
+    other = APTAdapter.from_linear(adapter.base_layer, 1)
     adapter.merge_weights()
     x = torch.randn(2, 10, dtype=torch.float64)
     for call in (
@@ -53,7 +54,6 @@ def test_merged_refuses_what_would_be_lost():
     with pytest.warns(UserWarning, match="get no gradient"):
         adapter(x)
     adapter(x)  # once
-    other = APTAdapter.from_linear(adapter.base_layer, 1)
     with pytest.raises(RuntimeError, match="already carries the merge of another adapter"):
         other.merge_weights()
     with pytest.raises(RuntimeError, match="no base layer"):

@@ -370,7 +370,7 @@ class Controller:
 
     def _next_ranks(self) -> dict[str, int]:
         found, start = self.importance.adapters, self.steps.start
-        ranks = self._ranks_now()
+        ranks = {name: adapter.get_current_rank() for name, adapter in found.items()}
         allowed = linear_budget(self.now, start, self.steps.end, self._parameters, self.growth.budget)
         before = max((event for event in self.steps.events if event < self.now), default=start)
         rate = allowed / linear_budget(before, start, self.steps.end, self._parameters, self.growth.budget)

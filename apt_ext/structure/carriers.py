@@ -56,7 +56,7 @@ class StreamCarrier(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.merged = self._disabled = False
-        self._changes = Changes()
+        self._changes = Changes(disabled=False, mask_out=HostMask(torch.ones(width, dtype=torch.float32, device="cpu")).digest)
         self.train(base_layer.training)
         device = next(base_layer.parameters()).device
         with torch.inference_mode(False):  # a buffer born in inference mode could not be written outside it
@@ -79,9 +79,9 @@ class StreamCarrier(nn.Module):
         """As APTAdapter's: what can fail is done here, calling the result makes the change; another width replaces the buffer."""
         with torch.inference_mode(False), torch.no_grad():
             (given,) = masks.values()
-            mask = HostMask.of(given).values
-            new = mask.to(self.mask_out.device, copy=True)
-            derived = self._derived(mask)
+            mask = HostMask.of(given)
+            new = mask.values.to(self.mask_out.device, copy=True)
+            derived = self._derived(mask.values)
 
         def make() -> None:
             with torch.no_grad():
@@ -90,7 +90,7 @@ class StreamCarrier(nn.Module):
                 else:
                     self._buffers["mask_out"] = new
             self._buffers.update(derived)
-            self._changes.note()
+            self._changes.note(mask_out=mask.digest)
 
         return make
 
@@ -105,7 +105,7 @@ class StreamCarrier(nn.Module):
     def _set_disabled(self, disabled: bool) -> None:
         if disabled != self._disabled:
             self._disabled = disabled
-            self._changes.note()
+            self._changes.note(disabled=disabled)
 
     def _apply(self, fn: Any, recurse: bool = True) -> StreamCarrier:
         mask = self.mask_out
@@ -118,7 +118,7 @@ class StreamCarrier(nn.Module):
 def _after_load(carrier: StreamCarrier, _incompatible: Any) -> None:
     with torch.inference_mode(False), torch.no_grad():
         carrier._buffers.update(carrier._derived(carrier.mask_out))
-    carrier._changes.note()
+    carrier._changes.note(mask_out=HostMask.of(carrier.mask_out).digest, parameters=object())  # others than before
 
 
 class MaskedEmbedding(StreamCarrier):

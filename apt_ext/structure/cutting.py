@@ -54,6 +54,9 @@ def removal(model: nn.Module, blocks: dict[str, Block]) -> Removal:
     Where stock classes cannot run with nothing left one head or neuron stays, under its mask of zero. ValueError where layers would not be
     alike that have to be, or no dimension of the residual stream is kept. RuntimeError where the model has no values.
     """
+    for module in model.modules():
+        if isinstance(module, APTAdapter):
+            module.settle("cut")
     masks = {name: get_mask(model, block) for name, block in blocks.items()}
     if any(mask.is_meta for mask in masks.values()):
         raise RuntimeError("model: expected masks with values, got a model on meta (apt_ext.plan says what a cut would do)")
