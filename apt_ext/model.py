@@ -16,7 +16,7 @@ from .adapter import APTAdapter
 from .arguments import checked_bool, checked_mapping, checked_module
 from .bases import refuse_peft
 from .building import Adapted, build
-from .compact import Chain
+from .compact import DENSE, Chain
 from .compiled import unwrap
 from .config import APTConfig, nearest
 from .drawn import covered
@@ -176,25 +176,32 @@ class APTModel(Adapted):
         of the table. Their shapes then follow the masks: a compiled model compiles once more at the first change. A weight that is tied to
         another module's is kept whatever `dense` says.
 
-        Nothing has changed when this raises TypeError, ValueError or RuntimeError (an adapter is merged, sharded by FSDP or on meta).
+        Nothing has changed when this raises TypeError, ValueError or RuntimeError (an adapter is merged, sharded by FSDP or on meta; not
+        enough memory). For that dense="release" holds the weights in host memory until all of it is done.
         """
         if checked_bool("chain", chain) and on is False:
             raise ValueError("chain must be False where on is False, since full-size layers hand over all lanes, got True")
         found = [(name, adapter) for name, adapter in adapters(self) if not isinstance(adapter, MaskedLinear)]
-        for name, adapter in found:
-            with naming(name):
-                adapter._check_compact(on, dense)
         owners = Counter(id(parameter) for _, parameter in self.named_parameters(remove_duplicate=False))
-        before = [(adapter.compacted, adapter._dense) for _, adapter in found]
+        alone = [adapter.weight is None or owners[id(adapter.weight)] == 1 for _, adapter in found]
+        where = [dense if own or dense not in DENSE else "keep" for own in alone]
+        for (name, adapter), place in zip(found, where, strict=True):
+            with naming(name):
+                adapter._check_compact(on, place)
+        undo: list[Callable[[], None]] = []
         try:
-            for _, adapter in found:
-                adapter.compact(on, dense if adapter.weight is None or owners[id(adapter.weight)] == 1 else "keep")
+            for (_, adapter), place in zip(found, where, strict=True):
+                back = adapter.way_back(on, place)
+                adapter.compact(on, place)
+                undo.append(back)
+            chained, self._chained = self._chained, on and chain
+            undo.append(lambda: setattr(self, "_chained", chained))
+            self._link_chains()
         except BaseException:  # of memory there was not enough
-            for (_, adapter), (compacted, was) in zip(found, before, strict=True):
-                adapter.compact(compacted, was)
+            for step in reversed(undo):
+                step()
+            self._link_chains()
             raise
-        self._chained = on and chain
-        self._link_chains()
 
     def _link_chains(self) -> None:
         for _, adapter in adapters(self):

@@ -22,7 +22,7 @@ def adapter(dtype=torch.float32, rank=3, wide=10, **options):
     torch.manual_seed(0)
     made = APTAdapter.from_linear(nn.Linear(wide, 7, dtype=dtype), rank, **options)
     with torch.no_grad():
-        made.lora_B.normal_()
+        made.Wb.normal_()
     made.set_masks(torch.rand(wide), torch.rand(7))
     return made
 
@@ -56,6 +56,20 @@ def model():
 def merged(keep="device", **options):
     made = adapter(**options).eval()
     made.merge_weights(keep)
+    return made
+
+
+def pruned(dense=None):
+    made = adapter()
+    made.set_masks((torch.arange(10) % 3 != 0).float(), (torch.arange(7) % 3 != 0).float())
+    if dense is not None:
+        made.compact(dense=dense)
+    return made
+
+
+def compact_model():
+    made = model()
+    made.compact(chain=True)
     return made
 
 
@@ -100,6 +114,17 @@ SCENARIOS = {
     "load into a merged one": (lambda: (merged(), adapter(rank=5).state_dict()), load),
     "load a merged one": (lambda: (adapter(), merged(rank=5).state_dict()), load),
     "load a merged one into a merged one": (lambda: (merged("cpu"), merged(rank=5).state_dict()), load),
+    "compact": (lambda: [adapter()], lambda a: a.compact()),
+    "compact to the cpu": (lambda: [adapter()], lambda a: a.compact(dense="cpu")),
+    "compact and release": (lambda: [pruned()], lambda a: a.compact(dense="release")),
+    "from the cpu to release": (lambda: [pruned(dense="cpu")], lambda a: a.compact(dense="release")),
+    "from release to the cpu": (lambda: [pruned(dense="release")], lambda a: a.compact(dense="cpu")),
+    "compact no more": (lambda: [pruned(dense="release")], lambda a: a.compact(False)),
+    "masks of a compact one": (lambda: [pruned(dense="keep")], lambda a: a.set_masks((torch.arange(10) % 2).float())),
+    "masks of a released one": (lambda: [pruned(dense="release")], lambda a: a.set_masks((torch.arange(10) % 3 == 1).float())),
+    "compact a model": (lambda: [model()], lambda m: m.compact(chain=True)),
+    "release a model": (lambda: [model()], lambda m: m.compact(dense="release")),
+    "put a compact model on the cpu": (lambda: [compact_model()], lambda m: m.compact(dense="cpu")),
     "set_block_mask": (lambda: [model()], lambda m: m.set_block_mask("0.neurons", (torch.arange(12) % 2).float())),
     "set_block_mask of the stream": (lambda: [model()], lambda m: m.set_block_mask("hidden", (torch.arange(8) % 4 != 0).float())),
     "cut": (lambda: [model()], lambda m: m.cut()),
@@ -112,6 +137,13 @@ def bits(tensor):
     return str(tensor.dtype), tuple(tensor.shape), tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
+def computed(thing):
+    """Outputs of an adapter that computes on kept lanes: its operands must fit each other."""
+    compacted = [module for module in thing.modules() if isinstance(module, APTAdapter) and module.compacted]
+    with torch.no_grad():
+        return [snapshot(module(torch.linspace(-1, 1, module.in_features).to(module.lora_A.dtype))) for module in compacted]
+
+
 def snapshot(thing):
     """All that a user could see of a module, an optimizer, a tensor, a list or a dict of those."""
     if isinstance(thing, torch.Tensor):
@@ -121,10 +153,11 @@ def snapshot(thing):
     if isinstance(thing, nn.Module):
         tensors = {name: snapshot(t) for name, t in [*thing.named_parameters(), *thing.named_buffers()]}
         plain = {
-            name: [snapshot(getattr(module, a, None)) for a in ("_rank", "_merged", "_kept", "_disabled")]
+            name: [snapshot(getattr(module, a, None)) for a in ("_rank", "_merged", "_kept", "_disabled", "compacted", "_dense", "_away")]
             for name, module in thing.named_modules()
         }
-        return tensors, plain, {name: type(module).__name__ for name, module in thing.named_modules()}
+        whole = {name: snapshot(m._whole()) for name, m in thing.named_modules() if getattr(m, "_away", False)}
+        return tensors, plain, whole, computed(thing), {name: type(module).__name__ for name, module in thing.named_modules()}
     if isinstance(thing, list | tuple):
         return [snapshot(one) for one in thing]
     if isinstance(thing, dict):
