@@ -202,7 +202,8 @@ def test_an_architecture_that_is_not_in_the_table_is_named_with_the_remedy(kind)
     }
     model = getattr(transformers, f"{kind}ForSequenceClassification")(getattr(transformers, f"{kind}Config")(**sizes))
     config = APTConfig(r=2, density=0.6)
-    words = rf"model has, \[\], got \['heads', 'neurons'\]; declare {kind}.* \(model_type '{kind.lower()}'\) with apt_ext.register_architecture"
+    got = r"model has, \[\], got \['heads', 'neurons'\]; declare "
+    words = rf"{got}{kind}.* \(model_type '{kind.lower()}'\) with apt_ext.register_architecture"
     with pytest.raises(ValueError, match=words):
         plan(model, config)
     apt = get_apt_model(model, config)
