@@ -6,6 +6,7 @@ and one with Parameters of a cut width that the row does not name, is cut to hal
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -108,7 +109,8 @@ def _error_of_a_cut(model: nn.Module) -> str | None:
     """What the model says when it is run with half of its heads and neurons; "" where it runs, None where it does not run uncut either."""
     try:
         twin, inputs = on_meta(model), inputs_for(model)
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             twin(**inputs)
     except Exception:  # any model's own code, which may need values that meta has not
         return None
@@ -118,7 +120,8 @@ def _error_of_a_cut(model: nn.Module) -> str | None:
         for name, block in blocks.items()
     }
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             lanes = lanes_for(twin, blocks, kept)
             replace_parameters(twin, parameter_changes(twin, lanes))
             tell_modules(twin, lanes)

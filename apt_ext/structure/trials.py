@@ -6,6 +6,7 @@ The rows that this package brings are tested for every class. A row that was reg
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,7 +59,8 @@ def _wanted(model: nn.Module, sizes: Sizes) -> bool:
 def _differences(model: nn.Module, sizes: Sizes, made: Any) -> Iterator[str]:
     kind = type(model).__name__
     try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        with torch.device("meta"), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what the class says of its sizes is said when it is made for good
             twin = made()
             for module in twin.modules() if hasattr(twin, "_init_weights") else ():
                 twin._init_weights(module)  # stock loading calls it, and T5's divides by its widths
