@@ -237,3 +237,14 @@ def test_export_writes_its_own_files_whatever_the_instance_saves(tmp_path):
     _, apt = uneven("bert")
     assert export(shrink(apt), tmp_path / "own", per_layer=True) == "apt_ext.load_export"
     assert {file.name for file in (tmp_path / "own").iterdir()} == OWN_FILES
+
+
+@pytest.mark.parametrize("how", ["itself", "deepcopy", "pickle"])
+def test_the_model_inside_calls_the_model_around_it(how, monkeypatch):
+    apt = adapted(FAMILIES["bert"])
+    if how != "itself":
+        apt = copy.deepcopy(apt) if how == "deepcopy" else pickle.loads(pickle.dumps(apt))  # noqa: S301  # our own
+    seen = []
+    monkeypatch.setattr(APTModel, "save_pretrained", lambda self, path: seen.append(self))
+    apt.model.save_pretrained("somewhere")
+    assert seen[0] is apt
