@@ -1,5 +1,5 @@
-"""DDP, FSDP2 and the agreement of ranks: two gloo processes, started once, make the checks of wrapped_checks, agreement_checks and
-controller_checks."""
+"""DDP, FSDP2 and the agreement of ranks: two gloo processes, started once, make the checks of wrapped_checks, agreement_checks,
+controller_checks and checkpoint_checks."""
 
 import json
 import pathlib
@@ -214,6 +214,10 @@ def test_a_refused_controller_leaves_no_carrier_on_any_rank(both):
 
 def test_a_refused_state_leaves_no_carrier(both):
     both("a_state_that_is_refused_leaves_no_carrier")
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(both):
+    both("a_run_goes_on_with_another_number_of_ranks")
 
 
 # -- one process --------------------------------------------------------------------------------------------------------------------------

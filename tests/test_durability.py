@@ -204,9 +204,10 @@ def test_all_of_it_is_on_the_disk_before_the_step_and_the_step_after_it(tmp_path
     def file_of(descriptor):
         return os.path.realpath(f"/proc/self/fd/{descriptor}")
 
-    fsync, rename, exchange = os.fsync, os.rename, disk._exchange
+    fsync, rename, replace, exchange = os.fsync, os.rename, os.replace, disk._exchange
     monkeypatch.setattr(os, "fsync", lambda descriptor: (done.append(("sync", file_of(descriptor))), fsync(descriptor))[1])
     monkeypatch.setattr(os, "rename", lambda old, new: (done.append(("step", str(old))), rename(old, new))[1])
+    monkeypatch.setattr(os, "replace", lambda old, new, **of: (done.append(("move", str(new))), replace(old, new, **of))[1])
     monkeypatch.setattr(disk, "_exchange", lambda old, new: (done.append(("step", str(old))), exchange(old, new))[1])
     saver.JOBS[job][0](path, 2)
     steps = [index for index, (what, _) in enumerate(done) if what == "step"]
@@ -215,7 +216,36 @@ def test_all_of_it_is_on_the_disk_before_the_step_and_the_step_after_it(tmp_path
     sealed = done[step][1]
     synced = {name for what, name in done[:step] if what == "sync"}
     assert {sealed, *(f"{sealed}/{file.name}" for file in path.iterdir() if not file.name.startswith("model"))} <= synced
-    assert len(synced) == 4 and ("sync", str(path if job == "checkpoint" else tmp_path)) in done[step:]
+    assert len(synced) == 4
+    if job == "directory":
+        assert done[step + 1 :] == [("sync", str(tmp_path))]
+    else:  # the step, and then what others would otherwise have to do once more
+        moves = [("move", str(path / name)) for name in ("apt_config.json", "apt_model.safetensors", MANIFEST_FILE)]
+        assert done[step + 1 :] == [("sync", str(path)), *moves, ("sync", str(path))]
+
+
+def test_each_new_directory_is_on_the_disk_before_anything_is_in_it(tmp_path, monkeypatch):
+    done, fsync, mkdir = [], os.fsync, os.mkdir
+    monkeypatch.setattr(os, "fsync", lambda at: (done.append(("sync", os.path.realpath(f"/proc/self/fd/{at}"))), fsync(at))[1])
+    monkeypatch.setattr(os, "mkdir", lambda path, *mode: (done.append(("make", str(path))), mkdir(path, *mode))[1])
+    one, two = tmp_path / "one", tmp_path / "one" / "two"
+    with disk.made(two):
+        assert done == [("make", str(one)), ("sync", str(tmp_path)), ("make", str(two)), ("sync", str(one))]
+
+
+@BOTH
+def test_a_rank_that_is_killed_while_all_save_leaves_the_save_of_the_others(tmp_path, server, job):
+    """Ranks save without asking each other: none waits for one that is gone, and what is there is whole at any moment."""
+    path, value = tmp_path / "saved", 1
+    assert server.run(job, path, value) == 0
+    for at in (3, 8, 12, 16, 20):
+        killed, other = server.start(job, path, value + 1, kill_at=at), server.start(job, path, value + 2)
+        seen = {read(job, path)}
+        assert server.wait(other) == 0 and server.wait(killed) in (0, -signal.SIGKILL)
+        seen.add(found := read(job, path))
+        assert seen <= {value, value + 1, value + 2} and found > value
+        assert server.run(job, path, value + 3) == 0 and read(job, path) == value + 3
+        value += 3
 
 
 def test_only_what_nobody_uses_is_swept(tmp_path):
