@@ -293,7 +293,7 @@ class APTAdapter(Saving):
         Values of the present size are copied into the buffer, which compiled and captured graphs hold; others replace it: after a cut.
         Present values write nothing. Values on the host make no device wait.
         """
-        new = {name: HostMask.of(mask) for name, mask in masks.items()}
+        new = {name: HostMask.of(mask).known() for name, mask in masks.items()}
         if all(self._carries(name, mask) for name, mask in new.items()):
             return lambda: None
         with torch.inference_mode(False):

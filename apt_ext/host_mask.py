@@ -29,6 +29,11 @@ class HostMask:
         with torch.inference_mode(False), torch.no_grad():
             return cls(on_host(mask).clone())
 
+    def known(self) -> HostMask:
+        """Itself, once what a note of it needs is found out: later that could fail."""
+        _ = self.ones, self.digest
+        return self
+
     @cached_property
     def whole(self) -> int:
         """How many lanes are exactly 1; none on meta."""

@@ -94,7 +94,7 @@ def _load(
     merged = merged and adapter.base_layer is not None
 
     # What can run out of memory, before anything changes.
-    held = {name: HostMask.of(mask) for name, mask in found.masks.items()}
+    held = {name: HostMask.of(mask).known() for name, mask in found.masks.items()}
     stored = rank if adapter._max_rank is None else adapter._max_rank
     factors: dict[str, Tensor] = {}
     storages: list[tuple[nn.Parameter, Tensor]] = []

@@ -79,7 +79,7 @@ class StreamCarrier(nn.Module):
         """As APTAdapter's: what can fail is done here, calling the result makes the change; another width replaces the buffer."""
         with torch.inference_mode(False), torch.no_grad():
             (given,) = masks.values()
-            mask = HostMask.of(given)
+            mask = HostMask.of(given).known()
             new = mask.values.to(self.mask_out.device, copy=True)
             derived = self._derived(mask.values)
 
