@@ -42,7 +42,7 @@ def checked_history(name: str, value: Any, step: int) -> list[Event]:
     """A copy of a history that ends at most at `step`; TypeError or ValueError for anything else."""
     if not isinstance(value, list):
         raise TypeError(f"{name}: expected a list, got {type(value).__name__}")
-    found = []
+    found: list[Event] = []
     for i, given in enumerate(value):
         at = f"{name}[{i}]"
         one = dict(checked_keys(at, given, _KEYS))
