@@ -125,8 +125,8 @@ def test_a_captured_graph(device, dtype, change, caplog):
     graph.replay()
     if not warned:
         close(y)
-    elif change.startswith("fewer"):
-        assert torch.isnan(y).any()
+    elif change.startswith("fewer") and not torch.isnan(y).any():
+        close(y)  # fewer outputs are the first rows of what was captured
     again, other = captured()
     again.replay()
     close(other)

@@ -153,15 +153,15 @@ def test_the_command(tmp_path, capsys):
     assert "BertForSequenceClassification: 4 adapters of rank 8" in text and "export stock: no: BertConfig makes heads of" in text
     assert main(["plan", str(tmp_path), "--density", "0.9", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["keep"] == {"neurons": 8}
-    for arguments, words in [
-        (["plan", str(tmp_path / "none")], "expected a directory, a .gguf file or an installed package that holds one"),
-        (["plan", str(tmp_path), "--keep", "heads=9"], "keep: expected 0 to 3 heads, got 9"),
-        (["plan", str(tmp_path), "--keep", "heads=2", "heads=1"], "keep: expected each kind once"),
-        (["plan", str(tmp_path), "--density", "nan"], "density: expected a finite number, got nan"),
-        (["plan", str(tmp_path), "--density", "0.5"], "density: expected at least 0.8320"),
-        (["plan", str(tmp_path), "--rank", "25"], "rank must be at most"),
+    for arguments, code, words in [
+        ([str(tmp_path / "none")], 1, "expected a directory, a .gguf file or an installed package that holds one"),
+        ([str(tmp_path), "--keep", "heads=9"], 1, "keep: expected 0 to 3 heads, got 9"),
+        ([str(tmp_path), "--keep", "heads=2", "heads=1"], 2, "keep: expected each kind once"),
+        ([str(tmp_path), "--density", "nan"], 2, "density: expected a finite number, got nan"),
+        ([str(tmp_path), "--density", "0.5", "--prune", "neurons"], 1, "density: expected at least 0.8320"),
+        ([str(tmp_path), "--rank", "25"], 1, "rank must be at most"),
     ]:
-        assert main(arguments) == 1
+        assert main(["plan", *arguments]) == code
         assert words in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["plan", str(tmp_path), "--keep", "heads"])
