@@ -21,10 +21,11 @@ _REGISTRIES = (
 
 
 class ModuleHook:
-    """A forward hook or forward pre-hook of `module` that calls `call` with what torch gives it; between compiled graphs, not in them.
+    """Call `call` with what torch gives a forward hook or forward pre-hook of `module`.
 
-    A copy of the module (deepcopy, pickle, torch.save) takes its hooks along. A copied hook calls nothing. `drop_copied_hooks` removes it;
-    where nobody called that, it removes itself at its first call.
+    In a compiled model the call is made between graphs. A copy of the module (deepcopy, pickle, torch.save)
+    takes its hooks along. A copied hook calls nothing. `drop_copied_hooks` removes it. Where nobody called
+    that, it removes itself at its first call.
     """
 
     def __init__(self, module: nn.Module | None = None, call: Callable[..., None] | None = None) -> None:
@@ -34,7 +35,8 @@ class ModuleHook:
 
     def __call__(self, module: nn.Module, *inputs: Any) -> None:
         if self._call is not None:
-            (self._between_graphs if is_compiling() else self._take)(module, *inputs)  # the wrapper takes as long as the call
+            # The wrapper takes as long as the call.
+            (self._between_graphs if is_compiling() else self._take)(module, *inputs)
         elif not is_compiling():
             drop_copied_hooks(module)
 
@@ -58,21 +60,24 @@ _met_the_compiler: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """True if `model` or a module within it was given to torch.compile, or a ModuleHook of one was called between compiled graphs.
+    """Return True if `model` or a module within it is compiled, as far as is known.
 
-    torch.compile(model) leaves no trace in the model itself, so there it is known from the first compiled call on.
+    torch.compile(model) leaves no trace in the model itself. It is known from the first compiled call of a
+    module with a ModuleHook on.
     """
-    return any(
-        "_orig_mod" in module._modules or module._compiled_call_impl is not None or module in _met_the_compiler
-        for module in model.modules()
-    )
+    return any(map(_is_compiled, model.modules()))
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    wrapped = "_orig_mod" in module._modules
+    return wrapped or module._compiled_call_impl is not None or module in _met_the_compiler
 
 
 def drop_copied_hooks(model: nn.Module) -> None:
-    """Remove from `model` and all modules within it the ModuleHooks that came with a copy. Every other hook stays."""
+    """Remove the ModuleHooks that came with a copy from all modules of `model`. Every other hook stays."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            copied = [key for key, hook in hooks.items() if isinstance(hook, ModuleHook) and not hook.belongs_to(module)]
-            for key in copied:
+            ours = {key: hook for key, hook in hooks.items() if isinstance(hook, ModuleHook)}
+            for key in [key for key, hook in ours.items() if not hook.belongs_to(module)]:
                 for registry in _REGISTRIES:
                     getattr(module, registry).pop(key, None)

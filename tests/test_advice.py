@@ -30,7 +30,8 @@ def fused(apt, ids):
 
 @pytest.mark.parametrize(("name", "head"), [("llama", "lm_head"), ("gpt2", "lm_head"), ("bert-mlm", "decoder")])
 def test_an_adapter_on_the_output_layer(said, name, head):
-    """Said when the model is made, and again by observe() where a loss goes round the adapter; its factors stand still."""
+    """Said when the model is made, and again by observe() where a loss goes round the adapter; its factors
+    stand still."""
     family = FAMILIES[name]
     inner = {"llama": "q_proj", "gpt2": "c_attn", "bert-mlm": "query"}[name]
     with torch.no_grad():
@@ -87,7 +88,7 @@ def test_a_step_in_which_nothing_came_is_the_error_it_was(said):
     assert said(ROUND) == []
 
 
-# -- compiled --------------------------------------------------------------------------------------------------------------
+# -- compiled ------------------------------------------------------------------------------------------------
 
 
 def one_layer(name, **config):

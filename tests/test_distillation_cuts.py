@@ -18,13 +18,15 @@ NAMES = ["bert", "llama", "gpt2"]
 
 
 def cut_to(apt, before, after):
-    """Leave the dimensions `after` of those that are left, `before`, both in the numbering of the model as it was built."""
+    """Leave the dimensions `after` of those that are left, `before`, both in the numbering of the model as
+    it was built."""
     apt.set_block_mask("hidden", torch.tensor([float(i in after) for i in before]))
     apt.cut()
 
 
 def layer_term(apt, teacher, batch, left, teachers):
-    """The mean square of the difference in the teacher's dimensions, 0 where the student has none left; Tr is the identity."""
+    """The mean square of the difference in the teacher's dimensions, 0 where the student has none left; Tr
+    is the identity."""
     real = batch["attention_mask"].bool()
     ours = apt(**batch, output_hidden_states=True).hidden_states[1:]
     with torch.no_grad():
@@ -80,7 +82,8 @@ def test_a_teacher_of_a_hidden_size_that_never_was_is_refused():
 
 @pytest.mark.parametrize("closer", [0, 2])
 def test_of_two_neighbours_the_closer_one_is_compared(closer):
-    """Layer 1 is gone: whichever of the layers beside it is nearer to the teacher's layer 1, be it the first or the last looked at."""
+    """Layer 1 is gone: whichever of the layers beside it is nearer to the teacher's layer 1, be it the
+    first or the last looked at."""
     apt, batch, _ = student()
     distiller = Distiller(apt, "self", logits=0, layers=1)
     apt.set_block_mask("1.neurons", torch.zeros(20))
@@ -94,7 +97,7 @@ def test_of_two_neighbours_the_closer_one_is_compared(closer):
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=0, check_dtype=False)
 
 
-# -- weights that both have ------------------------------------------------------------------------------------------------
+# -- weights that both have ----------------------------------------------------------------------------------
 
 
 def same(distiller, batch, before):

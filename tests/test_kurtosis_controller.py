@@ -1,4 +1,5 @@
-"""Outliers in a training run: the Controller reads the weights before it chooses, whether masks move in windows or at every step."""
+"""Outliers in a training run: the Controller reads the weights before it chooses, whether masks move in
+windows or at every step."""
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ HEAD = 1  # of layer 0: its values are small, and one weight that reads it is ve
 
 
 def with_an_outlier(name):
-    """A head of little salience, since its values are small, and of great kurtosis, which no scale of its values changes."""
+    """A head of little salience, since its values are small, and of great kurtosis, which no scale of its
+    values changes."""
     model = FAMILIES[name].model()
     with torch.no_grad():
         if name == "gpt2":  # Conv1D [in, out]: queries, keys and values side by side, heads of 8

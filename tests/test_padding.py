@@ -1,4 +1,5 @@
-"""Where salience learns of padding: at whatever module takes the batch with its mask, the outermost of those that were called."""
+"""Where salience learns of padding: at whatever module takes the batch with its mask, the outermost of
+those that were called."""
 
 from __future__ import annotations
 
@@ -63,7 +64,8 @@ def forward_of_the_root(apt: APTModel, given: dict[str, Tensor]) -> Tensor:
 
 
 def counted(states: Tensor, given: dict[str, Tensor]) -> Tensor:
-    """A loss that padding is no part of; without it the gradient at padding would still reach salience through nothing."""
+    """A loss that padding is no part of; without it the gradient at padding would still reach salience
+    through nothing."""
     mask = given.get("decoder_attention_mask", given["attention_mask"]).bool()
     return states[mask].pow(2).sum()
 
@@ -95,7 +97,8 @@ def test_padding_counts_nowhere_however_the_model_is_called(name: str, call: Cal
 @pytest.mark.parametrize("reentrant", [None, False, True], ids=["plain", "checkpoint", "reentrant checkpoint"])
 @pytest.mark.parametrize("name", ["llama", "t5"])
 def test_passes_before_one_backward_keep_their_masks(name: str, reentrant: bool | None) -> None:
-    """A model's own pass and two of its body (of one, then of two stacks), recomputed in the order of a backward."""
+    """A model's own pass and two of its body (of one, then of two stacks), recomputed in the order of a
+    backward."""
     batches = [batch(name, seed) for seed in range(3)]
 
     def run(calls: tuple[Call, ...], checkpointed: bool | None) -> dict[str, Tensor]:
@@ -316,7 +319,8 @@ def test_a_compiled_body() -> None:
 
 
 def test_trl_calls_the_body(tmp_path: Any) -> None:
-    """Its fused output layer: the scores of a padded batch are those of stock passes over its rows, which have no padding."""
+    """Its fused output layer: the scores of a padded batch are those of stock passes over its rows, which
+    have no padding."""
     trl = pytest.importorskip("trl")
     pytest.importorskip("datasets")
     from datasets import Dataset

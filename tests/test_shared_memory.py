@@ -1,4 +1,5 @@
-"""What shares memory with what is written is refused, in whatever order the two lie; what only touches it is not."""
+"""What shares memory with what is written is refused, in whatever order the two lie; what only touches it
+is not."""
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_rows_that_only_touch(first, second):
     assert torch.equal(memory, before)
 
 
-# -- what an op writes and what it reads: W is entries 24 to 48 of a buffer ---------------------------------------------------
+# -- what an op writes and what it reads: W is entries 24 to 48 of a buffer ----------------------------------
 
 READ = {"begins before": 18, "begins inside": 42, "begins with it": 24, "ends with it": 36}
 

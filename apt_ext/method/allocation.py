@@ -90,7 +90,7 @@ class AdapterImportance:
 
     @torch.no_grad()
     def observe(self) -> None:
-        """Read the gradients (accumulated over micro-batches); an adapter without a gradient counts 0, and is named once."""
+        """Read the gradients (accumulated over micro-batches). One without counts 0, and is named."""
         self.advice.of_gradients()
         self._seen = [(names, self._products([self._factor(name) for name in names])) for names in self._alike]
 
@@ -113,7 +113,13 @@ class AdapterImportance:
             self._averages.add(names, seen)
         self._seen = []
 
-    def grow(self, model: nn.Module, ranks: Mapping[str, int], optimizer: OptimizerLike, generator: torch.Generator) -> None:
+    def grow(
+        self,
+        model: nn.Module,
+        ranks: Mapping[str, int],
+        optimizer: OptimizerLike,
+        generator: torch.Generator,
+    ) -> None:
         """Give the adapters these ranks; `model` holds them, and may be compiled."""
         self.advice.of_growth(model, ranks)
         for name, rank in ranks.items():

@@ -40,9 +40,10 @@ class Distiller:
         outputs = model(**batch, **distiller.asks)
         distiller.loss(batch, outputs, progress).backward()     # progress: distill_weight(step, start, end)
 
-    teacher      None: the task's loss alone. A module with the student's inputs and outputs, put into evaluation mode, of the student's
-                 hidden size of now or of that before its cuts. "self": the student as it is now and after each `refresh`: its frozen
-                 weights in the same memory, its adapters, trained modules and masks as copies. It computes under its own masks, whatever
+    teacher      None: the task's loss alone. A module with the student's inputs and outputs, put into
+                 evaluation mode, of the student's hidden size of now or of that before its cuts. "self": the
+                 student as it is now and after each `refresh`: its frozen weights in the same memory, its
+                 adapters, trained modules and masks as copies. It computes under its own masks, whatever
                  becomes of the student's; once the student was cut the teacher alone holds the full weights.
     logits, layers  weights of the two terms; 0 leaves a term, and what only it needs, out
     temperature  T; the teacher's and the student's logits are divided by it
@@ -92,7 +93,7 @@ class Distiller:
         self._lanes = model._hidden_left  # which dimensions of the model as it was built are those of Tr; None: all
         self.teacher: nn.Module | None = None
         self.transform: APTAdapter | None = None
-        self._shared = SharedWeights({})  # the frozen weights of an own self, as they were at the last refresh
+        self._shared = SharedWeights({})  # the frozen weights of an own self, as at the last refresh
         if teacher is None:
             return
         width = _width("model", model) if layers else 0
@@ -109,7 +110,7 @@ class Distiller:
             self.refresh()
 
     def _width_before_cuts(self, teachers: int, students: int) -> int:
-        """The teacher's hidden size, where it can be the one that the student had before its cuts; ValueError where it cannot."""
+        """Return the teacher's hidden size; ValueError if the student cannot have had it before its cuts."""
         if self._lanes is None or teachers <= int(self._lanes.max()):
             raise ValueError(f"teacher: expected the student's hidden size {students}, got {teachers}; layers=0 compares logits alone")
         self._lanes = None
@@ -130,7 +131,8 @@ class Distiller:
             raise RuntimeError('refresh: expected a Distiller made with teacher="self", got another')
         self._refuse_merged("refresh")
         self.teacher = frozen_copy(self.model)
-        self._shared = SharedWeights({name: value for name, value in self.model.named_parameters() if not value.requires_grad})
+        frozen = {name: value for name, value in self.model.named_parameters() if not value.requires_grad}
+        self._shared = SharedWeights(frozen)
 
     def loss(self, batch: Mapping[str, Any], outputs: Any, progress: float = 1.0) -> Tensor:
         """The loss of one pass, a scalar.
@@ -140,8 +142,8 @@ class Distiller:
         progress  mu, taken into [0, 1]: at 0 the teacher is not run, at 1 the task's own loss is not used
 
         Call it under the same autocast as the student's pass. ValueError for what the outputs lack or what has another shape than the
-        teacher's; RuntimeError while an adapter is merged into weights that the teacher shares, and after merge_and_unload() of the student
-        or anything else that wrote into them.
+        teacher's; RuntimeError while an adapter is merged into weights that the teacher shares, and after
+        merge_and_unload() of the student or anything else that wrote into them.
         """
         checked_mapping("batch", batch)
         if not isinstance(progress, Real) or isinstance(progress, bool):
@@ -258,9 +260,10 @@ class Distiller:
         written = self._shared.written()
         if written is not None:
             raise RuntimeError(
-                f"loss: {written} was written since the last refresh, by merge_and_unload() of the student or by others, and the teacher "
-                "shares its memory, so it is not the model any more that it was; call refresh() for the student as it is now, or make a "
-                "new Distiller with a copy of the model as its teacher"
+                f"loss: {written} was written since the last refresh, by merge_and_unload() of the student "
+                "or by others, and the teacher shares its memory, so it is not the model any more that it "
+                "was; call refresh() for the student as it is now, or make a new Distiller with a copy of "
+                "the model as its teacher"
             )
 
     # -- state ---------------------------------------------------------------------------------------------------------

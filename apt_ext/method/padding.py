@@ -1,4 +1,4 @@
-"""Which tokens of a pass count: the masks that a model was called with, found again where the pass is recomputed in a backward."""
+"""Find which tokens of a pass count, by the masks that a model was called with."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .. import _C
 from ..module_hooks import ModuleHook
 
 MASKS = ("attention_mask", "decoder_attention_mask")
-_TOKENS = ("input_ids", "inputs_embeds", "input_values", "input_features")  # what a batch is called where a model takes it
-_IMAGES = ("pixel_values",)  # what it is called where it has no padding
+_TOKENS = ("input_ids", "inputs_embeds", "input_values", "input_features")  # names of a batch of tokens
+_IMAGES = ("pixel_values",)  # names of a batch without padding
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class _Entrance:
     masked     it takes the attention mask with the batch; False: it takes images, which have no padding
     positions  the names of the arguments that may be given without theirs
     inside     ids of all modules within it
-    renamed    the names under which its masks count, where they are others: a decoder called alone takes its own as attention_mask
+    renamed    the names under which its masks count, where they are others: a decoder that is called alone
+               takes its own mask as attention_mask
     """
 
     module: nn.Module
@@ -54,18 +55,25 @@ class _Entrance:
 class Passes:
     """The masks of the passes with gradients since the last `forget`, by thread.
 
-    A pass begins where a module is entered that takes a batch together with `attention_mask`: the model, its body, an encoder or a decoder.
-    Of such modules within each other the outermost counts, for all of its pass: what the inner ones are given was made of it. The pass ends
-    where that module is left, by an error as well. A module that takes images and no mask is a pass of its own, without padding.
+    A pass begins where a module is entered that takes a batch together with `attention_mask`: the model, its
+    body, an encoder or a decoder. Of such modules within each other the outermost counts, for all of its
+    pass: what the inner ones are given was made of it. The pass ends where that module is left, by an error
+    as well. A module that takes images and no mask is a pass of its own, without padding.
 
-    A thread numbers the nodes of its graphs, and a recomputation runs in a node made together with the pass that it repeats.
+    A thread numbers the nodes of its graphs. A recomputation runs in a node made together with the pass that
+    it repeats.
 
-    model    counts whatever its arguments are called; of the modules within it only those count that hold one of the next two
+    model    counts whatever its arguments are called; within it count modules that hold one of the next two
     decoder  modules in a decoder behind an encoder that ask for `decoder_attention_mask`
     others   modules that ask for `attention_mask`
     """
 
-    def __init__(self, model: nn.Module, decoder: Collection[nn.Module] = (), others: Collection[nn.Module] = ()) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        decoder: Collection[nn.Module] = (),
+        others: Collection[nn.Module] = (),
+    ) -> None:
         self.forget()
         self._entrances = []
         for module in model.modules():
@@ -77,7 +85,8 @@ class Passes:
                 positions = [name for name, parameter in parameters.items() if parameter.kind in _POSITIONAL]
                 alone = ask == [True, False] and "decoder_attention_mask" not in parameters
                 renamed = {"attention_mask": "decoder_attention_mask"} if alone else {}
-                self._entrances.append(_Entrance(module, masked or module is model, positions, inside, renamed))
+                masked = masked or module is model
+                self._entrances.append(_Entrance(module, masked, positions, inside, renamed))
         self.told = any("attention_mask" in _parameters(entrance.module) for entrance in self._entrances)
 
     def hooks(self) -> list[RemovableHandle]:
@@ -91,7 +100,8 @@ class Passes:
         return handles
 
     def here(self) -> Pass | None:
-        """The pass that runs here, or the one that is recomputed; None in modules that were called by hand, outside of any."""
+        """Return the pass that runs or is recomputed here, or None in modules that were called outside of "
+        "any."""
         task = _task()
         entered = self._entered().get(task)  # at each site of each forward
         if entered:
@@ -104,8 +114,11 @@ class Passes:
         return passes[before - 1][1] if before else None
 
     def forget(self) -> None:
-        self._passes: dict[int, list[tuple[int, Pass | None]]] = {}  # {thread: (first node, pass or None after its end), in order}
-        self._here = threading.local()  # of this thread, {backward or _NONE: the modules that were entered and not left, with their pass}
+        """Drop all passes."""
+        # {thread: (first node, the pass or None after its end), in order}
+        self._passes: dict[int, list[tuple[int, Pass | None]]] = {}
+        # Of this thread, {backward or _NONE: the modules that were entered and not left, each with its pass}.
+        self._here = threading.local()
 
     def __len__(self) -> int:
         return sum(map(len, self._passes.values()))
@@ -116,7 +129,13 @@ class Passes:
             found = self._here.entered = {}
         return found
 
-    def _enter(self, entrance: _Entrance, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _enter(
+        self,
+        entrance: _Entrance,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
         if not torch.is_grad_enabled():
             return
         entered = self._entered().setdefault(_task(), [])
@@ -167,7 +186,8 @@ def _pass_of(entrance: _Entrance, args: tuple[Any, ...], kwargs: dict[str, Any])
         if isinstance(mask, Tensor) and mask.dim() == 2:
             begun.masks[counts_as] = mask != 0
         elif mask is not None:
-            got = f"of shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"in a {type(mask).__name__}"
+            kind = type(mask).__name__
+            got = f"of shape {list(mask.shape)}" if isinstance(mask, Tensor) else f"in a {kind}"
             begun.unread[counts_as] = f"{type(entrance.module).__name__} was called with {name} {got}"
     return begun
 

@@ -26,12 +26,15 @@ class Salience:
     recomputation of gradient checkpointing leave the state unchanged. (Checkpointing itself makes transformers ask for the gradient of the
     first layer's input, which hidden dimensions then hear as well.)
 
-    Tokens that `attention_mask` [batch, length] marks 0 (padding) count on neither side, where H is [batch, length, channels]; elsewhere
-    (a feed-forward in chunks) all count, with a warning. It is the mask of the outermost module that was called and takes one with the
-    batch: the model, its body, one stack of two. Without a mask all tokens count. With one of another shape, and in layers that were called
-    by hand, all count as well, with one warning. At the sites of a decoder behind an encoder it is `decoder_attention_mask`, or
-    `attention_mask` of a decoder that is called alone. The ranks of a process group add up their sums, and all have the scores of the joint
-    batch. A copy of the model (deepcopy, pickle, torch.save) is not listened to and has no hooks.
+    Tokens that `attention_mask` [batch, length] marks 0 (padding) count on neither side, where H is [batch,
+    length, channels]; elsewhere (a feed-forward in chunks) all count, with a warning. It is the mask of the
+    outermost module that was called and takes one with the batch: the model, its body, one stack of two.
+    Without a mask all tokens count. With one of another shape, and in layers that were called by hand, all
+    count as well, with one warning. At the sites of a decoder behind an encoder it is
+    `decoder_attention_mask`, or `attention_mask` of a decoder that is called alone.
+
+    The ranks of a process group add up their sums, and all have the scores of the joint batch. A copy of the
+    model (deepcopy, pickle, torch.save) is not listened to and has no hooks.
 
     model    the module that is given the masks, by name or in the order of its forward; only they are looked at
     sites    for each block family's name: the module whose input is H, and the number of blocks in it; channels of one block are adjacent
@@ -59,9 +62,11 @@ class Salience:
         self._signed, self._decoder = frozenset(signed), frozenset(decoder)
         self._listeners = {name: _C.Listener(name in self._signed) for name in sites}
         behind = [module for name, (module, _) in sites.items() if name in self._decoder]
-        self._passes = Passes(model, behind, [module for name, (module, _) in sites.items() if name not in self._decoder])
+        others = [module for name, (module, _) in sites.items() if name not in self._decoder]
+        self._passes = Passes(model, behind, others)
         self._unmasked: set[str] = set()  # sites whose activations are not [batch, length, channels]
-        self._doubts: dict[tuple[str, str], str] = {}  # {(site, kind): why padding counted there} since the last update
+        # {(site, kind): why padding counted there} since the last update
+        self._doubts: dict[tuple[str, str], str] = {}
         self._said: set[str] = set()  # kinds that a warning has said
         self._handles: list[RemovableHandle] = self._passes.hooks()
         for name, (module, _) in sites.items():
@@ -90,7 +95,8 @@ class Salience:
             if here is None:
                 tokens = None
                 if self._passes.told:
-                    self._doubts[name, "by hand"] = "its layer was called outside of any module that takes the batch"
+                    why = "its layer was called outside of any module that takes the batch"
+                    self._doubts[name, "by hand"] = why
             else:
                 tokens = here.masks.get(mask)
                 if mask in here.unread:
@@ -114,8 +120,9 @@ class Salience:
             if name in heard and kind not in self._said:
                 self._said.add(kind)
                 warnings.warn(
-                    f"Salience: all tokens count at site {name!r}, padding too, because {why}; call the model or its body with "
-                    "attention_mask [batch, length], 0 for padding, or leave padding out of the batch",
+                    f"Salience: all tokens count at site {name!r}, padding too, because {why}; call the "
+                    "model or its body with attention_mask [batch, length], 0 for padding, or leave "
+                    "padding out of the batch",
                     stacklevel=4,
                 )
 

@@ -1,4 +1,4 @@
-"""Whether weights that two models share still hold what they held: somebody may have written into them through the other model."""
+"""Notice that somebody wrote into weights that two models share."""
 
 from __future__ import annotations
 
@@ -16,15 +16,20 @@ _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 class SharedWeights:
     """The contents of `tensors` as they are now, remembered as sums of their bits.
 
-    Remembering reads every tensor once. Checking reads a tensor only where its version counter has moved since the last look.
+    Remembering reads every tensor once. Checking reads a tensor only where its version counter has moved
+    since.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         local = {name: _local(tensor) for name, tensor in tensors.items()}
-        self._seen = {name: (tensor, _version(tensor), _sums(tensor)) for name, tensor in local.items() if not tensor.is_meta}
+        held = {name: tensor for name, tensor in local.items() if not tensor.is_meta}
+        self._seen = {name: (tensor, _version(tensor), _sums(tensor)) for name, tensor in held.items()}
 
     def written(self) -> str | None:
-        """The name of the first tensor whose contents are others now, or None. What was written and then restored bitwise is not named."""
+        """Return the name of the first tensor whose contents are others now, or None.
+
+        What was written and then restored bitwise is not named.
+        """
         for name, (tensor, version, sums) in self._seen.items():
             now = _version(tensor)
             if now is not None and now == version:
@@ -47,7 +52,8 @@ def _version(tensor: Tensor) -> int | None:
 
 
 def _sums(tensor: Tensor) -> Tensor:
-    """Sums of the bits of the entries that lie in memory, one for each chunk: int64, on the tensor's device."""
+    """Sum the bits of the entries that lie in memory, for each chunk: int64 [chunks], on the tensor's "
+    "device."""
     for dim, stride in enumerate(tensor.stride()):
         if stride == 0 and tensor.shape[dim] > 1:  # one entry that is read everywhere
             tensor = tensor.narrow(dim, 0, 1)
