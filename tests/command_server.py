@@ -6,6 +6,7 @@
 import json
 import logging
 import os
+import select
 import subprocess
 import sys
 import time
@@ -28,6 +29,8 @@ class Server:
     def _ask(self, **request):
         self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
+        ready, _, _ = select.select([self.process.stdout], [], [], 60)
+        assert ready, "the command does not end"
         return json.loads(self.process.stdout.readline())
 
     def start(self, job, *words, out=os.devnull, err=os.devnull):
@@ -39,6 +42,7 @@ class Server:
 
     def close(self):
         self.process.stdin.close()
+        self.process.kill()  # it may wait for a command that does not end
         self.process.wait(10)
         self.process.stdout.close()
 

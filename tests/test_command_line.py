@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 import torch
@@ -140,14 +141,25 @@ def test_a_signal_that_is_ignored_stays_ignored(does, monkeypatch):
 
 
 def test_a_signal_waits_until_a_process_is_started(does, capsys):
-    started = []
+    """Whichever thread the system gives it to."""
+    starting, sent, started = Event(), Event(), []
+
+    def kill():
+        starting.wait(60)
+        os.kill(os.getpid(), signal.SIGTERM)
+        sent.set()
 
     class Pool:
         def submit(self, function):
-            signal.raise_signal(signal.SIGTERM)
+            starting.set()
+            assert sent.wait(60)
+            time.sleep(0.01)  # and the interpreter sees it
             started.append(function)
 
+    killer = Thread(target=kill)  # before signals are blocked, so that this thread gets it
+    killer.start()
     assert main(does(lambda: processes.submit(Pool(), until))) == 143 and started == [until]
+    killer.join()
     assert capsys.readouterr().err == "apt-ext: ended by SIGTERM\n"
 
 
