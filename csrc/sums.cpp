@@ -15,14 +15,14 @@ Tensor channel_sums(const Tensor& values, const std::optional<Tensor>& tokens, b
   const auto device = values.device();
   TORCH_CHECK_VALUE(
       (device.is_cpu() || device.is_cuda()) && values.dim() >= 2 && values.layout() == at::kStrided,
-      "values must be a dense tensor [..., channels] on the CPU or a GPU, got ", values.toString(), " on ",
-      device.str(), " of shape ", values.sizes());
+      "values must be a dense tensor [..., channels] on the CPU or a GPU, got ",
+      name_of(values.scalar_type()), " on ", device.str(), " of shape ", values.sizes());
   std::optional<Tensor> counted;
   if (tokens.has_value()) {
     TORCH_CHECK_VALUE(tokens->device() == device && tokens->scalar_type() == at::kBool &&
                           tokens->sizes() == values.sizes().slice(0, values.dim() - 1),
                       "tokens must be bool ", values.sizes().slice(0, values.dim() - 1), " on ", device.str(),
-                      ", got ", tokens->toString(), " on ", tokens->device().str(), " of shape ",
+                      ", got ", name_of(tokens->scalar_type()), " on ", tokens->device().str(), " of shape ",
                       tokens->sizes());
     counted = tokens->contiguous();
   }
