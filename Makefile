@@ -4,6 +4,8 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEMO_ARGS ?=
 TEST_ARGS ?= -m "not slow"
+# Processes that test at once, a thread each; 0 tests in one process with all threads, as a GPU wants it.
+TEST_JOBS ?= auto
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -19,7 +21,7 @@ demo: $(VENV)/extra-demo $(VENV)/sentence-model $(VADER)
 	$(VENV)/bin/apt-ext demo $(DEMO_ARGS)
 
 test: $(VENV)/extra-test
-	$(PY) -m pytest $(TEST_ARGS)
+	$(if $(filter 0,$(TEST_JOBS)),,OMP_NUM_THREADS=1) $(PY) -m pytest -n $(TEST_JOBS) --dist loadfile $(TEST_ARGS)
 
 lint: $(VENV)/extra-dev
 	$(VENV)/bin/ruff check

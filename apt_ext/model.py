@@ -257,8 +257,9 @@ class APTModel(Adapted):
 
             raise RuntimeError(
                 f"{call}: the model is not finished: its masks keep {density_of(self.model, self.blocks):.4f} of the layers' "
-                f"parameters, and its Controller was to reach a density of {self.target.density:g} ({self.target.budget}); train on "
-                "to the Controller's last event, load a checkpoint from after it, or pass unfinished=True to take the model as it is"
+                f"parameters, and its Controller, whose target is a density of {self.target.density:g} ({self.target.budget}), has "
+                "not made its last event; train on to that, load a checkpoint from after it, or pass unfinished=True to take the "
+                "model as it is"
             )
 
     # -- the base model ----------------------------------------------------------------------------------------------

@@ -211,3 +211,18 @@ def test_a_rank_is_read_without_its_device():
     one = adapter().to("meta")
     assert one.rank == one.get_current_rank() == 2
     assert one(X.to("meta")).shape == (5, 7)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_averaged_masks_are_said_when_the_average_is_cut(name, caplog):
+    """A moving average of buffers makes fractions of masks, of which nothing is cut."""
+    apt = get_apt_model(FAMILIES[name].model(), APTConfig(r=2))
+    average = AveragedModel(apt, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=True)
+    average.update_parameters(apt)
+    block = apt.blocks["0.neurons"]
+    apt.set_block_mask("0.neurons", (torch.arange(block.count) % 2).float())
+    average.update_parameters(apt)
+    shrink(apt)
+    assert not caplog.records
+    shrink(average.module)
+    assert "hold fractions, '0.neurons' first" in caplog.text and "use_buffers=False" in caplog.text

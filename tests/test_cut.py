@@ -153,8 +153,9 @@ def test_training_goes_on_as_if_it_had_only_been_masked(make, name, max_rank):
     for apt, one in ((masked, optimizer), (twin, other)):
         for seed in (5, 6, 7):
             step(apt, family, one, seed)
-    # the RMS norms of LLaMA and T5 work in float32, gradients included
-    close(outputs(twin, family.inputs()), outputs(masked, family.inputs()), 1e-9 if name in ("bert", "gpt2") else 1e-6)
+    # The norms and softmax of LLaMA and T5 work in float32, and Adam makes more of their rounding: up to 1.5e-5 was seen.
+    # One state tensor in another order is 4e-2 at the least.
+    close(outputs(twin, family.inputs()), outputs(masked, family.inputs()), 1e-9 if name in ("bert", "gpt2") else 1e-4)
 
 
 def test_gradients_and_state_are_cut_to_the_same_entries():

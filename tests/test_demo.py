@@ -52,6 +52,7 @@ def test_reviews_are_read_in_memory_and_neutral_ones_left_out(tmp_path: Path) ->
         (packed({"hutto_ICWSM_2014.tar.gz": packed({"movieReviewSnippets_GroundTruth.txt": b"1\tgood\tA joy\n"})}), "good"),
         (packed({"v/README.rst": b"x" * 5000})[:-40], "is not the source distribution"),
     ],
+    ids=["no archive", "another archive", "too few fields", "no number", "cut off"],
 )
 def test_another_archive_is_refused_in_words(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "a.tar.gz"

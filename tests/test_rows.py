@@ -13,7 +13,21 @@ from families import FAMILIES, close, keep_first
 from rows import bart, electra, forget, mt5, olmo2, table, tokens_for  # noqa: F401
 
 import apt_ext
-from apt_ext import APTConfig, Architecture, BlockRule, Layers, Side, Stream, disk, export, get_apt_model, load_export, plan, shrink
+from apt_ext import (
+    APTConfig,
+    Architecture,
+    BlockRule,
+    Layers,
+    Side,
+    Stream,
+    disk,
+    export,
+    get_apt_model,
+    load_export,
+    plan,
+    register_architecture,
+    shrink,
+)
 from apt_ext.method import block_scores
 from apt_ext.method.groups import groups_of
 from apt_ext.structure import architectures
@@ -333,3 +347,21 @@ def test_a_directory_without_a_row_needs_the_table(directory, monkeypatch):
     forget(monkeypatch)
     with pytest.raises(ValueError, match=r"expected a row of the table for 'electra', got none.*apt_ext.register_architecture\(row\)"):
         load_export(directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        ({"side": "inn"}, ValueError, r"side: expected 'in' or 'out' for 'output.dense' of neurons, got 'inn'"),
+        ({"model_types": "electra"}, TypeError, r"model_types: expected a tuple of names, got 'electra'"),
+    ],
+)
+def test_a_slip_in_a_row_is_named(change, kind, words):
+    rule = BlockRule(
+        "neurons", "intermediate_size", (Side("intermediate.dense", "out"), Side("output.dense", change.get("side", "in"), scales=True))
+    )
+    row = Architecture(change.get("model_types", ("electra",)), (Layers(r"encoder\.layer\.(\d+)", (rule,)),))
+    before = list(architectures.ARCHITECTURES)
+    with pytest.raises(kind, match=words):
+        register_architecture(row)
+    assert before == architectures.ARCHITECTURES

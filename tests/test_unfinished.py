@@ -49,7 +49,7 @@ def test_a_model_under_training_is_refused_with_both_densities(name, steps, tmp_
     before = {key: value.clone() for key, value in apt.state_dict().items()}
     present = re.escape(f"{controller.density:.4f}")
     for call, make in CALLS.items():
-        words = rf"^{call}: .* keep {present} of .* density of 0\.65 \(parameters\); .*unfinished=True"
+        words = rf"^{call}: .* keep {present} of .* density of 0\.65 \(parameters\), has not made its last event; .*unfinished=True"
         with pytest.raises(RuntimeError, match=words):
             make(apt, tmp_path)
         with pytest.raises(TypeError, match="unfinished must be a bool, got int"):

@@ -28,16 +28,21 @@ def register_architecture(row: Architecture) -> None:
     """Add a row to the table, in front of the rows that are there: a later one for the same `model_type` counts.
 
     Raises TypeError (not an Architecture) and ValueError (a rule with no side that scales, an expression that is none, no layer number in a
-    pattern), naming the entry; the table is then as before.
+    pattern, a side that is neither "in" nor "out"), naming the entry; the table is then as before.
     """
     if not isinstance(row, Architecture):
         raise TypeError(f"row: expected an Architecture, got {type(row).__name__}")
+    if isinstance(row.model_types, str) or not all(isinstance(kind, str) for kind in row.model_types):
+        raise TypeError(f"model_types: expected a tuple of names, got {row.model_types!r}")
     for layers in row.layers:
         if _compiled("pattern", layers.pattern).groups != 1:
             raise ValueError(f"pattern: expected one group, the layer's number, got {layers.pattern!r}")
         for rule in layers.blocks:
             if rule.kind not in ("heads", "neurons"):
                 raise ValueError(f"kind: expected 'heads' or 'neurons', got {rule.kind!r}")
+            for side in rule.sides:
+                if side.side not in ("in", "out"):
+                    raise ValueError(f"side: expected 'in' or 'out' for {side.module!r} of {rule.kind}, got {side.side!r}")
             odd = next((side for side in rule.sides if side.role not in ("", *ROLES[rule.kind])), None)
             if odd is not None:
                 raise ValueError(f"role: expected one of {ROLES[rule.kind]} for {odd.module!r} of {rule.kind}, got {odd.role!r}")

@@ -89,7 +89,8 @@ class AdapterSaving:
             self._said = True
             logger.warning(
                 "save_pretrained: wrote the adapters of %s and not its base weights; APTModel.from_pretrained(base_model, "
-                "%r) loads them, apt_ext.export writes a model that stock transformers loads",
+                "%r) loads them, apt_ext.export writes a model that stock transformers loads. Trainer itself can neither "
+                "resume from this directory nor load the best model of a run from it",
                 type(self.model).__name__,
                 str(save_directory),
             )

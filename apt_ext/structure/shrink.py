@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 
 import torch
 from torch import nn
@@ -12,7 +13,7 @@ from ..errors import naming
 from ..model import APTModel, adapters
 from ..precision import narrow
 from . import saving
-from .blocks import merged_linear
+from .blocks import host_mask, merged_linear
 from .carriers import StreamCarrier
 from .cutting import (
     Removal,
@@ -25,6 +26,8 @@ from .cutting import (
     tell_constants,
     tell_modules,
 )
+
+logger = logging.getLogger("apt_ext")
 
 
 def shrink(model: APTModel, *, unfinished: bool = False) -> nn.Module:
@@ -52,8 +55,22 @@ def shrink(model: APTModel, *, unfinished: bool = False) -> nn.Module:
     if not checked_bool("unfinished", unfinished):
         model.refuse_unfinished("shrink")
     gone = removal(model.model, model.blocks)
+    _tell_of_fractions(model)
     with torch.inference_mode(False):  # Parameters born in inference mode could never be trained
         return _shrunk(copy.deepcopy(model), gone)
+
+
+def _tell_of_fractions(model: APTModel) -> None:
+    """Say which blocks have fractions in their masks: they are merged, and only exact zeros are cut."""
+    masks = {name: host_mask(model.model, block) for name, block in model.blocks.items()}
+    soft = [name for name, mask in masks.items() if not mask.is_meta and bool(((mask > 0) & (mask < 1)).any())]
+    if soft:
+        logger.warning(
+            "shrink: the masks of %d blocks hold fractions, %r first; nothing is cut there, since only exact zeros are. A moving "
+            "average of buffers makes such masks: average the Parameters alone (use_buffers=False), and copy the masks",
+            len(soft),
+            soft[0],
+        )
 
 
 def _shrunk(small: APTModel, gone: Removal) -> nn.Module:
