@@ -75,7 +75,7 @@ class APTConfig:
 
     prune           kinds of blocks that are pruned, of "heads", "neurons" and "hidden". None: heads and neurons where the
                     model's stock config can store what is left; neurons alone where it cannot store other heads (BERT,
-                    GPT-2) and the density can be reached so; else heads and neurons
+                    GPT-2) and the density can be reached so; else heads and neurons, with a warning
     density         share of the layers' parameters (or what the Controller's budget counts) to keep, in [0, 1]
     schedule        a Schedule, or a dict of its fields
     round_to        neurons and hidden dimensions go in groups of so many, so that widths stay multiples of it

@@ -184,7 +184,7 @@ def chosen(config: APTConfig, blocks: Mapping[str, Block], outlook_of: Callable[
     """The outlook of `config`, with the kinds to prune chosen where its `prune` is None.
 
     Chosen are heads and neurons where a stock config can store what may be left, else neurons alone where it can store
-    those and the density can be reached so, else heads and neurons.
+    those and the density can be reached so, else heads and neurons, of which `check_export` then warns.
 
     outlook_of  makes the Outlook of a config; a ValueError of it says that this config does not fit
     """

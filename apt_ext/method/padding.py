@@ -100,8 +100,7 @@ class Passes:
         return handles
 
     def here(self) -> Pass | None:
-        """Return the pass that runs or is recomputed here, or None in modules that were called outside of "
-        "any."""
+        """Return the pass that runs or is recomputed here, or None in modules that were called outside of any."""
         task = _task()
         entered = self._entered().get(task)  # at each site of each forward
         if entered:

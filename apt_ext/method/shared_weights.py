@@ -52,8 +52,7 @@ def _version(tensor: Tensor) -> int | None:
 
 
 def _sums(tensor: Tensor) -> Tensor:
-    """Sum the bits of the entries that lie in memory, for each chunk: int64 [chunks], on the tensor's "
-    "device."""
+    """Sum the bits of the entries that lie in memory, for each chunk: int64 [chunks], on the tensor's device."""
     for dim, stride in enumerate(tensor.stride()):
         if stride == 0 and tensor.shape[dim] > 1:  # one entry that is read everywhere
             tensor = tensor.narrow(dim, 0, 1)
