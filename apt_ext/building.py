@@ -16,7 +16,7 @@ from .bases import is_quantised, refuse_peft, refuse_quantised
 from .compiled import unwrap
 from .config import APTConfig, ends_with, select
 from .drawn import covered, drawn_anew, parameters_of
-from .errors import naming
+from .errors import listed, naming
 from .experts import expert_parameters, not_adapted
 from .precision import narrow, train_in_float32
 from .structure.architectures import Block, architecture_of, find_blocks, is_linear, output_layer, task_heads
@@ -27,6 +27,7 @@ from .structure.row_check import check_row
 # They hand the weights of their linears to a fused function, so an adapter's forward would never be called.
 _READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
+_SHOWN = 8  # names in a message
 _DRAWN_AND_SAVED = (
     "{}: not in the checkpoint that from_pretrained read, so the values are random; trained whole and saved "
     "(modules_to_save=[...] says otherwise)"
@@ -162,10 +163,10 @@ def match(model: nn.Module, config: APTConfig, saved: list[str] | None = None) -
         asked = select("modules_to_save", config.modules_to_save, [*names, *parameters])
     if saved is None:
         more = [name for name in drawn if config.modules_to_save is None and not covered(name, asked)]
-        notes += [_DRAWN_AND_SAVED.format(_listed(more))] if more else []
+        notes += [_DRAWN_AND_SAVED.format(listed(more, _SHOWN))] if more else []
         saved = [*asked, *more]
     left = [name for name in drawn if not covered(name, saved)]
-    notes += [_DRAWN_AND_LEFT.format(_listed(left))] if left else []
+    notes += [_DRAWN_AND_LEFT.format(listed(left, _SHOWN))] if left else []
     linears = [name for name in names if is_linear(modules[name]) or is_quantised(modules[name])]
     if not linears:
         raise ValueError(f"model: expected linear layers within it, got a {type(model).__name__} with none (from_linear wraps a lone one)")
@@ -205,16 +206,12 @@ def _ranks(
         raise ValueError(_too_high(name, limit, config.r))
     if narrow:
         held = [f"{name} ({limit})" for name, limit in narrow.items()]
-        notes.append(f"r: {config.r} is more than these linears can hold, so they get what they can: {_listed(held)}")
+        notes.append(f"r: {config.r} is more than these linears can hold, so they get what they can: {listed(held, _SHOWN)}")
     return ranks | narrow
 
 
 def _too_high(name: str, limit: int, rank: int) -> str:
     return f"{name}: rank must be at most min(out_features, in_features) = {limit}, got {rank}"
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _check_targets(model: nn.Module, targets: list[str]) -> None:

@@ -16,7 +16,7 @@ from . import disk, tensor_file
 from .arguments import checked_path
 from .config import APTConfig
 from .drawn import parameters_of
-from .errors import naming
+from .errors import listed, naming
 from .structure.architectures import task_heads
 from .target import KEY, Target
 
@@ -117,7 +117,7 @@ def _judge(found: dict[str, tensor_file.Entry], expected: dict[str, Tensor]) -> 
         raise ValueError(f"expected the tensors of this model: {len(missing)} missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}")
     others = list(_other_widths(found, expected))
     if others:
-        shown = "; ".join(others[:4]) + (f" and {len(others) - 4} more" if len(others) > 4 else "")
+        shown = listed(others, 4, "; ")
         raise ValueError(
             f"expected layers of the widths that this base model has, got others: {shown}. A checkpoint holds no base weights: one that "
             "was saved after a cut fits only a base that was cut as its own was (what apt_ext.export wrote holds all and needs none)"

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
+from .errors import listed
 from .peft_config import translated
 
 Patterns = list[str] | str
@@ -181,7 +182,7 @@ class APTConfig:
             excluded = set(select("exclude_modules", self.exclude_modules, linears))
             chosen = [name for name in chosen if name not in excluded]
         if not chosen:
-            raise ValueError(f"target_modules: expected at least one linear layer, got none of {_listed(linears)}")
+            raise ValueError(f"target_modules: expected at least one linear layer, got none of {listed(linears, 4) or 'an empty list'}")
         for argument, pattern in (("rank_pattern", self.rank_pattern), ("alpha_pattern", self.alpha_pattern)):
             for key in pattern:
                 if not any(ends_with(key, name) for name in (*chosen, *drawn)):
@@ -231,7 +232,7 @@ def select(
         if not matched:
             apart = [name for name in others or () if matches(name)]
             if apart and others is not None:
-                why = f", which matches only {_listed(apart)}{others[apart[0]]}{nearest(entry, names)}"
+                why = f", which matches only {listed(apart, 4)}{others[apart[0]]}{nearest(entry, names)}"
             else:
                 why = f", which matches none{nearest(entry, names)}"
             raise ValueError(f"{argument}: expected names of modules of this model, got {entry!r}{why}")
@@ -250,11 +251,6 @@ def nearest(wanted: str, names: Iterable[str]) -> str:
     ends = sorted({".".join(name.split(".")[-parts:]) for name in names})
     close = get_close_matches(wanted, ends, n=3, cutoff=0.4) or ends[:6]
     return f"; nearest: {', '.join(close)}" if close else ""
-
-
-def _listed(names: Collection[str]) -> str:
-    shown = ", ".join(list(names)[:4]) or "an empty list"
-    return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def _check_bool(name: str, value: Any) -> None:

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from itertools import islice
+
+
+def listed(names: Collection[str], most: int, between: str = ", ") -> str:
+    """The first `most` names and how many more there are; "" for none."""
+    more = len(names) - most
+    return between.join(islice(names, most)) + (f" and {more} more" if more > 0 else "")
 
 
 @contextmanager

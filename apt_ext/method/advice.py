@@ -8,12 +8,11 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from ..adapter import APTAdapter
+from ..errors import listed
 from ..module_hooks import is_compiled
 from ..sharding import is_sharded
 
 logger = logging.getLogger("apt_ext")
-
-_SHOWN = 6  # names in a message
 
 
 class Advice:
@@ -46,7 +45,7 @@ class Advice:
                 "or a layer that this step left out, learns in the steps that use it",
                 len(without),
                 len(self.adapters),
-                _listed(without),
+                listed(without, 6),
             )
 
     def of_growth(self, model: nn.Module, growing: Iterable[str]) -> None:
@@ -65,11 +64,6 @@ class Advice:
                 len(moving),
                 moving[0],
             )
-
-
-def _listed(names: list[str]) -> str:
-    more = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _trained(adapter: APTAdapter) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..adapter import APTAdapter
 from ..arguments import checked_mask
+from ..errors import listed
 from ..host_mask import HostMask
 from ..sharding import is_sharded
 from .architectures import Block, Side, architecture_of, is_linear, side_width, stored, unknown_modules
@@ -172,16 +173,12 @@ def missing_block(model: nn.Module, name: str, known: list[str], near: str) -> s
         return (
             f"name: expected a block of this model, got {name!r}, but its architecture is not in the table; declare it with "
             f"apt_ext.register_architecture(Architecture(({model_type!r},), (Layers(pattern, (BlockRule(kind, width_field, sides),)),), "
-            f"Stream(...))); the linears of this {type(model).__name__}, [out, in]: {_listed(seen)}"
+            f"Stream(...))); the linears of this {type(model).__name__}, [out, in]: {listed(seen, 12)}"
         )
     if name != "hidden":
         return f"name: expected a block of this model, got {name!r}, but it has none (after merge_and_unload() none are left)"
     unknown = unknown_modules(model)
     return (
         f"name: expected a block of this model, got {name!r}; the row of {model_type!r} does not say how these modules touch the residual "
-        f"stream: {_listed(unknown) or 'all are known, but their widths differ'}"
+        f"stream: {listed(unknown, 12) or 'all are known, but their widths differ'}"
     )
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")

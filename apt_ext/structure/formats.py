@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import listed
 from .architectures import Architecture, architecture_of
 from .sizes import Sizes
 from .trials import per_layer_trial, stock_trial
@@ -75,15 +76,11 @@ def _for_any(name: str, sizes: Sizes) -> Iterator[str]:
     """What no config can say; `name` is that of the config's class."""
     for field, found in sizes.widths.items():
         if len(set(found.values())) > 1:
+            shown = listed([f"{name}: {width}" for name, width in found.items()], 8)
             yield (
-                f"one width for all layers is all that {field} of {name} can say of them, got {_listed(found)}; "
+                f"one width for all layers is all that {field} of {name} can say of them, got {shown}; "
                 f"{max(min(found.values()), 1)} in every layer would pass"
             )
     for field in sizes.heads:
         if sizes.common(field) == 0:
             yield f"{field} of {name} cannot be 0; one head in every layer would pass"
-
-
-def _listed(found: dict[str, int]) -> str:
-    shown = [f"{name}: {width}" for name, width in found.items()]
-    return ", ".join(shown[:8]) + (f" and {len(shown) - 8} more" if len(shown) > 8 else "")

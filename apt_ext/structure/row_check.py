@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from ..errors import listed
 from .architectures import Architecture, Block, architecture_of, find_blocks, find_layers, is_registered, owners, role, side_width
 from .cutting import lanes_for, parameter_changes, replace_parameters, tell_blocks, tell_modules
 from .on_meta import inputs_for, on_meta
@@ -50,7 +51,7 @@ def check_row(model: nn.Module) -> None:
 def _message(model: nn.Module, row: Architecture, found: dict[str, str], error: str) -> str:
     kind = getattr(model.config, "model_type", row.model_types[0])
     shapes = {name: f"{name} {list(model.get_parameter(name).shape)} (block {block!r})" for name, block in found.items()}
-    shown = ", ".join(list(shapes.values())[:4]) + (f" and {len(shapes) - 4} more" if len(shapes) > 4 else "")
+    shown = listed(shapes.values(), 4)
     if not found:
         return (
             f"model: expected the row of {kind!r} to describe all that a cut changes, but with half of its blocks this "

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..errors import listed
 from .architectures import architecture_of, find_blocks, is_registered
 from .cutting import lanes_for, left, parameter_changes, tell_config
 from .per_layer import shaped, widest
@@ -79,5 +80,4 @@ def _differences(model: nn.Module, sizes: Sizes, made: Any) -> Iterator[str]:
         if other is not None and list(other.shape) != left(parameter, changes):
             wrong.append(f"{name} {list(other.shape)} instead of {left(parameter, changes)}")
     if wrong:
-        more = f" and {len(wrong) - 4} more" if len(wrong) > 4 else ""
-        yield f"{kind} makes of these sizes {', '.join(wrong[:4])}{more}; the row of the table may lack what its config says"
+        yield f"{kind} makes of these sizes {listed(wrong, 4)}; the row of the table may lack what its config says"
