@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 from torch import Tensor, cuda
+from torch.compiler import is_compiling
 
 from . import _C
 from .arguments import on_host
@@ -112,7 +113,9 @@ class Masking(Merging):
             ones_in = mask_in is None and placed_in is own_in and version_in is not None and version_in == own_in._version
             ones_out = mask_out is None and placed_out is own_out and version_out is not None and version_out == own_out._version
             if ones_in or ones_out:
-                if own_in.is_cpu:
+                if is_compiling():  # by its own frame, where that of the forward is not compiled
+                    ones_in = ones_out = False
+                elif own_in.is_cpu:
                     if not _C.all_ones(own_in if ones_in else None, own_out if ones_out else None):
                         self._see_written_masks()
                         ones_in, ones_out = ones_in and self._known_ones("mask_in"), ones_out and self._known_ones("mask_out")
