@@ -26,6 +26,7 @@ from .guard import guard
 from .module_hooks import drop_copied_hooks
 from .optimizers import OptimizerLike
 from .precision import follow, narrow
+from .shared_weights import indexed
 from .state import check_loadable
 from .structure import saving
 from .structure.architectures import Block
@@ -185,9 +186,10 @@ class APTModel(Adapted):
         owners = Counter(id(parameter) for _, parameter in self.named_parameters(remove_duplicate=False))
         alone = [adapter.weight is None or owners[id(adapter.weight)] == 1 for _, adapter in found]
         where = [dense if own or dense not in DENSE else "keep" for own in alone]
-        for (name, adapter), place in zip(found, where, strict=True):
-            with naming(name):
-                adapter._check_compact(on, place)
+        with indexed():
+            for (name, adapter), place in zip(found, where, strict=True):
+                with naming(name):
+                    adapter._check_compact(on, place)
         undo: list[Callable[[], None]] = []
         try:
             for (_, adapter), place in zip(found, where, strict=True):
@@ -273,9 +275,10 @@ class APTModel(Adapted):
         entered = [(adapter, adapter._disabled, adapter.merged, adapter._keep) for _, adapter in adapters(self)]
         stream = [(module, module._disabled) for module in self.modules() if isinstance(module, StreamCarrier)]
         try:
-            for adapter, _, _, _ in entered:
-                adapter.unmerge_weights()
-                adapter._set_disabled(True)
+            with indexed():
+                for adapter, _, _, _ in entered:
+                    adapter.unmerge_weights()
+                    adapter._set_disabled(True)
             for module, _ in stream:
                 module._set_disabled(True)
             yield
@@ -284,9 +287,10 @@ class APTModel(Adapted):
                 module._set_disabled(disabled)
             for adapter, disabled, _, _ in entered:
                 adapter._set_disabled(disabled)
-            for adapter, _, merged, keep in entered:
-                if merged:
-                    adapter.merge_weights(keep)
+            with indexed():
+                for adapter, _, merged, keep in entered:
+                    if merged:
+                        adapter.merge_weights(keep)
 
     def merge_and_unload(self, *, unfinished: bool = False) -> nn.Module:
         """The model itself with adapters and masks merged into its linears, which are back in their places; full shapes, frozen as it was.
@@ -306,17 +310,18 @@ class APTModel(Adapted):
         narrow(self.model, check=True)
         values = folded(self.model)
         merged_before = [adapter.merged for _, adapter in found]
-        try:
+        with indexed():
+            try:
+                for name, adapter in found:
+                    with naming(name):
+                        adapter.merge_weights(keep="cpu")
+            except BaseException:
+                for (_, adapter), merged in zip(found, merged_before, strict=True):
+                    if not merged:
+                        adapter.unmerge_weights()
+                raise
             for name, adapter in found:
-                with naming(name):
-                    adapter.merge_weights(keep="cpu")
-        except BaseException:
-            for (_, adapter), merged in zip(found, merged_before, strict=True):
-                if not merged:
-                    adapter.unmerge_weights()
-            raise
-        for name, adapter in found:
-            self.model.set_submodule(name, merged_linear(adapter))
+                self.model.set_submodule(name, merged_linear(adapter))
         for name, module in list(self.model.named_modules()):
             if isinstance(module, StreamCarrier):
                 self.model.set_submodule(name, module.base_layer)
@@ -467,7 +472,8 @@ class APTModel(Adapted):
         """What belongs in a checkpoint, with the keys of the model's state_dict: adapters without their frozen bases, and `saved`."""
         stream = [name for name, module in self.model.named_modules() if isinstance(module, StreamCarrier)]
         own = tuple(f"{name}." for name in (*(name for name, _ in adapters(self)), *stream))
-        state = self.model.state_dict()
+        with indexed():
+            state = self.model.state_dict()
 
         def is_own(key: str) -> bool:
             return self._is_saved(key) or (key.startswith(own) and ".base_layer." not in key)

@@ -1,6 +1,7 @@
 """Adapters that read one memory: where one of them merges, the others refuse to compute instead of computing something else."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ from families import FAMILIES, adapted, outputs
 from small_adapter import make
 from torch import nn
 
-from apt_ext import APTAdapter, APTConfig, adapters, get_apt_model, shrink
+from apt_ext import APTAdapter, APTConfig, adapters, get_apt_model, shared_weights, shrink
 from apt_ext.method.distillation import frozen_copy
+from apt_ext.shared_weights import indexed
 
 MERGED = pytest.raises(RuntimeError, match=r"forward of .*: its base layer carries the merge of another adapter; call unmerge_weights\(\)")
 FOR_GOOD = pytest.raises(RuntimeError, match=r"forward of .*merged for good \(merge_and_unload\); load the base weight again")
@@ -65,6 +67,45 @@ def test_the_other_refuses_until_the_merge_is_undone(device, kind):
     with MERGED:
         first(x)
     torch.testing.assert_close(second(x), want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_look_ups_within_an_index_find_the_same(kind):
+    with indexed():
+        first, second = pair(kind)  # made within it
+        others = [make() for _ in range(3)]
+        x = torch.randn(3, 10, dtype=torch.float64)
+        want = second(x)
+        with indexed():
+            first.merge_weights()
+        with MERGED:
+            second(x)
+        with pytest.raises(RuntimeError, match="already carries the merge of another adapter"):
+            second.merge_weights()
+        for other in others:
+            other(x), other.merge_weights()
+        first.unmerge_weights()
+        assert torch.equal(second(x), want)
+    second.merge_weights()
+    with MERGED:
+        first(x)
+
+
+def looked_at(count, monkeypatch):
+    """How often merging a model of `count` linears asks where a tensor lies."""
+    calls = []
+    where = shared_weights._memory
+    model = get_apt_model(nn.Sequential(*[nn.Linear(4, 4) for _ in range(count)]), APTConfig(r=1))
+    with monkeypatch.context() as patched:
+        patched.setattr(shared_weights, "_memory", lambda tensor: calls.append(None) or where(tensor))
+        model.merge_and_unload()
+    return len(calls)
+
+
+def test_merging_a_model_asks_once_for_each_adapter_more(monkeypatch):
+    gc.collect()  # adapters of other tests
+    one, two, four = (looked_at(count, monkeypatch) for count in (20, 40, 80))
+    assert four - two <= 2.5 * (two - one)
 
 
 def test_compacted_ones_refuse_as_well():

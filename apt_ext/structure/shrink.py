@@ -12,6 +12,7 @@ from ..arguments import checked_bool
 from ..errors import naming
 from ..model import APTModel, adapters
 from ..precision import narrow
+from ..shared_weights import indexed
 from . import saving
 from .blocks import host_mask, merged_linear
 from .carriers import StreamCarrier
@@ -79,9 +80,10 @@ def _shrunk(small: APTModel, gone: Removal) -> nn.Module:
     width = None if hidden is None else int(hidden.sum())
     with torch.no_grad():
         values = folded(result, width)  # before the merge, which zeroes columns of a tied weight
-        for name, adapter in list(adapters(small)):
-            with naming(name):
-                result.set_submodule(name, merged_linear(adapter))
+        with indexed():
+            for name, adapter in list(adapters(small)):
+                with naming(name):
+                    result.set_submodule(name, merged_linear(adapter))
         for name, module in list(result.named_modules()):
             if isinstance(module, StreamCarrier):
                 result.set_submodule(name, module.base_layer)
