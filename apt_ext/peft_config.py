@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from .arguments import checked_int, checked_number
+
 # What APTConfig has too, under the same name.
 _SAME = ("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "exclude_modules")
 # What says where the adapter came from or how it was initialised, and what is read where it matters.
@@ -43,7 +45,8 @@ _HEADS_ADDED = ("SEQ_CLS", "TOKEN_CLS")
 def fields_of(lora_config: Any) -> dict[str, Any]:
     """The fields of a LoraConfig, or of the dict in adapter_config.json, once nothing in it is refused.
 
-    TypeError for another object. ValueError naming a field that asks for what there is not.
+    TypeError for another object, and for an r or lora_alpha that is no number. ValueError naming a field that asks for what there is
+    not.
     """
     values = lora_config if isinstance(lora_config, Mapping) else getattr(lora_config, "to_dict", lambda: None)()
     if not isinstance(values, Mapping) or "peft_type" not in values:
@@ -54,6 +57,8 @@ def fields_of(lora_config: Any) -> dict[str, Any]:
     for name in ("r", "lora_alpha"):
         if name not in values:
             raise ValueError(f"lora_config: expected {name}, which is missing")
+    checked_int("lora_config: r", values["r"], 1)
+    checked_number("lora_config: lora_alpha", values["lora_alpha"])
     if _plain(values.get("bias", "none")) != "none":
         raise ValueError(f"lora_config: expected bias='none', since biases of frozen layers do not train here, got {values['bias']!r}")
     start = values.get("init_lora_weights", True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -18,6 +17,7 @@ from .adapter import APTAdapter
 from .arguments import checked_path, linear_shape
 from .compiled import uncompiled
 from .config import APTConfig, ends_with
+from .disk import json_object
 from .drawn import covered
 from .errors import naming
 from .peft_config import fields_of, scaling_of
@@ -25,6 +25,7 @@ from .peft_config import fields_of, scaling_of
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_MOST_TEXT = 1 << 20  # bytes of a configuration
 
 
 @dataclass(frozen=True)
@@ -176,19 +177,24 @@ def _of_directory(path: Path) -> Lora:
     from safetensors.torch import load_file
 
     with naming(str(path / CONFIG_FILE)):
-        try:
-            values = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-        except ValueError as error:  # JSON's and Unicode's
-            raise ValueError(f"expected JSON, got something else ({error})") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"expected a JSON object, got {type(values).__name__}")
-        fields = fields_of(values)
+        fields = fields_of(_json(path / CONFIG_FILE))
     with naming(str(path / TENSORS_FILE)):
         try:
             tensors = load_file(path / TENSORS_FILE)
         except SafetensorError as error:
             raise ValueError(f"expected safetensors, got something else ({error})") from None
         return _lora(fields, tensors, {})
+
+
+def _json(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        text = stream.read(_MOST_TEXT + 1)
+    if len(text) > _MOST_TEXT:
+        raise ValueError(f"expected at most {_MOST_TEXT} bytes, got more")
+    try:
+        return json_object(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:  # JSON's and Unicode's
+        raise ValueError(f"expected JSON, got something else ({error})") from None
 
 
 def _hint(path: Path) -> str:

@@ -200,6 +200,27 @@ def not_json(directory):
     return directory, ValueError, "adapter_config.json: expected JSON"
 
 
+def endless_json(directory):
+    (directory / "adapter_config.json").write_text(" " * (1 << 20) + "{}")
+    return directory, ValueError, "adapter_config.json: expected at most 1048576 bytes, got more"
+
+
+def deep_json(directory):
+    (directory / "adapter_config.json").write_text("[" * 100_000)
+    return directory, ValueError, "adapter_config.json: expected JSON"
+
+
+def a_key_twice(directory):
+    (directory / "adapter_config.json").write_text('{"r": 2, "r": 3}')
+    return directory, ValueError, "adapter_config.json: expected JSON, got something else .*each key once"
+
+
+def no_rank(directory):
+    values = json.loads((directory / "adapter_config.json").read_text())
+    (directory / "adapter_config.json").write_text(json.dumps({**values, "r": 0}))
+    return directory, ValueError, "adapter_config.json: lora_config: r must be at least 1, got 0"
+
+
 def another_kind(directory):
     values = json.loads((directory / "adapter_config.json").read_text())
     (directory / "adapter_config.json").write_text(json.dumps({**values, "peft_type": "IA3"}))
@@ -247,8 +268,8 @@ def no_path(directory):
 @pytest.mark.parametrize(
     "change",
     [
-        no_weights, a_pickle, not_safetensors, not_json, another_kind, within, other_sizes, other_names, embeddings, several, prompts,
-        no_adapter, no_path,
+        no_weights, a_pickle, not_safetensors, not_json, endless_json, deep_json, a_key_twice, no_rank, another_kind, within, other_sizes,
+        other_names, embeddings, several, prompts, no_adapter, no_path,
     ],
     ids=lambda change: change.__name__,
 )  # fmt: skip
