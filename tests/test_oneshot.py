@@ -1,5 +1,7 @@
 """one_shot: what does nothing goes first, and the model is otherwise as it was."""
 
+import math
+
 import pytest
 import torch
 from families import EVERY, FAMILIES, keep_first
@@ -109,6 +111,17 @@ def test_a_density_is_met_and_nothing_more_would_fit(name, uniform):
         assert torch.equal(apt.get_block_mask(block), mask) and (apt.blocks[block].kind == "heads" or kept[block] % 4 == 0)
     if uniform:
         assert len({kept[block] for block in masks if apt.blocks[block].kind == "neurons"}) == 1
+
+
+def test_a_density_that_is_rounded_down_keeps_what_it_says():
+    """As at an event of a Controller: 0.29 * 100 is a little below 29."""
+    apt = get_apt_model(FAMILIES["bert"].model(), APTConfig(r=2, round_to=1, uniform=False))
+    cost, full = cost_of(apt.model, apt.blocks), {name: block.count for name, block in apt.blocks.items()}
+    scores = {name: torch.arange(1.0, 1.0 + full[name]) for name in ("0.neurons", "1.neurons")}
+    for left in range(2, 20):
+        kept = {**full, "0.neurons": left, "1.neurons": left}
+        masks = within_density(apt, scores, math.nextafter(cost.total(kept) / cost.total(full), 0.0))
+        assert sum(int(mask.sum()) for mask in masks.values()) == 2 * left
 
 
 def test_within_density_goes_by_the_scores_for_what_a_block_costs():

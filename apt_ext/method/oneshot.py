@@ -14,7 +14,7 @@ from ..model import APTModel, adapters
 from ..modes import evaluating
 from .cost import cost_of
 from .groups import groups_of
-from .outlook import Outlook, chosen
+from .outlook import Outlook, allowance, chosen
 from .refusals import checked_scores, refuse_second
 from .scores import BlockScores
 from .search import search
@@ -87,7 +87,7 @@ def within_density(model: APTModel, scores: Mapping[str, Tensor], density: float
     live = {name: model.get_block_mask(name).cpu() != 0 for name in model.blocks}
     counts = {name: int(kept.sum()) for name, kept in live.items()}
     full = cost.total({name: block.count for name, block in model.blocks.items()})
-    allowed = density * full
+    allowed = allowance(density, full)
     groups = groups_of(model.model, {name: model.blocks[name] for name in scores}, config.round_to, config.uniform, floor)
     keep = search({name: score.cpu() for name, score in scores.items()}, live, groups, cost, counts, allowed, joint).keep
     least = cost.total({**counts, **{name: int(kept.sum()) for name, kept in keep.items()}})
