@@ -16,6 +16,7 @@ from ..config import APTConfig
 from ..structure.architectures import ARCHITECTURES, Block, architecture_of, unknown_modules
 from ..structure.export import check_class
 from ..structure.formats import allowed
+from ..structure.sizes import Sizes
 from .cost import Cost
 from .groups import groups_of
 from .search import Group, search
@@ -149,10 +150,8 @@ class Outlook:
 
     def unwritable(self) -> list[str]:
         """Which constraints stand against an outcome that no stock class can say, in words; none: each can be exported as a stock model."""
-        from ..structure.planner import sizes_left  # which asks this module what will be left
-
         for counts in self.outcomes():
-            formats = allowed(self.model, sizes_left(self.model, dict(self.blocks), counts))
+            formats = allowed(self.model, Sizes.of(self.model, counts))
             if formats["stock"] and formats.get("retyped", formats["stock"]):
                 return formats["stock"]
         return []

@@ -141,7 +141,7 @@ def expand(mask: Tensor, side: Side, width: int) -> Tensor:
     return mask.repeat_interleave(width // side.parts // max(len(mask), 1)).to(mask.device)
 
 
-def lanes_of(block: Block, kept: Tensor, side: Side, width: int) -> Tensor:
+def lanes_of(kept: Tensor, side: Side, width: int) -> Tensor:
     """[width] bool: the channels of a module side that stay when the blocks `kept` [count] (bool) do."""
     lanes = torch.ones(width, dtype=torch.bool, device="cpu")
     stretch(lanes, side).copy_(expand(kept.cpu(), side, width))

@@ -78,7 +78,7 @@ def lanes_for(model: nn.Module, blocks: dict[str, Block], kept: dict[str, Tensor
             continue
         for side in block.sides:
             width = side_width(model.get_submodule(side.module), side.side)
-            here = lanes_of(block, kept[name], side, width)
+            here = lanes_of(kept[name], side, width)
             before = lanes.get((side.module, side.side))
             lanes[side.module, side.side] = here if before is None else before & here
     found: Lanes = {}

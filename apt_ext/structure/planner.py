@@ -179,7 +179,7 @@ def _planned(
         target=target,
         batch=batch,
         length=length,
-        exports=allowed(model, sizes_left(model, blocks, counts)),
+        exports=allowed(model, Sizes.of(model, counts)),
         heads=_head_formats(model, blocks, counts),
         notes=notes,
     )
@@ -199,7 +199,7 @@ def _searched(model: nn.Module, blocks: dict[str, Block], config: APTConfig, not
     if outlook.pruned and outlook.competing():
         shared = "kinds" if config.uniform else "layers and kinds"
         notes.append(f"{shared} compete by their scores: these are the numbers where all scores are alike")
-        failures, formats = outlook.unwritable(), allowed(model, sizes_left(model, blocks, counts))
+        failures, formats = outlook.unwritable(), allowed(model, Sizes.of(model, counts))
         if failures and not all(formats.get(name, failures) for name in ("stock", "retyped")):
             notes.append(f"other scores may leave what no stock config can say: {'; '.join(failures)}")
     return counts, config
@@ -312,18 +312,13 @@ def _flops(products: _Products, changes: Changes) -> int:
 # -- formats -----------------------------------------------------------------------------------------------------------
 
 
-def sizes_left(model: nn.Module, blocks: dict[str, Block], counts: Mapping[str, int]) -> Sizes:
-    """What a config has to say when `counts` of each block are left."""
-    return Sizes.of(model, counts)
-
-
 def _head_formats(model: nn.Module, blocks: dict[str, Block], counts: Mapping[str, int]) -> dict[int, list[str]]:
     """{heads kept in every layer: the formats that can say it}, with everything else as in `counts`."""
     most = min((block.count for block in blocks.values() if block.kind == "heads"), default=0)
     found = {}
     for count in range(1, most + 1):
         these = {name: count if blocks[name].kind == "heads" else other for name, other in counts.items()}
-        found[count] = [name for name, failures in allowed(model, sizes_left(model, blocks, these)).items() if not failures]
+        found[count] = [name for name, failures in allowed(model, Sizes.of(model, these)).items() if not failures]
     return found
 
 
