@@ -17,10 +17,15 @@ _QUANTISED = re.compile(
 )
 
 
+def is_of_peft(module: nn.Module) -> bool:
+    """Whether the class, or one that it comes from, is PEFT's."""
+    return any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__)
+
+
 def refuse_peft(argument: str, model: nn.Module) -> None:
     """TypeError where PEFT has wrapped the model, or put layers into it."""
     for name, module in model.named_modules():
-        if any(kind.__module__.partition(".")[0] == "peft" for kind in type(module).__mro__):
+        if is_of_peft(module):
             where = f" at {name}" if name else ""
             raise TypeError(
                 f"{argument}: expected a model without layers of PEFT, got a {type(module).__name__}{where}; its "

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .adapter import APTAdapter
 from .arguments import checked_path, linear_shape
+from .bases import is_of_peft
 from .compiled import uncompiled
 from .config import APTConfig, ends_with
 from .disk import json_object
@@ -147,7 +148,7 @@ def fitting(pair: Pair, model: nn.Module, name: str) -> Pair:
 
 def _of_model(peft: nn.Module) -> Lora:
     configs = getattr(peft, "peft_config", None)
-    if not isinstance(configs, Mapping) or not any(kind.__module__.partition(".")[0] == "peft" for kind in type(peft).__mro__):
+    if not isinstance(configs, Mapping) or not is_of_peft(peft):
         raise TypeError(f"peft: expected a directory or a PeftModel, got a {type(peft).__name__}")
     if len(configs) != 1:
         raise ValueError(
