@@ -285,7 +285,7 @@ class APTAdapter(Saving):
         return self._rank, self.mask_in, self.mask_out
 
     def _what(self, call: str) -> str:
-        return f"{call} of {self._label or f'APTAdapter({self.in_features}, {self.out_features})'}"
+        return f"{call} of {self.label or f'APTAdapter({self.in_features}, {self.out_features})'}"
 
     def mask_change(self, masks: Mapping[str, Tensor | HostMask]) -> Callable[[], None]:
         """The change to ``masks``, {"mask_in" or "mask_out": checked values}: what can fail is done here, calling the result makes it.

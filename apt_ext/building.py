@@ -104,7 +104,7 @@ def _wrapped(
                         adapter = APTAdapter.from_linear(
                             modules[name], rank, config.scaling_of(name), max_rank=reserved, dropout=config.lora_dropout, dtype=exact
                         )
-                adapter._label = name
+                adapter.label = name
                 model.set_submodule(name, adapter)
         for name, block in blocks.items():
             if block.kind != "hidden":  # norms within the attention; their masks change later without changing the modules

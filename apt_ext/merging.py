@@ -46,6 +46,10 @@ class Merging(nn.Module):
         """Its name in the model, for messages; empty where it is in none."""
         return self._label
 
+    @label.setter
+    def label(self, name: str) -> None:
+        self._label = name
+
     @property
     def merged(self) -> bool:
         return self._merged

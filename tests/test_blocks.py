@@ -128,7 +128,7 @@ def test_the_residual_stream_is_wrapped_when_it_is_first_masked_and_not_before()
     tied = apt.model.get_input_embeddings().weight
     assert apt.model.get_submodule("lm_head").weight is tied
     assert not any(name.endswith("embed_tokens") for name, _ in adapters(apt))
-    assert all(adapter._label == name for name, adapter in adapters(apt))  # by which ranks of a process group know it
+    assert all(adapter.label == name for name, adapter in adapters(apt))  # by which ranks of a process group know it
 
 
 @EVERY

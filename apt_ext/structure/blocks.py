@@ -98,7 +98,7 @@ def missing_carriers(model: nn.Module, block_name: str, block: Block) -> dict[st
     made = {name: carrier_for(modules[name], of) for name, of in bare.items()}
     for name, carrier in made.items():
         if isinstance(carrier, APTAdapter):
-            carrier._label = name
+            carrier.label = name
     return made
 
 
