@@ -16,14 +16,15 @@ Tensor channel_sums(const Tensor& values, const std::optional<Tensor>& tokens, b
   TORCH_CHECK_VALUE(
       (device.is_cpu() || device.is_cuda()) && values.dim() >= 2 && values.layout() == at::kStrided,
       "values must be a dense tensor [..., channels] on the CPU or a GPU, got ",
-      name_of(values.scalar_type()), " on ", device.str(), " of shape ", values.sizes());
+      name_of(values.scalar_type()), " on ", device.str(), " of shape ", text(values.sym_sizes()));
   std::optional<Tensor> counted;
   if (tokens.has_value()) {
-    TORCH_CHECK_VALUE(tokens->device() == device && tokens->scalar_type() == at::kBool &&
-                          tokens->sizes() == values.sizes().slice(0, values.dim() - 1),
-                      "tokens must be bool ", values.sizes().slice(0, values.dim() - 1), " on ", device.str(),
-                      ", got ", name_of(tokens->scalar_type()), " on ", tokens->device().str(), " of shape ",
-                      tokens->sizes());
+    const auto leading = values.sizes().slice(0, values.dim() - 1);
+    TORCH_CHECK_VALUE(
+        tokens->device() == device && tokens->scalar_type() == at::kBool && tokens->sizes() == leading,
+        "tokens must be bool ", text(c10::fromIntArrayRefSlow(leading)), " on ", device.str(), ", got ",
+        name_of(tokens->scalar_type()), " on ", tokens->device().str(), " of shape ",
+        text(tokens->sym_sizes()));
     counted = tokens->contiguous();
   }
   const auto type = values.scalar_type();
