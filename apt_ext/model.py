@@ -254,7 +254,7 @@ class APTModel(Adapted):
 
     def refuse_unfinished(self, call: str) -> None:
         """Raise RuntimeError, with the present and the target density, where `target_reached` is False. `call` begins the message."""
-        if self.target is not None and not self.target.reached:
+        if self.target is not None and not self.target_reached:
             from .method.cost import density_of  # whose package imports this module
 
             raise RuntimeError(

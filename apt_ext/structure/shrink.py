@@ -10,6 +10,7 @@ from torch import nn
 
 from ..arguments import checked_bool
 from ..errors import naming
+from ..host_mask import HostMask
 from ..model import APTModel, adapters
 from ..precision import narrow
 from ..shared_weights import indexed
@@ -64,7 +65,7 @@ def shrink(model: APTModel, *, unfinished: bool = False) -> nn.Module:
 def _tell_of_fractions(model: APTModel) -> None:
     """Say which blocks have fractions in their masks: they are merged, and only exact zeros are cut."""
     masks = {name: host_mask(model.model, block) for name, block in model.blocks.items()}
-    soft = [name for name, mask in masks.items() if not mask.is_meta and bool(((mask > 0) & (mask < 1)).any())]
+    soft = [name for name, mask in masks.items() if not mask.is_meta and HostMask(mask).soft]
     if soft:
         logger.warning(
             "shrink: the masks of %d blocks hold fractions, %r first; nothing is cut there, since only exact zeros are. A moving "
