@@ -91,7 +91,8 @@ class AdapterImportance:
     @torch.no_grad()
     def observe(self) -> None:
         """Read the gradients (accumulated over micro-batches). One without counts 0, and is named."""
-        self.advice.of_gradients()
+        if any(self._factor(name).grad is None for name in self.adapters):  # as of each that learns nothing
+            self.advice.of_gradients()
         self._seen = [(names, self._products([self._factor(name) for name in names])) for names in self._alike]
 
     def _products(self, factors: list[Tensor]) -> Tensor:
