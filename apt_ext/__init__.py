@@ -3,17 +3,17 @@
 from . import _load  # first: refuses a torch this build does not fit, in words  # isort: skip
 from . import ops, reference
 from ._version import __version__
-from .adapter import APTAdapter
+from .adapter.layer import APTAdapter
 from .config import APTConfig, Schedule
-from .hold import hold_pruned
-from .method.allocation import Growth
+from .exporting.directories import export
+from .exporting.shrinking import shrink
 from .method.controller import Controller
+from .method.planner import Plan, plan
+from .method.select.rank_budget import Growth
 from .model import APTModel, adapter_parameters, adapters, get_apt_model
-from .structure.architectures import Architecture, BlockRule, Layers, Side, Stream, register_architecture
-from .structure.export import export
-from .structure.per_layer import load_export
-from .structure.planner import Plan, plan
-from .structure.shrink import shrink
+from .optim.hold_pruned import hold_pruned
+from .pruning.architectures.lookup import Architecture, BlockRule, Layers, Side, Stream, register_architecture
+from .storage.per_layer import load_export
 
 __all__ = [
     "APTAdapter",
@@ -41,3 +41,7 @@ __all__ = [
     "register_architecture",
     "shrink",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

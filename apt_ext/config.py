@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from .errors import listed
-from .peft_config import translated
+from .common.checks import listed
+from .common.peft_config import translated
 
 Patterns = list[str] | str
 ALL_LINEAR = "all-linear"

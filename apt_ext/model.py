@@ -11,29 +11,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import agreement, checkpoint, peft_factors
-from .adapter import APTAdapter
-from .arguments import checked_bool, checked_mapping, checked_module
-from .bases import refuse_peft
-from .building import Adapted, build
-from .compact import DENSE, Chain
-from .compiled import unwrap
+from .adapter.compact import DENSE, Chain
+from .adapter.layer import APTAdapter
+from .adapter.shared_memory import indexed
+from .adapter.state_dict import check_loadable
+from .common.checks import checked_bool, checked_mapping, checked_module, error_prefix
+from .common.names import covered
 from .config import APTConfig, nearest
-from .drawn import covered
-from .errors import naming
-from .fused_losses import tell_of_output_adapter
-from .guard import guard
-from .module_hooks import drop_copied_hooks
-from .optimizers import OptimizerLike
-from .precision import follow, narrow
-from .shared_weights import indexed
-from .state import check_loadable
-from .structure import saving
-from .structure.architectures import Block
-from .structure.blocks import get_mask, merged_linear, missing_block, missing_carriers, put_carriers, set_mask, take_carriers
-from .structure.carriers import MaskedLinear, StreamCarrier
-from .structure.cutting import cut_in_place, folded
-from .target import KEY, Target, load_target, save_target, target_after
+from .distributed import agreement
+from .optim.initial_state import OptimizerLike
+from .optim.step_guard import guard
+from .pruning.architectures.lookup import Block
+from .pruning.block_masks import (
+    get_mask,
+    merged_linear,
+    missing_block,
+    missing_carriers,
+    put_carriers,
+    set_mask,
+    take_carriers,
+)
+from .pruning.cut import cut_in_place, folded
+from .pruning.float32_heads import follow, narrow
+from .pruning.target import KEY, Target, load_target, save_target, target_after
+from .pruning.wrappers import MaskedLinear, StreamCarrier
+from .storage import checkpoint, stock_saving
+from .wrapping import peft_factors
+from .wrapping.bases import refuse_peft
+from .wrapping.build import Adapted, build
+from .wrapping.compiled import unwrap
+from .wrapping.fused_losses import tell_of_output_adapter
+from .wrapping.module_hooks import drop_copied_hooks
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, APTAdapter]]:
@@ -188,7 +196,7 @@ class APTModel(Adapted):
         where = [dense if own or dense not in DENSE else "keep" for own in alone]
         with indexed():
             for (name, adapter), place in zip(found, where, strict=True):
-                with naming(name):
+                with error_prefix(name):
                     adapter._check_compact(on, place)
         undo: list[Callable[[], None]] = []
         try:
@@ -255,7 +263,7 @@ class APTModel(Adapted):
     def refuse_unfinished(self, call: str) -> None:
         """Raise RuntimeError, with the present and the target density, where `target_reached` is False. `call` begins the message."""
         if self.target is not None and not self.target_reached:
-            from .method.cost import density_of  # whose package imports this module
+            from .pruning.cost import density_of  # whose package imports this module
 
             raise RuntimeError(
                 f"{call}: the model is not finished: its masks keep {density_of(self.model, self.blocks):.4f} of the layers' "
@@ -313,7 +321,7 @@ class APTModel(Adapted):
         with indexed():
             try:
                 for name, adapter in found:
-                    with naming(name):
+                    with error_prefix(name):
                         adapter.merge_weights(keep="cpu")
             except BaseException:
                 for (_, adapter), merged in zip(found, merged_before, strict=True):
@@ -330,7 +338,7 @@ class APTModel(Adapted):
                 parameter.copy_(value)
         narrow(self.model)
         self.blocks = {}
-        saving.restore(self.model)
+        stock_saving.restore(self.model)
         return self.model
 
     # -- save and load -----------------------------------------------------------------------------------------------
@@ -352,7 +360,7 @@ class APTModel(Adapted):
         """Refused with RuntimeError: `export` writes what stock transformers loads, `huggingface_hub.upload_folder` uploads it."""
         if not checked_bool("unfinished", unfinished):
             self.refuse_unfinished("push_to_hub")
-        saving.refuse_push()
+        stock_saving.refuse_push()
 
     @classmethod
     def from_pretrained(cls, base_model: nn.Module, path: str | os.PathLike[str]) -> APTModel:
@@ -455,7 +463,7 @@ class APTModel(Adapted):
 
     def _begin(self) -> None:
         """All of it is there, of a new model or of a copy."""
-        saving.install(self)
+        stock_saving.install(self)
         self._guard()
 
     def _guard(self) -> None:

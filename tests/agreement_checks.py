@@ -10,7 +10,8 @@ from torch import distributed as dist
 from two_adapters import Two, assert_same, check, gathered, state
 
 import apt_ext
-from apt_ext import agreement, growth
+from apt_ext.distributed import agreement
+from apt_ext.optim import resize
 
 
 def refused_everywhere(rank, calls, match, *adapters):
@@ -200,7 +201,7 @@ def what_a_rank_does_alone_on_purpose(rank):
 @check
 def new_rows_are_rank_zeros(rank):
     for dtype in (torch.float32, torch.bfloat16):
-        rows = growth.draw_rows(3, 4, 1.0, torch.Generator().manual_seed(rank), "cpu", dtype)
+        rows = resize.draw_rows(3, 4, 1.0, torch.Generator().manual_seed(rank), "cpu", dtype)
         mine = torch.empty(3, 4).normal_(0.0, 1.0, generator=torch.Generator().manual_seed(0)).to(dtype)
         assert torch.equal(*gathered(rows)) and torch.equal(rows, mine)
     adapter = Two(max_rank=None).first

@@ -11,7 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 from training import SHORT, batch_for, built
 from two_adapters import check
 
-from apt_ext import APTModel, Controller, adapter_parameters, adapters, agreement
+from apt_ext import APTModel, Controller, adapter_parameters, adapters
+from apt_ext.distributed import agreement
 
 FAMILY, STEPS, STOP = FAMILIES["bert"], 12, 7  # between the first event and the second
 

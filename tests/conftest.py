@@ -211,7 +211,7 @@ def _isolated():
 @pytest.fixture
 def loaded_here(monkeypatch):
     """Exports load what they wrote in this process, with the same script and in no seconds; test_reload.py does it in another."""
-    from apt_ext.structure import export, reload
+    from apt_ext.exporting import directories, reload
 
     def reloaded(directory, loader, exchange):
         with monkeypatch.context() as patch:
@@ -224,7 +224,7 @@ def loaded_here(monkeypatch):
                 return {"error": f"{type(error).__name__}: {error}"}
         return json.loads(lines[0])
 
-    monkeypatch.setattr(export, "_reloaded", reloaded)
+    monkeypatch.setattr(directories, "_reloaded", reloaded)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ from torch.nn.parallel import DistributedDataParallel
 from training import SHORT, batch_for, built
 from two_adapters import check, gathered, whole
 
-from apt_ext import Controller, adapter_parameters, adapters, agreement
+from apt_ext import Controller, adapter_parameters, adapters
+from apt_ext.distributed import agreement
 
 
 def rows(batch, part):

@@ -6,10 +6,10 @@ import struct
 import torch
 from torch import nn
 
-from apt_ext import disk
-from apt_ext.checkpoint import MANIFEST_FILE
 from apt_ext.config import APTConfig
 from apt_ext.model import APTModel, adapters, get_apt_model
+from apt_ext.storage import atomic_dir
+from apt_ext.storage.checkpoint import MANIFEST_FILE
 
 CONFIG, TENSORS, MANIFEST = "apt_config.json", "apt_model.safetensors", MANIFEST_FILE
 FILES = [CONFIG, TENSORS, MANIFEST]
@@ -67,7 +67,7 @@ def same(directory, good):
 
 def reseal(directory):
     (directory / MANIFEST).unlink(missing_ok=True)
-    disk.seal(directory, MANIFEST)
+    atomic_dir.seal(directory, MANIFEST)
 
 
 def parts(content):

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from apt_ext.growth import Resize, resize_parameters
-from apt_ext.guard import guard
+from apt_ext.optim.resize import Resize, resize_parameters
+from apt_ext.optim.step_guard import guard
 
 P = torch.optim
 for make in (

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adadelta, Adagrad, Adam, Adamax, AdamW, Muon, NAdam, RAdam, RMSprop, Rprop
 
-from apt_ext.growth import Resize, draw_rows, resize_parameters
+from apt_ext.optim.resize import Resize, draw_rows, resize_parameters
 
 # name: (make the optimizer, {state key: start value})
 ADAM = {"exp_avg": 0.0, "exp_avg_sq": 0.0}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from apt_ext import Architecture, BlockRule, Layers, Side, register_architecture
-from apt_ext.structure import architectures
+from apt_ext.pruning.architectures import lookup
 
 transformers = pytest.importorskip("transformers")
 
@@ -29,13 +29,13 @@ T5_SIZES = {
 @pytest.fixture
 def table(monkeypatch):
     """Rows that a test registers are gone after it."""
-    monkeypatch.setattr(architectures, "ARCHITECTURES", list(architectures.ARCHITECTURES))
+    monkeypatch.setattr(lookup, "ARCHITECTURES", list(lookup.ARCHITECTURES))
 
 
 def forget(monkeypatch) -> None:
     """As in a process that has registered nothing."""
-    own = [row for row in architectures.ARCHITECTURES if not architectures.is_registered(row)]
-    monkeypatch.setattr(architectures, "ARCHITECTURES", own)
+    own = [row for row in lookup.ARCHITECTURES if not lookup.is_registered(row)]
+    monkeypatch.setattr(lookup, "ARCHITECTURES", own)
 
 
 def heads(path: str, names: tuple[str, str, str, str], field: str = "num_attention_heads", more: tuple[Side, ...] = (), **rest: Any):

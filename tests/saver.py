@@ -77,21 +77,21 @@ def read_checkpoint(path):
 
 def directory(path, value):
     """What `export` does, without a model; the names differ from save to save."""
-    from apt_ext import disk
+    from apt_ext.storage import atomic_dir
 
-    with disk.made(path.parent), disk.stage(path.parent, path.name) as beside:
+    with atomic_dir.made(path.parent), atomic_dir.stage(path.parent, path.name) as beside:
         new = beside / "new"
         new.mkdir()
         for name in ("config.json", f"model-{value % 2}.safetensors"):
             (new / name).write_text(str(value))
-        disk.seal(new, MANIFEST)
-        disk.place(new, path)
+        atomic_dir.seal(new, MANIFEST)
+        atomic_dir.place(new, path)
 
 
 def read_directory(path):
-    from apt_ext import disk
+    from apt_ext.storage import atomic_dir
 
-    if not disk.unchanged(path, MANIFEST):
+    if not atomic_dir.unchanged(path, MANIFEST):
         raise ValueError(f"{path}: not whole")
     values = {file.read_text() for file in path.iterdir() if file.name != MANIFEST}
     assert len(values) == 1, f"a mixture: {values}"
@@ -103,7 +103,7 @@ _stock = []
 
 def export(path, value):
     import apt_ext
-    import apt_ext.structure.export as module
+    import apt_ext.exporting.directories as module
 
     module._compare = lambda *_: None  # in a process of its own, which takes seconds and writes nothing
     (stock,) = _stock

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from apt_ext import APTConfig, adapter_parameters, adapters, get_apt_model
-from apt_ext.structure.carriers import MaskedEmbedding, MaskedLinear, MaskedNorm
+from apt_ext.pruning.wrappers import MaskedEmbedding, MaskedLinear, MaskedNorm
 
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
 CHANGED = pytest.raises(RuntimeError, match="masks changed .* between a checkpointed forward and its recomputation")

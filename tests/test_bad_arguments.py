@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apt_ext import ops, reference
-from apt_ext.compaction import Compaction
+from apt_ext.adapter.packed_weight import Compaction
 
 N, K, R = 6, 5, 3
 

@@ -15,10 +15,10 @@ from transformers.models.t5 import modeling_t5 as t5
 
 import apt_ext
 from apt_ext import APTConfig, APTModel, Architecture, adapters, get_apt_model, register_architecture, shrink
-from apt_ext.structure import architectures
-from apt_ext.structure.architectures import BlockRule, Layers, Side
-from apt_ext.structure.blocks import submodule
-from apt_ext.structure.carriers import MaskedNorm
+from apt_ext.pruning.architectures import lookup
+from apt_ext.pruning.architectures.lookup import BlockRule, Layers, Side
+from apt_ext.pruning.block_masks import submodule
+from apt_ext.pruning.wrappers import MaskedNorm
 
 PLAIN = APTConfig(r=1, target_modules=r".*\.(query|q_lin|q_proj|c_attn|q)")
 
@@ -216,7 +216,7 @@ ROW = Architecture(
 
 @pytest.fixture
 def table(monkeypatch):
-    monkeypatch.setattr(architectures, "ARCHITECTURES", list(architectures.ARCHITECTURES))
+    monkeypatch.setattr(lookup, "ARCHITECTURES", list(lookup.ARCHITECTURES))
 
 
 def test_an_unknown_model_says_what_to_declare():
@@ -244,7 +244,7 @@ def test_a_row_of_ones_own(table):
 
 
 def test_a_bad_row_is_refused(table):
-    before = list(architectures.ARCHITECTURES)
+    before = list(lookup.ARCHITECTURES)
     for layers, words in [
         (Layers(r"layers\.\d+", ()), "pattern: expected one group"),
         (Layers(r"layers\.(\d+", ()), "pattern: expected a regular expression"),
@@ -255,7 +255,7 @@ def test_a_bad_row_is_refused(table):
             register_architecture(Architecture(("mine",), (layers,)))
     with pytest.raises(TypeError, match="row: expected an Architecture, got dict"):
         register_architecture({})
-    assert before == architectures.ARCHITECTURES
+    assert before == lookup.ARCHITECTURES
 
 
 @EVERY

@@ -7,14 +7,15 @@ import torch
 from small_adapter import expected
 from torch import nn
 
-from apt_ext import APTAdapter, advice
+from apt_ext import APTAdapter
+from apt_ext.common import log
 
 CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 
 @pytest.fixture(autouse=True)
 def _said_anew():
-    advice.forget("capture")
+    log.forget("capture")
 
 
 def keep(count, of=32, device="cpu", value=1.0):

@@ -8,10 +8,10 @@ import pytest
 import torch
 from test_model import DOWN, QUERY, assert_same, batch, half, snapshot, tiny_bert, trained
 
-from apt_ext import disk
-from apt_ext.checkpoint import MANIFEST_FILE
 from apt_ext.config import APTConfig
 from apt_ext.model import APTModel, adapters, get_apt_model
+from apt_ext.storage import atomic_dir
+from apt_ext.storage.checkpoint import MANIFEST_FILE
 
 FILES = ["apt_config.json", "apt_manifest.json", "apt_model.safetensors"]
 
@@ -66,7 +66,7 @@ def test_a_frozen_weight_is_not_in_the_file(tmp_path):
 def reseal(directory):
     """A manifest that fits what is there now, as somebody who means harm would write it."""
     (directory / MANIFEST_FILE).unlink()
-    disk.seal(directory, MANIFEST_FILE)
+    atomic_dir.seal(directory, MANIFEST_FILE)
 
 
 def rewritten(change):

@@ -9,7 +9,7 @@ from test_linear import LAYOUTS, MASKS, PADDED_RANK, SHAPES, SOME, ZEROS, gradie
 from test_memory import banded, bits, outside
 
 from apt_ext import reference
-from apt_ext.compaction import Compaction, width
+from apt_ext.adapter.packed_weight import Compaction, width
 
 
 def operands(W, m_in, m_out, N, K, device):

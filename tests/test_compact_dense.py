@@ -242,7 +242,7 @@ def test_a_tied_weight_is_kept():
 
 @AWAY
 def test_scores_of_outliers_read_the_whole_weight(dense):
-    from apt_ext.method.kurtosis import outliers, row_outliers
+    from apt_ext.method.score.kurtosis import outliers, row_outliers
 
     adapter, twin = put_away(dense)
     torch.testing.assert_close(row_outliers(adapter, None), row_outliers(twin, None))

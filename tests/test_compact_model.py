@@ -14,8 +14,8 @@ from torch import nn
 
 import apt_ext
 from apt_ext import APTAdapter, APTConfig, adapters, get_apt_model
-from apt_ext.compact import Chain
-from apt_ext.compaction import width
+from apt_ext.adapter.compact import Chain
+from apt_ext.adapter.packed_weight import width
 
 
 @EVERY
@@ -95,7 +95,7 @@ def test_a_chain_is_closed_where_not_all_of_it_takes_part():
 
 
 def test_a_controllers_salience_is_the_same_in_a_chain():
-    from apt_ext.method.salience import Salience
+    from apt_ext.method.score.salience import Salience
 
     family, scores = FAMILIES["bert"], []
     for chain in (False, True):

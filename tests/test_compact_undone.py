@@ -5,7 +5,8 @@ import torch
 from families import FAMILIES, adapted, keep_first, outputs
 from small_adapter import make, masks, outcome
 
-from apt_ext import adapters, compact, compaction
+from apt_ext import adapters
+from apt_ext.adapter import compact, packed_weight
 
 DENSE = ("keep", "cpu", "release")
 
@@ -25,8 +26,8 @@ def failing_at(monkeypatch, n, owner, name):
 
 
 FAULTS = {
-    "the copy of W": (compaction.Compaction, "pack"),
-    "its trimming": (compaction.Compaction, "trim"),
+    "the copy of W": (packed_weight.Compaction, "pack"),
+    "its trimming": (packed_weight.Compaction, "trim"),
     "last": (compact.Compacting, "_look"),
 }
 

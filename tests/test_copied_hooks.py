@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from training import SHORT, batch_for, built
 
 from apt_ext import Controller, shrink
-from apt_ext.module_hooks import ModuleHook
+from apt_ext.wrapping.module_hooks import ModuleHook
 
 
 def saved(model):
@@ -73,7 +73,7 @@ def test_what_shrink_gives_has_no_hooks(name, copied):
     assert hooks(small) == []
     batch = batch_for(FAMILIES[name], 0)
     assert torch.equal(copied(small)(**batch).loss, small(**batch).loss) and not controller.scores.salience.heard
-    assert b"apt_ext.module_hooks" not in pickle.dumps(small)
+    assert b"apt_ext.wrapping.module_hooks" not in pickle.dumps(small)
 
 
 @COPIES

@@ -9,14 +9,24 @@ from families import FAMILIES, outputs
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from apt_ext import APTAdapter, APTConfig, APTModel, Controller, adapter_parameters, adapters, advice, get_apt_model, shrink
+from apt_ext import (
+    APTAdapter,
+    APTConfig,
+    APTModel,
+    Controller,
+    adapter_parameters,
+    adapters,
+    get_apt_model,
+    shrink,
+)
+from apt_ext.common import log
 
 X = torch.randn(5, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.fixture(autouse=True)
 def _said_anew():
-    advice.forget("rank")
+    log.forget("rank")
 
 
 def adapter(rank=2, max_rank=6, device="cpu"):
@@ -105,7 +115,7 @@ def test_a_state_that_says_less_than_its_tensors_loads_whole(caplog):
     source, other = grown_copy()
     state = {**other.state_dict(), "rank": torch.tensor(2)}
     for target in (adapter(), adapter(max_rank=None), adapter(rank=6)):
-        advice.forget("rank")
+        log.forget("rank")
         caplog.clear()
         target.load_state_dict(state)
         assert target.rank == 5

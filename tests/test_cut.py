@@ -10,8 +10,8 @@ from families import DECODERS, EVERY, FAMILIES, adapted, close, generated, keep_
 from torch import nn
 
 from apt_ext import APTConfig, adapter_parameters, adapters, get_apt_model, hold_pruned, shrink
-from apt_ext.method.groups import groups_of
-from apt_ext.structure import cutting
+from apt_ext.method.select.groups import groups_of
+from apt_ext.pruning import cut
 
 ALL = ("heads", "neurons", "hidden")
 
@@ -41,7 +41,7 @@ def test_cut_is_masked_and_smaller(family, how):
 @EVERY
 def test_where_attention_needs_heads_one_stays_in_every_layer(family, monkeypatch):
     """torch 2.11: nothing of ours may then cut or search a layer down to none."""
-    monkeypatch.setattr(cutting, "_ATTENTION_NEEDS_HEADS", True)
+    monkeypatch.setattr(cut, "_ATTENTION_NEEDS_HEADS", True)
     apt = adapted(family)
     heads = [name for name, block in apt.blocks.items() if block.kind == "heads"]
     expected = outputs(mask_all(apt, {name: torch.zeros(apt.blocks[name].count) for name in heads}), family.inputs())

@@ -15,7 +15,8 @@ import pytest
 import torch
 import two_ranks
 
-from apt_ext import APTAdapter, agreement
+from apt_ext import APTAdapter
+from apt_ext.distributed import agreement
 
 WORKER = pathlib.Path(__file__).with_name("two_ranks.py")
 

@@ -11,8 +11,8 @@ import time
 import pytest
 import saver
 
-from apt_ext import disk
-from apt_ext.checkpoint import MANIFEST_FILE
+from apt_ext.storage import atomic_dir
+from apt_ext.storage.checkpoint import MANIFEST_FILE
 
 KILLS = pytest.mark.parametrize("kills", [8, pytest.param(50, marks=pytest.mark.slow)])
 BOTH = pytest.mark.parametrize("job", ["checkpoint", "directory"])
@@ -204,11 +204,11 @@ def test_all_of_it_is_on_the_disk_before_the_step_and_the_step_after_it(tmp_path
     def file_of(descriptor):
         return os.path.realpath(f"/proc/self/fd/{descriptor}")
 
-    fsync, rename, replace, exchange = os.fsync, os.rename, os.replace, disk._exchange
+    fsync, rename, replace, exchange = os.fsync, os.rename, os.replace, atomic_dir._exchange
     monkeypatch.setattr(os, "fsync", lambda descriptor: (done.append(("sync", file_of(descriptor))), fsync(descriptor))[1])
     monkeypatch.setattr(os, "rename", lambda old, new: (done.append(("step", str(old))), rename(old, new))[1])
     monkeypatch.setattr(os, "replace", lambda old, new, **of: (done.append(("move", str(new))), replace(old, new, **of))[1])
-    monkeypatch.setattr(disk, "_exchange", lambda old, new: (done.append(("step", str(old))), exchange(old, new))[1])
+    monkeypatch.setattr(atomic_dir, "_exchange", lambda old, new: (done.append(("step", str(old))), exchange(old, new))[1])
     saver.JOBS[job][0](path, 2)
     steps = [index for index, (what, _) in enumerate(done) if what == "step"]
     assert len(steps) == 1
@@ -229,7 +229,7 @@ def test_each_new_directory_is_on_the_disk_before_anything_is_in_it(tmp_path, mo
     monkeypatch.setattr(os, "fsync", lambda at: (done.append(("sync", os.path.realpath(f"/proc/self/fd/{at}"))), fsync(at))[1])
     monkeypatch.setattr(os, "mkdir", lambda path, *mode: (done.append(("make", str(path))), mkdir(path, *mode))[1])
     one, two = tmp_path / "one", tmp_path / "one" / "two"
-    with disk.made(two):
+    with atomic_dir.made(two):
         assert done == [("make", str(one)), ("sync", str(tmp_path)), ("make", str(two)), ("sync", str(one))]
 
 
@@ -255,10 +255,10 @@ def test_only_what_nobody_uses_is_swept(tmp_path):
     other = [tmp_path / name for name in (".saved.mine.tmp", f".saved.{'0' * 16}", f".other.{'0' * 16}.tmp", f"saved.{'0' * 16}.tmp")]
     for path in other:
         path.mkdir()
-    with disk.stage(tmp_path, "saved") as first:
+    with atomic_dir.stage(tmp_path, "saved") as first:
         assert not left.exists()
         (first / "file").touch()
-        with disk.stage(tmp_path, "saved") as second:
+        with atomic_dir.stage(tmp_path, "saved") as second:
             assert (first / "file").exists() and second != first
         assert not second.exists()
     assert sorted(tmp_path.iterdir()) == sorted(other)
@@ -285,10 +285,10 @@ def test_without_an_exchange_of_directories(tmp_path, monkeypatch, missing):
         if missing == "support":
 
             def renameat2(self, *_):
-                disk.ctypes.set_errno(disk.errno.EINVAL)
+                atomic_dir.ctypes.set_errno(atomic_dir.errno.EINVAL)
                 return -1
 
-    monkeypatch.setattr(disk.ctypes, "CDLL", lambda *_, **__: Library())
+    monkeypatch.setattr(atomic_dir.ctypes, "CDLL", lambda *_, **__: Library())
     path = tmp_path / "saved"
     for value in (1, 2, 3):
         saver.directory(path, value)
@@ -309,5 +309,5 @@ def test_without_an_exchange_of_directories(tmp_path, monkeypatch, missing):
 def test_an_error_of_the_exchange_is_an_error(tmp_path):
     (tmp_path / "here").mkdir()
     with pytest.raises(FileNotFoundError):
-        disk._exchange(tmp_path / "here", tmp_path / "nowhere")
+        atomic_dir._exchange(tmp_path / "here", tmp_path / "nowhere")
     assert names(tmp_path) == ["here"]

@@ -12,11 +12,11 @@ import torch
 from test_model import batch, half, tiny_bert, trained
 from test_shrink import MASKS, first, masked
 
-from apt_ext import disk
 from apt_ext.config import APTConfig
-from apt_ext.structure import export as export_module
-from apt_ext.structure.export import export
-from apt_ext.structure.shrink import shrink
+from apt_ext.exporting import directories as export_module
+from apt_ext.exporting.directories import export
+from apt_ext.exporting.shrinking import shrink
+from apt_ext.storage import atomic_dir
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("loaded_here")
@@ -114,12 +114,12 @@ def test_a_failure_leaves_the_old_export(tmp_path, monkeypatch, fails):
     elif fails == "compare":
         monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", broken)
     else:
-        real = getattr(disk, fails)
+        real = getattr(atomic_dir, fails)
 
         def last_fails(*args):
             return broken() if args[0] == tmp_path or fails != "sync" else real(*args)
 
-        monkeypatch.setattr(disk, fails, last_fails)
+        monkeypatch.setattr(atomic_dir, fails, last_fails)
     with pytest.raises(OSError, match="No space"):
         export(masked(MASKS["none"]), target)
     assert content(target) == before and [file.name for file in tmp_path.iterdir()] == ["small"]

@@ -11,7 +11,7 @@ from forged import FILES, MANIFEST, TENSORS, load, parts, same, write_tensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from apt_ext.adapter import APTAdapter
+from apt_ext.adapter.layer import APTAdapter
 from apt_ext.model import APTModel
 
 

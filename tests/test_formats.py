@@ -8,8 +8,9 @@ import torch
 from families import EMPTY_HEADS, EVERY, FAMILIES, adapted, close, keep_first, mask_all, outputs, some, tolerance
 from safetensors.torch import load_file, save_file
 
-from apt_ext import APTConfig, disk, export, get_apt_model, load_export, shrink
-from apt_ext.structure.per_layer import MANIFEST
+from apt_ext import APTConfig, export, get_apt_model, load_export, shrink
+from apt_ext.storage import atomic_dir
+from apt_ext.storage.per_layer import MANIFEST
 
 transformers = pytest.importorskip("transformers")
 
@@ -178,7 +179,7 @@ def test_our_loader_trusts_nothing(tmp_path, damage, words):
     with pytest.raises(ValueError, match=str(tmp_path / "a")):
         load_export(tmp_path / "a")
     (tmp_path / "a" / MANIFEST).unlink()
-    disk.seal(tmp_path / "a", MANIFEST)  # by somebody who means it
+    atomic_dir.seal(tmp_path / "a", MANIFEST)  # by somebody who means it
     with pytest.raises(ValueError, match=f"{tmp_path / 'a'}.*{words}"):
         load_export(tmp_path / "a")
 

@@ -6,8 +6,8 @@ from low_rank_pair import Pair, refused
 from torch import nn
 from torch.optim import SGD, Adagrad, AdamW
 
-from apt_ext import growth
-from apt_ext.growth import Resize, draw_rows, resize_parameters
+from apt_ext.optim import resize
+from apt_ext.optim.resize import Resize, draw_rows, resize_parameters
 
 
 def test_frozen_half_and_stateless_parameters():
@@ -132,7 +132,7 @@ def test_out_of_memory_changes_nothing(monkeypatch):
     pair = Pair()
     optimizer = AdamW(pair.parameters())
     pair.train_steps(optimizer)
-    real, left = growth._carried, 4
+    real, left = resize._carried, 4
 
     def failing(*args):
         nonlocal left
@@ -141,7 +141,7 @@ def test_out_of_memory_changes_nothing(monkeypatch):
             raise MemoryError("none left")
         return real(*args)
 
-    monkeypatch.setattr(growth, "_carried", failing)
+    monkeypatch.setattr(resize, "_carried", failing)
     for allowed in range(6):  # two gradients, four state tensors
         left = allowed
         refused(pair, [optimizer], MemoryError, "none left", lambda: pair.grow(optimizer))

@@ -10,8 +10,8 @@ from small_adapter import make
 from torch import nn
 from torch.optim import Adafactor, AdamW
 
-from apt_ext import guard as guarding
-from apt_ext.guard import guard
+from apt_ext.optim import step_guard as guarding
+from apt_ext.optim.step_guard import guard
 
 
 @pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n != "sgd"])

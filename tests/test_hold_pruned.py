@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adafactor, Adagrad, Adam, AdamW, Muon, NAdam, RMSprop, Rprop
 
-from apt_ext.growth import Resize, resize_parameters
-from apt_ext.hold import hold_pruned
+from apt_ext.optim.hold_pruned import hold_pruned
+from apt_ext.optim.resize import Resize, resize_parameters
 
 OPTIMIZERS = {
     "sgd": lambda p: SGD(p, lr=0.1, weight_decay=0.5),

@@ -14,8 +14,8 @@ import safetensors.torch
 import torch
 from forged import CONFIG, FILES, MANIFEST, TENSORS, base, load, parts, refused, reseal, same, write_tensors
 
-from apt_ext import disk
 from apt_ext.model import APTModel
+from apt_ext.storage import atomic_dir
 
 
 @pytest.fixture(autouse=True)
@@ -112,7 +112,7 @@ def test_a_file_that_changes_after_it_was_opened(bad, monkeypatch, change):
     header, data = parts((bad / TENSORS).read_bytes())
     write_tensors(bad, json.dumps(header).encode() + b" " * 500_000, data)  # larger than any buffer
     size = (bad / TENSORS).stat().st_size
-    read, calls = disk.Sealed.read, []
+    read, calls = atomic_dir.Sealed.read, []
 
     def changed(self, count):
         calls.append(count)
@@ -122,7 +122,7 @@ def test_a_file_that_changes_after_it_was_opened(bad, monkeypatch, change):
                 os.truncate(bad / TENSORS, size)
         return read(self, count)
 
-    monkeypatch.setattr(disk.Sealed, "read", changed)
+    monkeypatch.setattr(atomic_dir.Sealed, "read", changed)
     error = load(bad)
     monkeypatch.undo()
     assert isinstance(error, ValueError) and {"shrinks": "got fewer", "is written to": "with SHA-256"}[change] in str(error), error

@@ -9,7 +9,7 @@ from torch import nn
 
 from apt_ext import APTAdapter, APTConfig, get_apt_model
 from apt_ext.method import BlockScores, kurtosis
-from apt_ext.method.kurtosis import outliers, row_outliers
+from apt_ext.method.score.kurtosis import outliers, row_outliers
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from families import FAMILIES
 from torch import nn
 
-from apt_ext.adapter import APTAdapter
+from apt_ext.adapter.layer import APTAdapter
 from apt_ext.config import APTConfig
 from apt_ext.model import APTModel, adapter_parameters, adapters, get_apt_model
 

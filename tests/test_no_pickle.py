@@ -66,7 +66,7 @@ def test_an_export_is_not_pickled_either(tmp_path, watched):
     pytest.importorskip("transformers")
     from test_shrink import MASKS, masked
 
-    from apt_ext.structure.export import export
+    from apt_ext.exporting.directories import export
 
     model = masked(MASKS["half"])
     watched.clear()

@@ -8,7 +8,7 @@ from families import EVERY, FAMILIES, keep_first
 
 from apt_ext import APTConfig, get_apt_model, shrink
 from apt_ext.method import block_scores, cost_of, one_shot, within_density
-from apt_ext.method.kurtosis import outliers
+from apt_ext.method.score.kurtosis import outliers
 
 KEEP = {"heads": 1, "neurons": 5, "hidden": 20}
 

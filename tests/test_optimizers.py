@@ -6,8 +6,8 @@ from low_rank_pair import OPTIMIZERS, Pair, bits, refused
 from torch import nn
 from torch.optim import LBFGS, SGD, Adafactor, Adagrad, AdamW, Rprop
 
-from apt_ext.growth import Resize, draw_rows, resizable_state, resize_parameters
-from apt_ext.optimizers import optimizers_of
+from apt_ext.optim.initial_state import optimizers_of
+from apt_ext.optim.resize import Resize, draw_rows, resizable_state, resize_parameters
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)

@@ -9,11 +9,11 @@ from torch import nn
 from training import SHORT, built, train
 
 from apt_ext import APTConfig, Controller, export, get_apt_model, plan, shrink
+from apt_ext.exporting.directories import expressed
 from apt_ext.method import Products, search
 from apt_ext.method.oneshot import pruned_kinds
-from apt_ext.method.search import Group
-from apt_ext.structure.architectures import ARCHITECTURES
-from apt_ext.structure.export import expressed
+from apt_ext.method.select.search import Group
+from apt_ext.pruning.architectures.lookup import ARCHITECTURES
 
 QUICK = {"schedule": {"start": 0, "end": 3, "events": 3}}
 KINDS = [["neurons"], ["heads", "neurons"], ["heads", "neurons", "hidden"]]

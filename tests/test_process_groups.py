@@ -10,7 +10,7 @@ from low_rank_pair import Pair, refused
 from torch import nn
 from torch.optim import AdamW
 
-from apt_ext.growth import Resize, resize_parameters
+from apt_ext.optim.resize import Resize, resize_parameters
 
 
 @pytest.fixture

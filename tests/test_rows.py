@@ -20,7 +20,6 @@ from apt_ext import (
     Layers,
     Side,
     Stream,
-    disk,
     export,
     get_apt_model,
     load_export,
@@ -29,11 +28,12 @@ from apt_ext import (
     shrink,
 )
 from apt_ext.method import block_scores
-from apt_ext.method.groups import groups_of
-from apt_ext.structure import architectures
-from apt_ext.structure.architectures import find_blocks
-from apt_ext.structure.cutting import alike
-from apt_ext.structure.per_layer import MANIFEST
+from apt_ext.method.select.groups import groups_of
+from apt_ext.pruning.architectures import lookup
+from apt_ext.pruning.architectures.lookup import find_blocks
+from apt_ext.pruning.cut import alike
+from apt_ext.storage import atomic_dir
+from apt_ext.storage.per_layer import MANIFEST
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("table")
@@ -238,7 +238,7 @@ def test_a_table_of_position_biases_has_to_be_named():
 def test_widths_that_coincide_by_chance_are_no_fault():
     """Norms over a residual stream as wide as Q; norms of one head whose size is the number of heads, or of KV heads."""
     assert get_apt_model(electra(), APTConfig(r=2)).blocks
-    llama = next(row for row in architectures.ARCHITECTURES if "qwen3" in row.model_types)
+    llama = next(row for row in lookup.ARCHITECTURES if "qwen3" in row.model_types)
     sizes = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 4}
     for heads, shared in ((4, 2), (8, 4), (2, 1)):
         config = transformers.Qwen3Config(**sizes, num_attention_heads=heads, num_key_value_heads=shared)
@@ -260,7 +260,7 @@ def test_where_the_model_cannot_be_run_a_parameter_in_the_attention_is_named(mon
 
 
 def test_attributes_that_a_row_forgets_are_found():
-    own = next(row for row in architectures.ARCHITECTURES if "gpt2" in row.model_types)
+    own = next(row for row in lookup.ARCHITECTURES if "gpt2" in row.model_types)
     model = FAMILIES["gpt2"].model()
     heads, neurons = own.layers[0].blocks
 
@@ -331,7 +331,7 @@ def test_a_row_from_a_file_is_not_trusted(directory, damage, words):
     damage(said["row"])
     (directory / "apt_widths.json").write_text(json.dumps(said))
     (directory / MANIFEST).unlink()
-    disk.seal(directory, MANIFEST)  # by somebody who means it
+    atomic_dir.seal(directory, MANIFEST)  # by somebody who means it
     with pytest.raises(ValueError, match=f"{directory / 'apt_widths.json'}.*{words}"):
         load_export(directory)
 
@@ -342,7 +342,7 @@ def test_a_directory_without_a_row_needs_the_table(directory, monkeypatch):
     del said["row"]
     (directory / "apt_widths.json").write_text(json.dumps(said))
     (directory / MANIFEST).unlink()
-    disk.seal(directory, MANIFEST)
+    atomic_dir.seal(directory, MANIFEST)
     assert load_export(directory).electra.encoder.layer[0].attention.self.query.out_features == 16
     forget(monkeypatch)
     with pytest.raises(ValueError, match=r"expected a row of the table for 'electra', got none.*apt_ext.register_architecture\(row\)"):
@@ -361,7 +361,7 @@ def test_a_slip_in_a_row_is_named(change, kind, words):
         "neurons", "intermediate_size", (Side("intermediate.dense", "out"), Side("output.dense", change.get("side", "in"), scales=True))
     )
     row = Architecture(change.get("model_types", ("electra",)), (Layers(r"encoder\.layer\.(\d+)", (rule,)),))
-    before = list(architectures.ARCHITECTURES)
+    before = list(lookup.ARCHITECTURES)
     with pytest.raises(kind, match=words):
         register_architecture(row)
-    assert before == architectures.ARCHITECTURES
+    assert before == lookup.ARCHITECTURES

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from apt_ext import APTConfig, get_apt_model, plan, shrink
 from apt_ext.method import Group, Latency, Products, cost_of, measure_latency, search
-from apt_ext.method.groups import groups_of
+from apt_ext.method.select.groups import groups_of
 
 transformers = pytest.importorskip("transformers")
 

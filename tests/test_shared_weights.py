@@ -9,9 +9,10 @@ from families import FAMILIES, adapted, outputs
 from small_adapter import make
 from torch import nn
 
-from apt_ext import APTAdapter, APTConfig, adapters, get_apt_model, shared_weights, shrink
+from apt_ext import APTAdapter, APTConfig, adapters, get_apt_model, shrink
+from apt_ext.adapter import shared_memory
+from apt_ext.adapter.shared_memory import indexed
 from apt_ext.method.distillation import frozen_copy
-from apt_ext.shared_weights import indexed
 
 MERGED = pytest.raises(RuntimeError, match=r"forward of .*: its base layer carries the merge of another adapter; call unmerge_weights\(\)")
 FOR_GOOD = pytest.raises(RuntimeError, match=r"forward of .*merged for good \(merge_and_unload\); load the base weight again")
@@ -94,10 +95,10 @@ def test_look_ups_within_an_index_find_the_same(kind):
 def looked_at(count, monkeypatch):
     """How often merging a model of `count` linears asks where a tensor lies."""
     calls = []
-    where = shared_weights._memory
+    where = shared_memory._memory
     model = get_apt_model(nn.Sequential(*[nn.Linear(4, 4) for _ in range(count)]), APTConfig(r=1))
     with monkeypatch.context() as patched:
-        patched.setattr(shared_weights, "_memory", lambda tensor: calls.append(None) or where(tensor))
+        patched.setattr(shared_memory, "_memory", lambda tensor: calls.append(None) or where(tensor))
         model.merge_and_unload()
     return len(calls)
 

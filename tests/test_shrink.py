@@ -7,11 +7,11 @@ import torch
 from families import DECODERS, EVERY, FAMILIES, adapted, close, generated, mask_all, outputs, some, streams, tolerance
 from test_model import assert_same, batch, half, snapshot, tiny_bert, trained
 
-from apt_ext.adapter import APTAdapter
+from apt_ext.adapter.layer import APTAdapter
 from apt_ext.config import APTConfig
+from apt_ext.exporting.shrinking import shrink
 from apt_ext.model import adapters, get_apt_model
-from apt_ext.structure.architectures import find_blocks
-from apt_ext.structure.shrink import shrink
+from apt_ext.pruning.architectures.lookup import find_blocks
 
 ALL = APTConfig(r=4)
 

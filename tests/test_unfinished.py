@@ -15,7 +15,7 @@ from training import SHORT, batch_for, built, train, trained
 import apt_ext
 from apt_ext import APTModel, Controller, export, get_apt_model, shrink
 from apt_ext.method import one_shot
-from apt_ext.target import Target
+from apt_ext.pruning.target import Target
 
 BERT = FAMILIES["bert"]
 CALLS = {

@@ -6,7 +6,8 @@ from families import FAMILIES, adapted, outputs
 from small_adapter import expected, make, outcome
 from torch.utils.checkpoint import checkpoint
 
-from apt_ext import adapters, masks, shrink
+from apt_ext import adapters, shrink
+from apt_ext.adapter import mask
 
 
 def inputs(device="cpu"):
@@ -56,7 +57,7 @@ def test_a_model_of_many_adapters_sees_it():
         other.set_block_mask(block, mask)
         outputs(apt, family.inputs())
         for (_, mine), (_, theirs) in zip(adapters(apt), adapters(other), strict=True):
-            for key in masks.MASKS:
+            for key in mask.MASKS:
                 getattr(mine, key).data.copy_(getattr(theirs, key))
         want = outputs(other, family.inputs())[0]
         assert torch.equal(outputs(apt, family.inputs())[0], want)
@@ -87,7 +88,7 @@ EVENTS = {
 @pytest.mark.parametrize("event", EVENTS)
 def test_an_event_says_it(device, event, monkeypatch):
     """On the CPU as if it were a device, where no forward looks."""
-    monkeypatch.setattr(masks, "_looked_at_each_time", lambda buffer: False)
+    monkeypatch.setattr(mask, "_looked_at_each_time", lambda buffer: False)
     adapter = make(device).eval()
     adapter.mask_in.data[4] = 0
     with pytest.warns(UserWarning, match=rf"{event} of APTAdapter\(10, 7\): mask_in was written without torch counting it"):

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from two_adapters import Two, assert_same, check, gathered, loss, state, whole
 
 import apt_ext
-from apt_ext import agreement
+from apt_ext.distributed import agreement
 
 
 def follows_one_process(wrap, rank):

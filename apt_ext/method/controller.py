@@ -13,26 +13,34 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .. import agreement
-from ..adapter import APTAdapter
-from ..arguments import checked_bool, checked_choice, checked_int, checked_number, checked_seed
+from ..adapter.layer import APTAdapter
+from ..common.checks import checked_bool, checked_choice, checked_int, checked_number, checked_seed
 from ..config import APTConfig, Schedule
-from ..growth import resizable_state
+from ..distributed import agreement
+from ..distributed.dtensor import is_sharded
 from ..model import APTModel, adapters
-from ..optimizers import OptimizerLike, optimizers_of
-from ..sharding import is_sharded
-from ..structure.architectures import architecture_of
-from ..structure.blocks import host_mask, missing_carriers, put_carriers, submodule, take_carriers
-from ..structure.cutting import decodes
-from ..target import BUDGETS, Target
-from .allocation import AdapterImportance, Growth, grown_ranks
-from .cost import budget_cost
+from ..optim.initial_state import OptimizerLike, optimizers_of
+from ..optim.resize import resizable_state
+from ..pruning.architectures.lookup import architecture_of
+from ..pruning.block_masks import host_mask, missing_carriers, put_carriers, submodule, take_carriers
+from ..pruning.cost import budget_cost
+from ..pruning.cut import decodes
+from ..pruning.target import BUDGETS, Target
 from .history import Event, checked_history, event, line
 from .outlook import Outlook, allowance, check_export, chosen, pruned_blocks, say_unpruned
-from .refusals import check_can_grow, check_held, check_state, checked_scores, gradients_came, note_controller, refuse_second
+from .refusals import (
+    check_can_grow,
+    check_held,
+    check_state,
+    checked_scores,
+    gradients_came,
+    note_controller,
+    refuse_second,
+)
 from .schedule import Steps, linear_budget, step_mask
-from .scores import BlockScores
-from .search import search
+from .score.block_scores import BlockScores
+from .select.rank_budget import AdapterImportance, Growth, grown_ranks
+from .select.search import search
 
 logger = logging.getLogger("apt_ext")
 

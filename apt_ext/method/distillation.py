@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..adapter import APTAdapter
-from ..arguments import checked_int, checked_mapping, checked_number, checked_seed
+from ..adapter.layer import APTAdapter
+from ..common.checks import checked_int, checked_mapping, checked_number, checked_seed
 from ..model import APTModel, adapters
-from ..precision import Hook
-from ..structure.architectures import in_encoder, is_encoder_decoder
+from ..pruning.architectures.lookup import in_encoder, is_encoder_decoder
+from ..pruning.float32_heads import Hook
+from .fingerprints import SharedWeights
 from .refusals import generator_state
-from .shared_weights import SharedWeights
 
 _LABELS = ("labels", "start_positions", "end_positions")
 _HEADS = ("logits", "start_logits", "end_logits")  # of a model's outputs; question answering has the last two

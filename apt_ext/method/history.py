@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..arguments import checked_int, checked_keys, checked_mapping, checked_number
-from ..structure.architectures import Block
+from ..common.checks import checked_int, checked_keys, checked_mapping, checked_number
+from ..pruning.architectures.lookup import Block
 
 Event = dict[str, Any]
 _KEYS = ("step", "density", "kept", "ranks", "adapter_parameters", "threshold")

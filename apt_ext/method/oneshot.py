@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import FLOATING, checked_bool, checked_int, checked_mapping, checked_number
+from ..common.checks import FLOATING, checked_bool, checked_int, checked_mapping, checked_number
+from ..common.modes import evaluating
 from ..model import APTModel, adapters
-from ..modes import evaluating
-from .cost import cost_of
-from .groups import groups_of
+from ..pruning.cost import cost_of
 from .outlook import Outlook, allowance, chosen
 from .refusals import checked_scores, refuse_second
-from .scores import BlockScores
-from .search import search
-from .selection import top_k
+from .score.block_scores import BlockScores
+from .select.groups import groups_of
+from .select.search import search
+from .select.top_k import top_k
 
 
 def one_shot(

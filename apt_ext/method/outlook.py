@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..arguments import checked_choice
+from ..common.checks import checked_choice
 from ..config import APTConfig
-from ..structure.architectures import ARCHITECTURES, Block, architecture_of, unknown_modules
-from ..structure.export import check_class
-from ..structure.formats import allowed
-from ..structure.sizes import Sizes
-from .cost import Cost
-from .groups import groups_of
-from .search import Group, search
+from ..exporting.directories import check_class
+from ..pruning.architectures.lookup import ARCHITECTURES, Block, architecture_of, unknown_modules
+from ..pruning.cost import Cost
+from ..pruning.sizes import Sizes
+from ..storage.formats import allowed
+from .select.groups import groups_of
+from .select.search import Group, search
 
 logger = logging.getLogger("apt_ext")
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..adapter import APTAdapter
-from ..arguments import checked_int, checked_keys, checked_mapping, checked_number
-from ..growth import refuse_gathered, resizable_state
+from ..adapter.layer import APTAdapter
+from ..common.checks import checked_int, checked_keys, checked_mapping, checked_number
+from ..distributed.dtensor import is_sharded
 from ..model import APTModel
-from ..optimizers import state_starts
-from ..sharding import is_sharded
+from ..optim.initial_state import state_starts
+from ..optim.resize import refuse_gathered, resizable_state
 
 _controllers: weakref.WeakKeyDictionary[APTModel, weakref.ref[Any]] = weakref.WeakKeyDictionary()  # the last one of each model
 

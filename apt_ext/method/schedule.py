@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..arguments import checked_int, checked_number
+from ..common.checks import checked_int, checked_number
 from ..config import Schedule
 
 

@@ -18,7 +18,7 @@ from typing import NoReturn, TextIO
 
 from .._version import __version__
 from ..config import KINDS, APTConfig
-from ..structure.planner import plan
+from ..method.planner import plan
 from .data import ARCHIVE, Missing, Misuse
 from .demo import QUICK_STEPS, STEPS, CheckFailed, demo
 from .messages import say, warnings_on_stderr

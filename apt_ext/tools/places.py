@@ -10,8 +10,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..disk import made
-from ..structure.export import check_target
+from ..exporting.directories import check_target
+from ..storage.atomic_dir import made
 from .data import Missing
 
 

@@ -16,11 +16,20 @@ from tqdm import tqdm
 
 import apt_ext
 
+from ..exporting.directories import expressed
 from ..method import one_shot
 from ..method.oneshot import check_keep
-from ..structure.export import expressed
-from ..structure.planner import plan
-from .data import Batch, Missing, Review, encode, load_reviews, sorted_batches, split_reviews, training_batches
+from ..method.planner import plan
+from .data import (
+    Batch,
+    Missing,
+    Review,
+    encode,
+    load_reviews,
+    sorted_batches,
+    split_reviews,
+    training_batches,
+)
 from .measuring import commit_here, compared, disk_bytes
 from .models import (
     check_length,

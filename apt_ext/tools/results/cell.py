@@ -27,7 +27,18 @@ from ..places import replace_json
 from ..processes import peak_memory, restart_peak
 from .rows import Row, rows_of
 from .tasks import TASKS, Data, Task, load_data, load_model
-from .training import ALPHA, DISTILLED, RANK, Trained, adapter_config, attention_without_plans, autocast, precision, train, wait
+from .training import (
+    ALPHA,
+    DISTILLED,
+    RANK,
+    Trained,
+    adapter_config,
+    attention_without_plans,
+    autocast,
+    precision,
+    train,
+    wait,
+)
 
 TRIAL_SEED = 1000
 FORMAT = 1

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...modes import evaluating
+from ...common.modes import evaluating
 from ..data import Batch, Example, Missing, sorted_batches, training_batches
 from ..models import transformers_offline
 from .quantised import dequantised

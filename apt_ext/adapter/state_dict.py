@@ -1,0 +1,326 @@
+"""What an adapter writes into a state_dict and how it reads one back: ranks, masks, the merged flag, older key names."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..common.checks import checked_mapping, checked_mask
+from ..optim import resize
+from .compact import Compacting
+from .host_mask import HostMask
+from .merge import Merging
+from .shared_memory import hold, merged_into
+
+_SEED_NAMES = {"Wa": "lora_A", "Wb": "lora_B"}
+_CHECKED = "checked_before_loading"
+Hook = TypeVar("Hook", bound=Callable[..., None])
+
+
+def checked_before(hook: Hook) -> Hook:
+    """Mark a hook before torch's load_state_dict that refuses nothing which `check_loadable` and its caller did not refuse before."""
+    setattr(hook, _CHECKED, True)
+    return hook
+
+
+class Saving(Compacting):
+    """An adapter whose state_dict restores rank, masks and merge; torch's own recursion calls its hooks in any model.
+
+    The subclass has the attributes and methods that are only declared here.
+    """
+
+    in_features: int
+    out_features: int
+    _rank: int
+    _max_rank: int | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._register_state_dict_hook(_save)  # type: ignore[no-untyped-call]
+        self._register_load_state_dict_pre_hook(_load, with_module=True)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """torch's own, and nothing is loaded where it raises: see `check_loadable`."""
+        check_loadable(self, state_dict, strict)
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def _guard(self) -> None:
+        """The factors are new objects, or their sizes or the rank changed."""
+        raise NotImplementedError
+
+
+def _save(adapter: Saving, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
+    """Add rank and merged; a merged layer is saved unmerged, so an adapter's state never holds a rounded weight.
+
+    Not even where it is another adapter that merged into a tied weight.
+    """
+    adapter.settle("state_dict")
+    state[prefix + "rank"] = torch.tensor(adapter._rank, device="cpu")
+    state[prefix + "merged"] = torch.tensor(adapter._merged, device="cpu")
+    for name in ("weight", "bias"):
+        tensor = getattr(adapter, name)
+        for holder, held in merged_into(tensor) if tensor is not None else ():
+            original = holder._kept.get(held)
+            if original is not None and original.shape == tensor.shape:
+                state[f"{prefix}base_layer.{name}"] = original
+    if adapter._away:
+        state[f"{prefix}base_layer.weight"] = adapter._whole()
+
+
+@checked_before
+def _load(
+    adapter: Saving,
+    state: dict[str, Any],
+    prefix: str,
+    metadata: dict[str, Any],
+    _strict: bool,
+    _missing: list[str],
+    _unexpected: list[str],
+    _errors: list[str],
+) -> None:
+    """Check everything, then bring the adapter into the saved rank, so that torch's own copy finds equal shapes.
+
+    ``state`` is torch's private copy of the mapping: entries are rewritten there in today's names and storage shapes.
+    """
+    own = _entries(state, prefix)
+    if not own:
+        return
+    found = _judge(adapter, own, prefix)
+    rank, A, B = found.rank, found.A, found.B
+    masks = {name: mask.to(own[name].device) for name, mask in found.masks.items()}
+    merged = bool(own["merged"]) if "merged" in own else adapter._merged
+    if merged and "merged" in own and any(name in own for name in _SEED_NAMES):
+        warnings.warn(f"{prefix or 'state_dict'} says merged, but the seed never merged a weight: loaded unmerged", stacklevel=2)
+        merged = False
+    merged = merged and adapter.base_layer is not None
+
+    # What can run out of memory, before anything changes.
+    held = {name: HostMask.of(mask).known() for name, mask in found.masks.items()}
+    stored = rank if adapter._max_rank is None else adapter._max_rank
+    factors: dict[str, Tensor] = {}
+    storages: list[tuple[nn.Parameter, Tensor]] = []
+    if A is not None and B is not None:
+        storages = _fitting_storages(adapter, stored)
+        factors = {"lora_A": _padded(A.detach()[:rank], stored, 0), "lora_B": _padded(B.detach()[:, :rank], stored, 1)}
+    bases: dict[str, Tensor] = {}
+    if merged and metadata.get("assign_to_params_buffers"):  # the merge writes, and not into the state, nor into what another adapter keeps
+        keys = [prefix + f"base_layer.{name}" for name in ("weight", "bias")]
+        bases = {key: state[key].detach().clone() for key in keys if key in state}
+    adapter._bring_back()  # the whole weight, which torch copies into
+    undo = _undo(adapter) if merged else None  # merging again can still fail
+
+    # Nothing above changed anything; from here on the adapter takes the saved form.
+    with torch.inference_mode(False), torch.no_grad():
+        for param, storage in storages:
+            param.set_(storage)  # type: ignore[call-overload]
+            param.grad = None
+    if adapter._merged:
+        Merging.unmerge_weights(adapter)  # and not the adapter's own, which would put the weight away again
+    adapter._rank = rank
+    for name in ("rank", "merged", *_SEED_NAMES):
+        state.pop(prefix + name, None)
+    for name, value in {**factors, **masks}.items():
+        state[prefix + name] = value
+    state |= bases
+    adapter.__dict__["_after_load"] = (held, "base_layer.weight" in own, undo)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What an adapter will take of a state: `masks` checked and on the host, both factors or neither."""
+
+    rank: int
+    A: Tensor | None
+    B: Tensor | None
+    masks: dict[str, Tensor]
+
+
+def _entries(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _judge(adapter: Saving, own: dict[str, Any], prefix: str) -> _Found:
+    """What of its own entries the adapter refuses (RuntimeError: DDP or FSDP holds factors of another rank); changes nothing."""
+    _check_entries(own, prefix)
+    A, B = (own.get(old, own.get(new)) for old, new in _SEED_NAMES.items())
+    rank = _saved_rank(adapter, prefix, A, B, own.get("rank"))
+    masks = {
+        name: checked_mask(prefix + name, own[name].detach().to(torch.float32), torch.empty(size, device=own[name].device))
+        for name, size in (("mask_in", adapter.in_features), ("mask_out", adapter.out_features))
+        if name in own
+    }
+    if "base_layer.weight" not in own:
+        adapter._refuse_rising("load_state_dict", masks)
+    if A is not None and adapter.lora_A.shape[0] != (rank if adapter._max_rank is None else adapter._max_rank):
+        resize.resizable_state([adapter.lora_A, adapter.lora_B], [])
+    return _Found(rank, A, B, masks)
+
+
+def check_loadable(model: nn.Module, state: Any, strict: bool) -> None:
+    """What loading `state` into `model` would refuse, found before torch copies the first tensor.
+
+    TypeError for no dict or no tensor, ValueError for another size and what an adapter refuses, RuntimeError as torch's for keys where
+    `strict`. A module that loads in a way of its own (a method or hook that is not torch's) is left to torch, with all within it.
+    """
+    checked_mapping("state_dict", state)
+    sizes: dict[str, Tensor] = {}  # what torch will copy into
+    read: set[str] = set()  # what the hook of an adapter reads
+    free: tuple[str, ...] = ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        prefix = f"{name}." if name else ""
+        if prefix.startswith(free):
+            continue
+        if _loads_by_itself(module):
+            free += (prefix,)
+            continue
+        wanted = {key: value for key, value in module._buffers.items() if key not in module._non_persistent_buffers_set}
+        wanted |= module._parameters
+        own = _entries(state, prefix) if isinstance(module, Saving) else {}
+        if isinstance(module, Saving) and own:
+            _judge(module, own, prefix)
+            taken = {_SEED_NAMES.get(key, key) for key in own if key in (*_SEED_NAMES, *_SEED_NAMES.values(), "mask_in", "mask_out")}
+            wanted = {key: value for key, value in wanted.items() if key not in taken}
+            read |= {prefix + key for key in (*taken, *_SEED_NAMES, "rank", "merged")}
+        sizes |= {prefix + key: value for key, value in wanted.items() if value is not None}
+    for key, like in sizes.items():
+        if key in state:
+            _check_size(key, state[key], like)
+    if strict:
+        missing = [key for key in sizes if key not in state]
+        unknown = [key for key in state if key not in sizes and key not in read and not key.startswith(free)]
+        if missing or unknown:
+            got = ", ".join(
+                f"{len(keys)} {what} key(s) in state_dict ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+                for what, keys in (("Missing", missing), ("Unexpected", unknown))
+                if keys
+            )
+            raise RuntimeError(f"state_dict: expected the keys of this {type(model).__name__}, got {got}; nothing was loaded")
+
+
+def _check_size(key: str, value: Any, like: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{key} must be a Tensor, got {type(value).__name__}")
+    if is_lazy(like) or (like.dim() == 0 and value.shape == (1,)):  # the second as torch itself takes it
+        return
+    if value.shape != like.shape:
+        raise ValueError(f"{key} must have shape {list(like.shape)}, got {list(value.shape)}")
+
+
+def _loads_by_itself(module: nn.Module) -> bool:
+    kind = type(module)
+    ours = sum(getattr(getattr(hook, "hook", None), _CHECKED, False) for hook in module._load_state_dict_pre_hooks.values())
+    stock = kind._load_from_state_dict is nn.Module._load_from_state_dict and kind.set_extra_state is nn.Module.set_extra_state
+    return not stock or len(module._load_state_dict_pre_hooks) > ours
+
+
+def _check_entries(own: dict[str, Any], prefix: str) -> None:
+    """TypeError or ValueError where an entry is no tensor of the kind that `_save` writes."""
+    for name in ("lora_A", "lora_B", *_SEED_NAMES, "mask_in", "mask_out", "rank", "merged"):
+        value = own.get(name)
+        if name not in own or (name == "merged" and isinstance(value, bool)):
+            continue
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{prefix}{name} must be a Tensor, got {type(value).__name__}")
+        if name in ("rank", "merged"):
+            if value.numel() != 1:
+                raise ValueError(f"{prefix}{name} must hold one value, got shape {list(value.shape)}")
+            if name == "rank" and (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool):
+                raise TypeError(f"{prefix}{name} must be a whole number, got {value.dtype}")
+        elif name.startswith(("lora", "W")) and not value.is_floating_point():
+            raise TypeError(f"{prefix}{name} must be floating, got {value.dtype}")
+
+
+def _after_load(adapter: Saving, _incompatible: Any) -> None:
+    """The base layer is loaded by now: merge again if the state was merged, and note which masks are all ones."""
+    loaded = adapter.__dict__.pop("_after_load", None)
+    held, whole, undo = loaded or ({}, False, None)
+    for name, mask in held.items():
+        adapter._stamp_mask(name, mask)
+    if loaded is not None:
+        adapter._changes.note(factors=object())  # others than before
+    if whole and adapter.weight is not None and not merged_into(adapter.weight):
+        adapter.foreign_merges.clear()
+    adapter._compact_anew()
+    adapter._guard()
+    if undo is not None:
+        try:
+            adapter.merge_weights(adapter._keep)
+        except BaseException:
+            undo()
+            raise
+
+
+def _undo(adapter: Saving) -> Callable[[], None]:
+    """A function that brings the adapter back to what it is now, from copies made now."""
+    tensors = [adapter.lora_A, adapter.lora_B, adapter.mask_in, adapter.mask_out, adapter.weight, adapter.bias]
+    copies = [None if tensor is None else tensor.detach().clone() for tensor in tensors]
+    plain = {name: adapter.__dict__[name] for name in ("_rank", "_merged", "_kept", "_keep")}
+    ones = {name: adapter._known_ones(name) for name in ("mask_in", "mask_out")}
+
+    def undo() -> None:
+        now = [adapter.lora_A, adapter.lora_B, adapter.mask_in, adapter.mask_out, adapter.weight, adapter.bias]
+        with torch.inference_mode(False), torch.no_grad():
+            for tensor, copy in zip(now, copies, strict=True):
+                if tensor is not None and copy is not None:
+                    tensor.set_(copy) if tensor.shape != copy.shape else tensor.copy_(copy)  # type: ignore[call-overload]
+        adapter.__dict__.update(plain)
+        adapter._compact_anew()
+        if adapter._merged:
+            hold(adapter)
+        for name, value in ones.items():
+            adapter._place_stamp(name, value)
+
+    return undo
+
+
+def _saved_rank(adapter: Saving, prefix: str, A: Tensor | None, B: Tensor | None, rank: Tensor | None) -> int:
+    if (A is None) != (B is None):
+        raise ValueError(f"state_dict must hold both {prefix}lora_A and {prefix}lora_B or neither, got only one")
+    if A is None or B is None:
+        return adapter._rank
+    K, N = adapter.in_features, adapter.out_features
+    if A.dim() != 2 or B.dim() != 2 or A.shape[1] != K or B.shape[0] != N or A.shape[0] != B.shape[1]:
+        raise ValueError(
+            f"{prefix}lora_A and {prefix}lora_B must have shapes [R, K={K}] and [N={N}, R], got {list(A.shape)} and {list(B.shape)}"
+        )
+    saved = A.shape[0] if rank is None else int(rank)
+    if not 0 <= saved <= A.shape[0]:
+        raise ValueError(f"{prefix}rank must lie between 0 and lora_A's {A.shape[0]} rows, got {saved}")
+    said = saved
+    if rank is not None:  # of a copy that took a grown adapter's tensors without its rank, which it may have been saved with
+        saved = resize.rank_of(A, B, saved)
+    elif A.shape[0] == adapter._max_rank:  # tensors alone, in storage as reserved here
+        saved = resize.rank_of(A, B, 0)
+    if saved > said:
+        resize.say_adopted(f"{prefix}rank", said, saved)
+    if adapter._max_rank is not None and saved > adapter._max_rank:
+        raise ValueError(f"{prefix}rank must be at most the module's max_rank = {adapter._max_rank}, got {saved}")
+    if saved > max(min(N, K), adapter._rank):  # a cut leaves ranks above min(N, K), which load where they are
+        raise ValueError(f"{prefix}rank must be at most min(out_features, in_features) = {min(N, K)}, got {saved}")
+    return saved
+
+
+def _fitting_storages(adapter: Saving, stored: int) -> list[tuple[nn.Parameter, Tensor]]:
+    """New memory for factors of another rank (same Parameter objects will take it), or none where they fit."""
+    if adapter.lora_A.shape[0] == stored:
+        return []
+    shapes = ((adapter.lora_A, (stored, adapter.in_features)), (adapter.lora_B, (adapter.out_features, stored)))
+    with torch.inference_mode(False):
+        return [(param, torch.empty(shape, dtype=param.dtype, device=param.device)) for param, shape in shapes]
+
+
+def _padded(value: Tensor, size: int, dim: int) -> Tensor:
+    """Zero rows or columns up to the reserved storage."""
+    missing = size - value.shape[dim]
+    if missing == 0:
+        return value
+    shape = list(value.shape)
+    shape[dim] = missing
+    return torch.cat([value, value.new_zeros(shape)], dim)

@@ -1,0 +1,1 @@
+"""Argument checks, error words and small helpers that every room uses."""

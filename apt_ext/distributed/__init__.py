@@ -1,0 +1,1 @@
+"""What ranks of a process group must do alike, and tensors that are sharded."""

@@ -1,0 +1,1 @@
+"""The ordinary, smaller model and its directory."""

@@ -1,0 +1,240 @@
+"""`export`: a directory that stock `transformers` loads."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..common.checks import checked_bool, checked_module, checked_path
+from ..common.modes import evaluating
+from ..model import APTModel, adapters
+from ..pruning.architectures.lookup import architecture_of
+from ..pruning.sizes import Sizes
+from ..storage import atomic_dir
+from ..storage import per_layer as own_format
+from ..storage.formats import retype_failures, stock_failures
+from ..storage.per_layer import MANIFEST
+from ..storage.trials import stock_trial
+from . import reload
+from .shrinking import shrink
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+)
+# How far outputs may differ between two processes whose tensors are bitwise the same: a BLAS adds in another order at other addresses,
+# and a loader derives constants in the model's dtype that a conversion had rounded.
+_CLOSE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    max_shard_size: int | str = "5GB",
+    per_layer: bool = False,
+    unfinished: bool = False,
+) -> str:
+    """Write an APTModel, which is shrunk, or what `shrink` returned into the directory `path`, for `from_pretrained` of its stock class.
+
+    It is written beside `path`, loaded from there in a fresh process without apt_ext, compared (every tensor bit for bit, an output to
+    rounding), and takes its place in one step only then; whatever raises, or kills the process, leaves `path` as it was. It may be missing,
+    empty, or hold an earlier export that nobody changed (apt_export.json lists the files), which is replaced.
+
+    tokenizer       saved with the model (anything with `save_pretrained`); None: the tokenizer's files in the directory that the model was
+                    loaded from, where it was one
+    max_shard_size  tensors beyond it go into further files
+    per_layer       where no stock config can say the widths, write them beside the stock files for `apt_ext.load_export`
+    unfinished      write an APTModel as it is also where a Controller has not reached its density
+
+    Returns the name of the class that loads it: the model's own; another that computes the same from the same tensors, where only its
+    config can say the widths (LLaMA as Mistral); or "apt_ext.load_export".
+
+    Raises ValueError saying which constraint fails and what would pass: widths that no stock config says; a class that is not transformers'
+    own; a directory with other content; a tensor or an output that does not come back. TypeError for another kind of model. RuntimeError
+    where a Controller has not reached its density. ImportError without transformers.
+    """
+    checked_module("model", model)
+    if not isinstance(model, APTModel) and any(True for _ in adapters(model)):
+        raise TypeError(f"model: expected an APTModel or the result of shrink, got a {type(model).__name__} with adapters in it")
+    if not checked_bool("unfinished", unfinished) and isinstance(model, APTModel):
+        model.refuse_unfinished("export")
+    target = checked_path(path).absolute()
+    check_target(target)
+    small: Any = shrink(model, unfinished=True) if isinstance(model, APTModel) else model
+    check_class(small)
+    written, loader = expressed(small, per_layer)
+    row = architecture_of(small)
+    with atomic_dir.made(target.parent), atomic_dir.stage(target.parent, target.name) as beside:
+        new = beside / "new"
+        if loader == "apt_ext":
+            assert row is not None  # without one there is no such format
+            own_format.save(small, new, row, max_shard_size=max_shard_size)
+        else:
+            type(written).save_pretrained(written, new, max_shard_size=max_shard_size)  # not the instance's, see `saving`
+        _carry_tokenizer(tokenizer, small, new)
+        atomic_dir.seal(new, MANIFEST)
+        _compare(small, new, loader, beside / "exchange.safetensors")
+        atomic_dir.place(new, target)
+    return "apt_ext.load_export" if loader == "apt_ext" else loader
+
+
+def check_class(model: nn.Module) -> None:
+    """TypeError or ValueError for a model that stock transformers cannot load, whatever its sizes are. ImportError without transformers."""
+    try:
+        from transformers import PreTrainedModel
+    except ImportError as error:
+        raise ImportError('export needs transformers: pip install "apt_ext[hf]"') from error
+    kind = type(model)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: expected a model of transformers inside, got {kind.__name__}")
+    if kind.__module__.partition(".")[0] != "transformers":
+        raise ValueError(f"model: expected a class of transformers, which others can load, got {kind.__module__}.{kind.__name__}")
+
+
+def expressed(small: Any, per_layer: bool) -> tuple[Any, str]:
+    """The model under a class and config that can say its sizes, and what loads it; ValueError where there is none."""
+    row, sizes, kind = architecture_of(small), Sizes.of(small), type(small)
+    failures = stock_failures(row, small.config, sizes) or stock_trial(small, sizes)
+    if not failures:
+        return small, kind.__name__
+    others = retype_failures(row, small.config, sizes)
+    if not others and row is not None and row.retype is not None:
+        other = _retyped(small, row.retype[0])
+        if other is not None:
+            return other, type(other).__name__
+    if per_layer and row is not None:
+        return small, "apt_ext"
+    also = f"; nor can another class say it: {'; '.join(others)}" if row is not None and row.retype is not None and others else ""
+    raise ValueError(
+        f"model: expected sizes that a stock config can say, but {'; '.join(failures)}{also}; or write it for apt_ext.load_export with "
+        "per_layer=True, or use the model as shrink returned it"
+    )
+
+
+def _retyped(small: Any, model_type: str) -> Any:
+    """The same modules as another class of transformers that has the same names and computes the same; None where it has no such class."""
+    import transformers
+
+    own, other = type(small.config).__name__.removesuffix("Config"), model_type.capitalize()
+    kind = getattr(transformers, type(small).__name__.replace(own, other, 1), None)
+    if kind is None:
+        return None
+    config_class = getattr(transformers, f"{other}Config")
+    known, own_name = config_class(), ("model_type", "architectures", "transformers_version")
+    fields = {key: value for key, value in small.config.to_dict().items() if hasattr(known, key) and key not in own_name}
+    twin = copy.copy(small)
+    twin.__class__ = kind
+    twin.config = config_class.from_dict({**fields, "sliding_window": None})
+    return twin
+
+
+def _carry_tokenizer(tokenizer: Any, small: Any, directory: Path) -> None:
+    if tokenizer is not None:
+        tokenizer.save_pretrained(directory)
+        return
+    source = Path(str(getattr(small.config, "_name_or_path", "") or "."))
+    for name in _TOKENIZER_FILES if source.name and source.is_dir() else ():
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+
+
+def _compare(small: Any, directory: Path, loader: str, exchange: Path) -> None:
+    """ValueError unless a fresh process loads the same tensors, and computes the same from them."""
+    from safetensors.torch import load_file, save_file
+
+    inputs, expected = _probe(small)
+    if expected is not None:
+        save_file({name: tensor.cpu().contiguous().clone() for name, tensor in inputs.items()}, exchange)
+    found = _reloaded(directory, loader, exchange)
+    name = "apt_ext.load_export" if loader == "apt_ext" else loader
+    if "error" in found:
+        raise ValueError(f"model: expected {name} to load it again, but it does not: {found['error']}")
+    difference = _difference(reload.digests(small), found["tensors"])
+    if difference:
+        raise ValueError(f"model: expected {name} to load the same values again, but {difference}")
+    if expected is None:
+        return
+    output = load_file(exchange)["output"]
+    within = _CLOSE.get(expected.dtype, 0.0) * max(float(expected.abs().max()), 1.0) if expected.numel() else 0.0
+    if output.shape != expected.shape or not bool(((output - expected.cpu()).abs() <= within).all()):
+        far = float((output - expected.cpu()).abs().max()) if output.shape == expected.shape else "another shape"
+        raise ValueError(f"model: expected {name} to compute the same from the same tensors, but an output differs by {far}")
+
+
+def _probe(small: Any) -> tuple[dict[str, Tensor], Tensor | None]:
+    """transformers' own dummy inputs, one row of them, and the model's first output; None where it wants other inputs."""
+    words = getattr(small.config, "vocab_size", None) or 1  # an index beyond them would end a CUDA context
+    inputs = {name: (tensor[:1] % words).to(small.device) for name, tensor in small.dummy_inputs.items() if isinstance(tensor, Tensor)}
+    with evaluating(small):
+        try:
+            return inputs, reload.first_output(small, inputs).detach()
+        except (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError, StopIteration):
+            return inputs, None
+
+
+def _reloaded(directory: Path, loader: str, exchange: Path) -> dict[str, Any]:
+    """What reload.py says in a process of its own: {"tensors": ...} or {"error": what it raised and reported}."""
+    command = [sys.executable, "-P", reload.__file__, str(directory), loader, str(exchange)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # the packages that this process sees
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)  # noqa: S603  # our own script
+    if done.returncode:
+        return {"error": _reported(done.stderr) or f"exit status {done.returncode}"}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _reported(stderr: str) -> str:
+    """What a Python process raised, then what it printed before: transformers lists the tensors that do not fit."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", stderr).splitlines()
+    begins = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
+    if not begins:
+        return "\n".join(lines).strip()
+    raised = iter(lines[begins[-1] + 1 :])
+    message = [next((line for line in raised if not line.startswith(" ")), ""), *raised]
+    before = [line.rstrip() for line in lines[: begins[0]] if line.strip()]
+    return "\n".join([*message, *before]).strip()
+
+
+def check_target(target: Path) -> None:
+    """ValueError unless `export` can write this directory: a missing or empty one, or an earlier export that nobody changed."""
+    if target.is_symlink() or (target.exists() and not target.is_dir()):
+        raise ValueError(f"path: expected a directory, a missing or an empty one, got another kind of file: {target}")
+    if target.exists() and any(target.iterdir()) and not atomic_dir.unchanged(target, MANIFEST):
+        raise ValueError(
+            f"path: expected a missing or empty directory, or an unchanged earlier export, got one with other content: {target}; "
+            "choose another or empty it"
+        )
+
+
+def _difference(ours: dict[str, list[Any]], theirs: dict[str, list[Any]]) -> str | None:
+    """What is not the same in two answers of `reload.digests`, in words; None if nothing is."""
+    if ours.keys() != theirs.keys():
+        return f"their tensors differ: {sorted(ours.keys() ^ theirs.keys())[:4]}"
+    for name, (dtype, shape, content) in ours.items():
+        other = theirs[name]
+        if [dtype, shape] != other[:2]:
+            return f"{name} comes back as {other[0]} {other[1]} from {dtype} {shape}"
+        if content != other[2]:
+            return f"the values of {name} differ"
+    return None

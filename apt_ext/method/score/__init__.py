@@ -1,0 +1,1 @@
+"""How salient a block is."""

@@ -1,0 +1,1 @@
+"""Which blocks stay and which ranks grow, under a budget."""

@@ -1,0 +1,1 @@
+"""What can be pruned in a model: its blocks, their masks, the cut. Knows no APTModel."""

@@ -1,0 +1,1 @@
+"""The table of architectures, and look-ups in it."""

@@ -1,0 +1,1 @@
+"""Crash-safe files and verified reads: checkpoints, and directories of cut models."""

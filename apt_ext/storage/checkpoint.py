@@ -1,0 +1,140 @@
+"""What was trained, on the disk: a configuration, the tensors, and the manifest that makes them one checkpoint.
+
+Read into memory, no larger than the model explains, and never as pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from ..common.checks import checked_path, error_prefix, listed
+from ..common.names import parameters_of
+from ..config import APTConfig
+from ..pruning.architectures.lookup import task_heads
+from ..pruning.target import KEY, Target
+from . import atomic_dir, tensor_file
+
+CONFIG_FILE = "apt_config.json"
+TENSORS_FILE = "apt_model.safetensors"
+MANIFEST_FILE = "apt_manifest.json"
+_FILES = (CONFIG_FILE, TENSORS_FILE)
+_FORMAT = 1  # of the two files
+_MOST_TEXT = 1 << 20  # bytes of a configuration
+
+
+def save(
+    path: str | os.PathLike[str],
+    config: APTConfig,
+    tensors: dict[str, Tensor],
+    stream: bool,
+    whole: list[str],
+    target: Target | None,
+) -> None:
+    """Write a checkpoint into the directory `path`; what `APTModel.save_pretrained` promises.
+
+    stream  whether masks of hidden dimensions are among the tensors
+    whole   the modules and Parameters that train whole: another base model may say otherwise
+    target  what a Controller was to reach; left out where it is None, as in files of versions without it
+    """
+    from safetensors.torch import save as serialize
+
+    directory = checked_path(path)
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"path: expected a directory or a missing one, got a file: {directory}")
+    if any(value.is_meta for value in tensors.values()):
+        raise RuntimeError("save_pretrained: expected tensors with values, got a model on meta")
+    reach = {} if target is None else {KEY: target.to_dict()}
+    values = {"format": _FORMAT, "stream": stream, "saved": whole, **config.to_dict(), **reach}
+    text = json.dumps(values, indent=2) + "\n"
+    # Copies: safetensors refuses tensors that share memory, as tied weights do.
+    copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    with atomic_dir.made(directory), atomic_dir.stage(directory, MANIFEST_FILE) as new:
+        (new / TENSORS_FILE).write_bytes(serialize(copies, {"format": "pt"}))
+        (new / CONFIG_FILE).write_text(text, encoding="utf-8")
+        atomic_dir.seal(new, MANIFEST_FILE)
+        atomic_dir.commit(new, directory, MANIFEST_FILE, _FILES)
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
+    """The checkpoint in the directory `path`, one and the same whatever is saved there meanwhile. ValueError naming the file."""
+    with atomic_dir.opened(checked_path(path), MANIFEST_FILE, _FILES) as files:
+        yield Checkpoint(files)
+
+
+class Checkpoint:
+    """One that is open; its methods read and judge. ValueError naming the file."""
+
+    def __init__(self, files: dict[str, atomic_dir.Sealed]) -> None:
+        self._config, self._tensors = files[CONFIG_FILE], files[TENSORS_FILE]
+        self.stream = False  # whether hidden masks are in it, once `config` was read
+        self._saved: list[str] | None = None  # names of what trained whole, likewise; None: an older version wrote it
+        self._heads_alone = False  # whether that version saved the task heads, and nothing else
+        self.target: Target | None = None  # what a Controller was to reach, likewise
+
+    def config(self) -> APTConfig:
+        """The configuration that it was saved with."""
+        with error_prefix(str(self._config.path), ValueError):
+            values = self._config.json(_MOST_TEXT)
+            if (version := values.pop("format", None)) != _FORMAT:
+                raise ValueError(f'expected "format": {_FORMAT}, which this version of apt_ext reads, got {version!r}')
+            self.stream = values.pop("stream", False) is True
+            saved = values.pop("saved", None)
+            if saved is not None and not (isinstance(saved, list) and all(name and isinstance(name, str) for name in saved)):
+                raise ValueError(f'expected "saved" to be a list of names, got {saved!r}')
+            self.target = Target.of_dict(values.pop(KEY)) if KEY in values else None
+            config = APTConfig.from_dict(values)
+            self._saved, self._heads_alone = saved, config.modules_to_save is None
+            return config
+
+    def saved_in(self, model: nn.Module) -> list[str] | None:
+        """What of `model` trained whole, once `config` was read; None: what the configuration says of it."""
+        if self._saved is None:
+            return task_heads(model) if self._heads_alone else None
+        with error_prefix(str(self._config.path), ValueError):
+            for name in self._saved:
+                try:
+                    parameters_of(model, name)
+                except AttributeError:
+                    raise ValueError(f'"saved": expected names of this {type(model).__name__}, got {name!r}') from None
+        return self._saved
+
+    def load(self, expected: dict[str, Tensor], then: Callable[[dict[str, Tensor]], None]) -> None:
+        """Call `then` with the tensors if they are those of `expected` in name, shape and dtype; a rank may be any that fits."""
+        with error_prefix(str(self._tensors.path), ValueError):
+            then(tensor_file.read(self._tensors, expected, lambda found: _judge(found, expected)))
+
+
+def _judge(found: dict[str, tensor_file.Entry], expected: dict[str, Tensor]) -> None:
+    if found.keys() != expected.keys():
+        missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+        raise ValueError(f"expected the tensors of this model: {len(missing)} missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}")
+    others = list(_other_widths(found, expected))
+    if others:
+        shown = listed(others, 4, "; ")
+        raise ValueError(
+            f"expected layers of the widths that this base model has, got others: {shown}. A checkpoint holds no base weights: one that "
+            "was saved after a cut fits only a base that was cut as its own was (what apt_ext.export wrote holds all and needs none)"
+        )
+    for name, like in expected.items():
+        dtype, shape, _ = found[name]
+        free = {"lora_A": 0, "lora_B": 1}.get(name.rpartition(".")[2])  # the dimension that is a rank: any that the linear allows
+        fits = (size <= max(like.shape) if dim == free else size == like.shape[dim] for dim, size in enumerate(shape))
+        if len(shape) != like.dim() or not all(fits):
+            raise ValueError(
+                f"{name}: expected shape {['rank' if dim == free else size for dim, size in enumerate(like.shape)]}, got {shape}"
+            )
+        if dtype != like.dtype and not (dtype.is_floating_point and like.is_floating_point()):
+            raise ValueError(f"{name}: expected dtype {like.dtype}, got {dtype}")
+
+
+def _other_widths(found: dict[str, tensor_file.Entry], expected: dict[str, Tensor]) -> Iterator[str]:
+    """The masks, which are as long as a layer is wide, of another length."""
+    for name, like in expected.items():
+        if name.rpartition(".")[2] in ("mask_in", "mask_out") and found[name].shape != list(like.shape):
+            yield f"{name}: expected shape {list(like.shape)}, got {found[name].shape}"

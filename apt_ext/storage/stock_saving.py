@@ -1,0 +1,112 @@
+"""What `save_pretrained` and `push_to_hub` of a stock model do where the stock ones would write what nothing loads.
+
+Two kinds of model look stock and are not: one with adapters in it (the model inside an APTModel, which Trainer may have
+been given), and one whose layers have widths of their own. They carry a `save_pretrained` of ours as an attribute of the
+instance: the class stays the stock one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from typing import Any, Protocol
+
+from torch import nn
+
+from ..pruning.architectures.lookup import architecture_of, find_blocks
+from ..pruning.sizes import Sizes
+from .formats import stock_failures
+from .per_layer import PerLayerSaving
+from .trials import stock_trial
+
+logger = logging.getLogger("apt_ext")
+
+_ATTRIBUTES = ("save_pretrained", "push_to_hub")
+
+
+class Adapted(Protocol):
+    """An APTModel, as far as saving needs it; its class makes another around the same model."""
+
+    model: Any
+    apt_config: Any
+    saved: Any
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write the adapters."""
+
+
+def restore(model: nn.Module) -> None:
+    """Give a model without adapters the stock saving, or the format per layer where no stock config says its widths."""
+    for name in _ATTRIBUTES:
+        vars(model).pop(name, None)
+    row, config = architecture_of(model), getattr(model, "config", None)
+    if row is None or not callable(getattr(model, "save_pretrained", None)):
+        return
+    sizes = Sizes.of(model)
+    if stock_failures(row, config, sizes) or stock_trial(model, sizes):
+        vars(model)["save_pretrained"] = PerLayerSaving(model, row)
+
+
+def install(apt: Adapted) -> None:
+    """Make the model inside save what it can be loaded from: the adapters. It refuses to be uploaded."""
+    if callable(getattr(apt.model, "save_pretrained", None)):
+        vars(apt.model)["save_pretrained"] = AdapterSaving(apt)
+    if callable(getattr(apt.model, "push_to_hub", None)):
+        vars(apt.model)["push_to_hub"] = refuse_push
+
+
+def refuse_push(*_: Any, **__: Any) -> None:
+    """Raise RuntimeError: adapters are no model that stock transformers loads."""
+    raise RuntimeError(
+        "push_to_hub: expected a model that stock transformers loads, got one with adapters in it; call "
+        "apt_ext.export(model, dir) with the APTModel, then huggingface_hub.upload_folder(repo_id=..., folder_path=dir)"
+    )
+
+
+class AdapterSaving:
+    """`save_pretrained` of the model inside an APTModel: that of the APTModel. Copies of the model alone have it too."""
+
+    def __init__(self, apt: Adapted) -> None:
+        self.model, self.config, self.saved = apt.model, apt.apt_config, apt.saved
+        self._kind: Any = type(apt)
+        self._apt: weakref.ref[Adapted] | None = weakref.ref(apt)
+        self._said = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_apt": None}  # a copy of the APTModel puts in another
+
+    def __call__(
+        self,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: Any = None,
+        push_to_hub: bool = False,
+        **_: Any,
+    ) -> None:
+        """Write what `APTModel.save_pretrained` writes, for `APTModel.from_pretrained`.
+
+        `state_dict` and the other arguments of the stock method, which Trainer gives, do not matter to it. On other
+        processes than the main one nothing is written. RuntimeError with `push_to_hub`.
+        """
+        if push_to_hub:
+            refuse_push()
+        if not is_main_process:
+            return
+        self._whole().save_pretrained(save_directory)
+        if not self._said:
+            self._said = True
+            logger.warning(
+                "save_pretrained: wrote the adapters of %s and not its base weights; APTModel.from_pretrained(base_model, "
+                "%r) loads them, apt_ext.export writes a model that stock transformers loads. Trainer itself can neither "
+                "resume from this directory nor load the best model of a run from it",
+                type(self.model).__name__,
+                str(save_directory),
+            )
+
+    def _whole(self) -> Adapted:
+        apt = self._apt() if self._apt is not None else None
+        if apt is not None and apt.model is self.model:
+            return apt
+        made: Adapted = self._kind(self.model, self.config, find_blocks(self.model), self.saved)
+        return made

@@ -1,0 +1,1 @@
+"""Put adapters into a stock model."""
