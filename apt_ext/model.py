@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .adapter.compact import DENSE, Chain
 from .adapter.layer import APTAdapter
 from .adapter.shared_memory import indexed
 from .adapter.state_dict import check_loadable
 from .common.checks import checked_bool, checked_mapping, checked_module, error_prefix
-from .common.names import covered
 from .config import APTConfig, nearest
 from .distributed import agreement
 from .optim.initial_state import OptimizerLike
@@ -26,17 +23,15 @@ from .pruning.block_masks import (
     get_mask,
     merged_linear,
     missing_block,
-    missing_carriers,
-    put_carriers,
     set_mask,
     take_carriers,
 )
 from .pruning.cut import cut_in_place, folded
 from .pruning.float32_heads import follow, narrow
 from .pruning.target import KEY, Target, load_target, save_target, target_after
-from .pruning.wrappers import MaskedLinear, StreamCarrier
+from .pruning.wrappers import StreamCarrier
 from .storage import checkpoint, stock_saving
-from .wrapping import peft_factors
+from .wrapping import compact_model, model_state, peft_factors
 from .wrapping.bases import refuse_peft
 from .wrapping.build import Adapted, build
 from .wrapping.compiled import unwrap
@@ -80,13 +75,11 @@ def get_apt_model(model: nn.Module, config: APTConfig) -> APTModel:
     adapters), naming the module; the model is then as before.
     """
 
-    def finish(inner: nn.Module, blocks: dict[str, Block], saved: list[str]) -> APTModel:
-        apt = APTModel(inner, config, blocks, saved)
+    with build(model, config) as built:
+        apt = APTModel(built.model, config, built.blocks, built.saved)
         apt._begin()
-        tell_of_output_adapter(inner)
-        return apt
-
-    return build(model, config, finish)
+        tell_of_output_adapter(built.model)
+    return apt
 
 
 class APTModel(Adapted):
@@ -97,6 +90,7 @@ class APTModel(Adapted):
     blocks      {name: Block}: what can be pruned: "<layer>.heads", "<layer>.neurons" ("encoder.<layer>..." and "decoder.<layer>...", with
                 "decoder.<layer>.cross_heads", in encoder-decoders), and "hidden", the dimensions of the residual stream
     saved       the names of the modules that train whole, and of lone Parameters that do
+    hidden_left [left] int64: the hidden dimensions that cuts have left, as numbered before the first; None: all
     target      the Target of the last Controller that worked on it; None: none did
     """
 
@@ -110,7 +104,7 @@ class APTModel(Adapted):
         self.apt_config = config
         self.blocks = blocks
         self.saved = saved
-        self._hidden_left: Tensor | None = None  # [left] int64: what cuts have left of the hidden dimensions; None: all
+        self.hidden_left: Tensor | None = None
         self._chained = False
 
     def __getattr__(self, name: str) -> Any:
@@ -135,13 +129,14 @@ class APTModel(Adapted):
         TypeError, or RuntimeError (an adapter of the block is merged; ranks of a process group disagree).
         """
         with agreement.change(f"set_block_mask {name!r}") as agree:
-            set_mask(self.model, name, self._block(name), mask, agree)
+            set_mask(self.model, name, self.block(name), mask, agree)
 
     def get_block_mask(self, name: str) -> Tensor:
         """A copy of the mask of block `name`, float32 [count]. ValueError for an unknown name."""
-        return get_mask(self.model, self._block(name))
+        return get_mask(self.model, self.block(name))
 
-    def _block(self, name: str) -> Block:
+    def block(self, name: str) -> Block:
+        """The block of this name; ValueError names what is near, TypeError what is no name."""
         if not isinstance(name, str):
             raise TypeError(f"name: expected a str, got {type(name).__name__}")
         if name not in self.blocks:
@@ -160,71 +155,47 @@ class APTModel(Adapted):
         group that disagree).
         """
         with agreement.change("cut") as agree:
-            hidden_left = self._hidden_left
+            hidden_left = self.hidden_left
             hidden = self.get_block_mask("hidden") if "hidden" in self.blocks else None
             if hidden is not None and not hidden.is_meta:  # which is refused below
                 kept = hidden.cpu().nonzero().flatten()
                 hidden_left = kept if hidden_left is None else hidden_left[kept]
-            away = [adapter for _, adapter in adapters(self) if adapter._away]
+            offloaded = [adapter for _, adapter in adapters(self) if adapter.packing.store.is_offloaded]
             try:
-                for adapter in away:
-                    adapter._bring_back()
+                for adapter in offloaded:
+                    adapter.packing.store.restore(adapter.weight)
                 left = cut_in_place(self.model, self.blocks, optimizer, agree)
             finally:
-                for adapter in away:
-                    adapter._put_away()
+                for adapter in offloaded:
+                    adapter.packing.offload(adapter)
             self.blocks = left if self.blocks else {}  # there are none after merge_and_unload
-            self._hidden_left = hidden_left
+            self.hidden_left = hidden_left
         return self
 
     def compact(self, on: bool = True, dense: str = "keep", chain: bool = False) -> None:
         """`APTAdapter.compact` for every adapter: forward and backward cost what is kept from now on. Modules that train whole do not.
 
-        With `chain` the linears of a block of neurons hand over kept lanes alone, [..., kept] in whole 16 bytes instead of [..., N], so
+        With `chain` the linears of a block of neurons hand over kept channels alone, [..., kept] in whole 16 bytes instead of [..., N], so
         activations between them cost what is kept, too; what computes there must be elementwise and finite at 0, as in every architecture
         of the table. Their shapes then follow the masks: a compiled model compiles once more at the first change. A weight that is tied to
         another module's is kept whatever `dense` says.
 
         Nothing has changed when this raises TypeError, ValueError or RuntimeError (an adapter is merged, sharded by FSDP or on meta; not
-        enough memory). For that dense="release" holds the weights in host memory until all of it is done.
+        enough memory).
         """
         if checked_bool("chain", chain) and on is False:
-            raise ValueError("chain must be False where on is False, since full-size layers hand over all lanes, got True")
-        found = [(name, adapter) for name, adapter in adapters(self) if not isinstance(adapter, MaskedLinear)]
-        owners = Counter(id(parameter) for _, parameter in self.named_parameters(remove_duplicate=False))
-        alone = [adapter.weight is None or owners[id(adapter.weight)] == 1 for _, adapter in found]
-        where = [dense if own or dense not in DENSE else "keep" for own in alone]
-        with indexed():
-            for (name, adapter), place in zip(found, where, strict=True):
-                with error_prefix(name):
-                    adapter._check_compact(on, place)
-        undo: list[Callable[[], None]] = []
+            raise ValueError("chain must be False where on is False, since full-size layers hand over all channels, got True")
+        undo, chained = compact_model.compact(self.model, on, dense), self._chained
         try:
-            for (_, adapter), place in zip(found, where, strict=True):
-                back = adapter.way_back(on, place)
-                adapter.compact(on, place)
-                undo.append(back)
-            chained, self._chained = self._chained, on and chain
-            undo.append(lambda: setattr(self, "_chained", chained))
+            self._chained = on and chain
             self._link_chains()
-        except BaseException:  # of memory there was not enough
-            for step in reversed(undo):
-                step()
-            self._link_chains()
+        except BaseException:
+            undo()
+            self._chained = chained
             raise
 
     def _link_chains(self) -> None:
-        for _, adapter in adapters(self):
-            adapter._unchain()
-        for block in self.blocks.values() if self._chained else ():
-            sides = [(side, self.model.get_submodule(side.module)) for side in block.sides if block.kind == "neurons" and side.acts]
-            plain = all(
-                isinstance(module, APTAdapter) and not isinstance(module, MaskedLinear) and side.parts == 1 for side, module in sides
-            )
-            writers = [module for side, module in sides if side.side == "out"]
-            readers = [module for side, module in sides if side.side == "in"]
-            if plain and writers and len(readers) == 1:
-                Chain(writers, readers[0])  # type: ignore[arg-type]
+        compact_model.link_chains(self.model, self.blocks.values() if self._chained else ())
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -280,21 +251,21 @@ class APTModel(Adapted):
 
         Modules that train whole (modules_to_save) stay as they are trained.
         """
-        entered = [(adapter, adapter._disabled, adapter.merged, adapter._keep) for _, adapter in adapters(self)]
-        stream = [(module, module._disabled) for module in self.modules() if isinstance(module, StreamCarrier)]
+        entered = [(adapter, adapter.disabled, adapter.merged, adapter.merge.keep) for _, adapter in adapters(self)]
+        stream = [(module, module.disabled) for module in self.modules() if isinstance(module, StreamCarrier)]
         try:
             with indexed():
                 for adapter, _, _, _ in entered:
                     adapter.unmerge_weights()
-                    adapter._set_disabled(True)
+                    adapter.set_disabled(True)
             for module, _ in stream:
-                module._set_disabled(True)
+                module.set_disabled(True)
             yield
         finally:
             for module, disabled in stream:
-                module._set_disabled(disabled)
+                module.set_disabled(disabled)
             for adapter, disabled, _, _ in entered:
-                adapter._set_disabled(disabled)
+                adapter.set_disabled(disabled)
             with indexed():
                 for adapter, _, merged, keep in entered:
                     if merged:
@@ -354,7 +325,7 @@ class APTModel(Adapted):
         """
         hidden = self.blocks["hidden"].sides if "hidden" in self.blocks else ()
         stream = any(isinstance(self.model.get_submodule(side.module), StreamCarrier) for side in hidden)
-        checkpoint.save(path, self.apt_config, self._own_state(), stream, self.saved, self.target)
+        checkpoint.save(path, self.apt_config, self.own_state(), stream, self.saved, self.target)
 
     def push_to_hub(self, *_: Any, unfinished: bool = False, **__: Any) -> None:
         """Refused with RuntimeError: `export` writes what stock transformers loads, `huggingface_hub.upload_folder` uploads it."""
@@ -372,13 +343,15 @@ class APTModel(Adapted):
         with checkpoint.opened(path) as saved:
             config = saved.config()
 
-            def finish(inner: nn.Module, blocks: dict[str, Block], names: list[str]) -> APTModel:
-                apt = cls(inner, config, blocks, names)
-                apt._restore(saved)
+            with build(base_model, config, saved.saved_in) as built:
+                apt = cls(built.model, config, built.blocks, built.saved)
+                if saved.stream:
+                    model_state.place_stream_carriers(built.model, built.blocks)
+                with saved.tensors(apt.own_state()) as tensors:
+                    apt.load_own_state(tensors)
+                apt.target = saved.target
                 apt._begin()
-                return apt
-
-            return build(base_model, config, finish, saved.saved_in)
+            return apt
 
     @classmethod
     def from_peft(cls, base_model: nn.Module, peft: Any, config: APTConfig | None = None) -> APTModel:
@@ -401,15 +374,13 @@ class APTModel(Adapted):
         finally:
             unwrapped.restore()
 
-        def finish(inner: nn.Module, blocks: dict[str, Block], names: list[str]) -> APTModel:
-            apt = cls(inner, settings, blocks, names)
+        with build(base_model, settings) as built:
+            apt = cls(built.model, settings, built.blocks, built.saved)
             found = dict(adapters(apt))
-            lora.check(inner, found, names)
-            lora.write(inner, found)
+            lora.check(built.model, found, built.saved)
+            lora.write(built.model, found)
             apt._begin()
-            return apt
-
-        return build(base_model, settings, finish)
+        return apt
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """torch's own, and nothing is loaded where it raises. A state with masks of hidden dimensions brings what carries them; one from
@@ -419,42 +390,18 @@ class APTModel(Adapted):
         """
         checked_mapping("state_dict", state_dict)
         target_after(self.target, state_dict)  # refused before anything changes
-        placed = self._place_carriers_of(state_dict)
-        state_dict = self._with_carriers(state_dict)
+        placed: dict[str, nn.Module] = {}
+        if model_state.holds_stream_masks(state_dict, self.blocks, "model."):
+            placed = model_state.place_stream_carriers(self.model, self.blocks)
+        state_dict = model_state.with_carriers(self.model, state_dict, "model.")
         try:
             check_loadable(self, {key: value for key, value in state_dict.items() if key != KEY}, strict)
         except BaseException:
             take_carriers(self.model, placed)
             raise
         loaded = super().load_state_dict(state_dict, strict, assign)
-        self._guard()  # with `assign` Parameters are others
+        self._guard_trained()  # with `assign` Parameters are others
         return loaded
-
-    def _place_carriers_of(self, state: Mapping[str, Any]) -> dict[str, nn.Module]:
-        """Put what carries the masks of hidden dimensions that are in `state` where there is none yet; {name: what was put there}."""
-        block = self.blocks.get("hidden")
-        if block is None or not any(f"model.{side.module}.mask_out" in state for side in block.sides if side.of == "norm"):
-            return {}
-        placed = missing_carriers(self.model, "hidden", block)
-        put_carriers(self.model, placed)
-        return placed
-
-    def _with_carriers(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
-        """`state`, or a copy with the keys of what carries masks here and did not when it was made: all ones."""
-        for name, carrier in self.model.named_modules():
-            prefix = f"model.{name}."
-            own = [key for key in state if key.startswith(prefix)] if isinstance(carrier, StreamCarrier | MaskedLinear) else []
-            if not own or f"{prefix}mask_out" in own:
-                continue
-            fresh = {key: value for key, value in carrier.state_dict(prefix=prefix).items() if not key.startswith(f"{prefix}base_layer.")}
-            fresh |= {key: torch.ones_like(value) for key, value in fresh.items() if key.endswith((".mask_in", ".mask_out"))}
-            fresh |= {key: torch.tensor(False, device="cpu") for key in fresh if key.endswith(".merged")}
-            renamed = {f"{prefix}base_layer.{key.removeprefix(prefix)}": state[key] for key in own}
-            versions = getattr(state, "_metadata", None)  # torch's, of each module
-            state = OrderedDict({key: value for key, value in state.items() if key not in own} | renamed | fresh)
-            if versions is not None:
-                state._metadata = versions  # type: ignore[attr-defined]
-        return state
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> APTModel:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -462,43 +409,18 @@ class APTModel(Adapted):
         return self
 
     def _begin(self) -> None:
-        """All of it is there, of a new model or of a copy."""
+        """Complete a new model, or a copy."""
         stock_saving.install(self)
-        self._guard()
+        self._guard_trained()
 
-    def _guard(self) -> None:
-        """No optimizer steps a Parameter that trains while what it keeps for it has another shape."""
+    def _guard_trained(self) -> None:
+        """Let no optimizer step a Parameter that trains while its state has another shape."""
         guard(*(parameter for parameter in self.parameters() if parameter.requires_grad))
 
-    def _restore(self, saved: checkpoint.Checkpoint) -> None:
-        if saved.stream and "hidden" in self.blocks:
-            put_carriers(self.model, missing_carriers(self.model, "hidden", self.blocks["hidden"]))
-        saved.load(self._own_state(), self._load)
-        self.target = saved.target
+    def own_state(self) -> dict[str, Tensor]:
+        """What belongs in a checkpoint, with the keys of the inner model's state_dict: adapters without frozen bases, and `saved`."""
+        return model_state.own_state(self.model, self.saved)
 
-    def _own_state(self) -> dict[str, Tensor]:
-        """What belongs in a checkpoint, with the keys of the model's state_dict: adapters without their frozen bases, and `saved`."""
-        stream = [name for name, module in self.model.named_modules() if isinstance(module, StreamCarrier)]
-        own = tuple(f"{name}." for name in (*(name for name, _ in adapters(self)), *stream))
-        with indexed():
-            state = self.model.state_dict()
-
-        def is_own(key: str) -> bool:
-            return self._is_saved(key) or (key.startswith(own) and ".base_layer." not in key)
-
-        return {key: value for key, value in state.items() if is_own(key)}
-
-    def _is_saved(self, key: str) -> bool:
-        """Whether a key of the model's state is of what trains whole, also within a carrier of masks."""
-        return covered(key, self.saved) or covered(key.replace(".base_layer.", "."), self.saved)
-
-    def _load(self, tensors: dict[str, Tensor]) -> None:
-        """Load what `checkpoint` found good; a value that an adapter refuses leaves `saved` as it was (the adapters are new)."""
-        saved = {key: value.clone() for key, value in self._own_state().items() if self._is_saved(key)}
-        try:
-            self.model.load_state_dict(tensors, strict=False)
-        except BaseException:
-            for _, adapter in adapters(self):
-                adapter.unmerge_weights()
-            self.model.load_state_dict(saved, strict=False)
-            raise
+    def load_own_state(self, tensors: dict[str, Tensor]) -> None:
+        """Load what `own_state` returned, of tensors that were checked; what an adapter refuses leaves `saved` as it was."""
+        model_state.load_own_state(self.model, self.saved, tensors)

@@ -49,8 +49,8 @@ class Kept:
             nn.init.normal_(adapter.lora_B)
             adapter.set_masks(*masks)
         self.kept.compact()
-        self.operands = self.kept._compaction
-        n_in, n_out = (len(lanes) for lanes in (self.operands.lanes_in, self.operands.lanes_out))
+        self.operands = self.kept.packing.current
+        n_in, n_out = (len(lanes) for lanes in (self.operands.channels_in, self.operands.channels_out))
         self.W_kept, self.x_kept, self.grad_kept = draw(n_out, n_in), draw(M, n_in), draw(M, n_out)
         A, B = self.kept.lora_A, self.kept.lora_B
         formula = naive(self.W, A, B, self.kept.scaling, *(mask.to(dtype) for mask in masks))
@@ -106,7 +106,7 @@ def refresh_rows(N, K, rank, dtype, device, rounds):
     adapter.compact()
     masks = [(some(K, 0.5, device), some(N, 0.5, device)) for _ in range(2)]
     adapter.set_masks(*masks[0])
-    W, kept, turn = adapter.weight.detach().clone(), adapter._compaction, [0]
+    W, kept, turn = adapter.weight.detach().clone(), adapter.packing.current, [0]
 
     def change():
         turn[0] = 1 - turn[0]

@@ -116,14 +116,11 @@ SCENARIOS = {
     "load a merged one into a merged one": (lambda: (merged("cpu"), merged(rank=5).state_dict()), load),
     "compact": (lambda: [adapter()], lambda a: a.compact()),
     "compact to the cpu": (lambda: [adapter()], lambda a: a.compact(dense="cpu")),
-    "compact and release": (lambda: [pruned()], lambda a: a.compact(dense="release")),
-    "from the cpu to release": (lambda: [pruned(dense="cpu")], lambda a: a.compact(dense="release")),
-    "from release to the cpu": (lambda: [pruned(dense="release")], lambda a: a.compact(dense="cpu")),
-    "compact no more": (lambda: [pruned(dense="release")], lambda a: a.compact(False)),
+    "from the cpu to the device": (lambda: [pruned(dense="cpu")], lambda a: a.compact(dense="keep")),
+    "compact no more": (lambda: [pruned(dense="cpu")], lambda a: a.compact(False)),
     "masks of a compact one": (lambda: [pruned(dense="keep")], lambda a: a.set_masks((torch.arange(10) % 2).float())),
-    "masks of a released one": (lambda: [pruned(dense="release")], lambda a: a.set_masks((torch.arange(10) % 3 == 1).float())),
+    "masks of an offloaded one": (lambda: [pruned(dense="cpu")], lambda a: a.set_masks((torch.arange(10) % 3 == 1).float())),
     "compact a model": (lambda: [model()], lambda m: m.compact(chain=True)),
-    "release a model": (lambda: [model()], lambda m: m.compact(dense="release")),
     "put a compact model on the cpu": (lambda: [compact_model()], lambda m: m.compact(dense="cpu")),
     "set_block_mask": (lambda: [model()], lambda m: m.set_block_mask("0.neurons", (torch.arange(12) % 2).float())),
     "set_block_mask of the stream": (lambda: [model()], lambda m: m.set_block_mask("hidden", (torch.arange(8) % 4 != 0).float())),
@@ -153,10 +150,11 @@ def snapshot(thing):
     if isinstance(thing, nn.Module):
         tensors = {name: snapshot(t) for name, t in [*thing.named_parameters(), *thing.named_buffers()]}
         plain = {
-            name: [snapshot(getattr(module, a, None)) for a in ("_rank", "_merged", "_kept", "_disabled", "compacted", "_dense", "_away")]
-            for name, module in thing.named_modules()
+            name: [snapshot(value) for value in (m.rank, m.merge.originals, m.merged, m.disabled, m.compacted, m.packing.store.place)]
+            for name, m in thing.named_modules()
+            if isinstance(m, APTAdapter)
         }
-        whole = {name: snapshot(m._whole()) for name, m in thing.named_modules() if getattr(m, "_away", False)}
+        whole = {name: snapshot(m.packing.store.host) for name, m in thing.named_modules() if isinstance(m, APTAdapter)}
         return tensors, plain, whole, computed(thing), {name: type(module).__name__ for name, module in thing.named_modules()}
     if isinstance(thing, list | tuple):
         return [snapshot(one) for one in thing]

@@ -24,7 +24,7 @@ def masks(device="cpu"):
 def expected(adapter, x, m_in=None, m_out=None):
     m_in = adapter.mask_in if m_in is None else m_in
     m_out = adapter.mask_out if m_out is None else m_out
-    return reference.apt_linear(x, adapter._matrix(), adapter.bias, adapter.Wa, adapter.Wb, m_in, m_out, adapter.scaling)
+    return reference.apt_linear(x, adapter.matrix, adapter.bias, adapter.Wa, adapter.Wb, m_in, m_out, adapter.scaling)
 
 
 def outcome(adapter, x):

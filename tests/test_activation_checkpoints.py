@@ -36,7 +36,7 @@ CHANGES = {
     "load": lambda adapter: adapter.load_state_dict(copy.deepcopy(adapter.state_dict())),
     "reset": lambda adapter: adapter.reset_parameters(),
     "merge": lambda adapter: adapter.eval().merge_weights(),
-    "disable": lambda adapter: adapter._set_disabled(True),
+    "disable": lambda adapter: adapter.set_disabled(True),
 }
 
 
@@ -121,7 +121,7 @@ def test_carriers_of_masks_notice_as_well(reentrant, kind):
 
     carrier.set_masks(mask_out=(torch.arange(10) % 2).float())
     run().sum().backward()
-    for change in (lambda: carrier.set_masks(mask_out=torch.ones(10)), lambda: carrier._set_disabled(True)):
+    for change in (lambda: carrier.set_masks(mask_out=torch.ones(10)), lambda: carrier.set_disabled(True)):
         y = run()
         change()
         run()

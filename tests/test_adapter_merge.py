@@ -253,7 +253,7 @@ def test_a_merged_adapter_changes_its_device_with_its_original(keep):
     adapter.merge_weights(keep)
     for device in ("cuda", "cpu", "cuda"):
         adapter.to(device)
-        assert {value.device.type for value in adapter._kept.values()} == {device if keep == "device" else "cpu"}
+        assert {value.device.type for value in adapter.merge.originals.values()} == {device if keep == "device" else "cpu"}
         torch.testing.assert_close(adapter(x.to(device)).cpu(), want, rtol=1e-4, atol=1e-4)
     adapter.unmerge_weights()
     assert adapter.weight.is_cuda and torch.equal(adapter.weight.cpu(), before)
@@ -300,7 +300,7 @@ def test_a_wrong_input_is_named_where_the_base_layer_computes(x, error, words, h
     if how == "merged":
         adapter.merge_weights()
     else:
-        adapter._set_disabled(True)
+        adapter.set_disabled(True)
     with pytest.raises(error, match=words):
         adapter(x())
     assert adapter(torch.ones(2, 5)).shape == (2, 7)

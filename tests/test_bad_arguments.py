@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from apt_ext import ops, reference
-from apt_ext.adapter.packed_weight import Compaction
+from apt_ext.adapter.packed_weight import PackedWeight
 
 N, K, R = 6, 5, 3
 
@@ -40,7 +40,7 @@ def operands(dtype=torch.float32):
 @functools.cache
 def kept_lanes(dtype):
     p = Problem((4,), N, K, R, dtype, masks="soft")
-    return Compaction(p.mask_in, p.mask_out, p.weight)
+    return PackedWeight(p.mask_in, p.mask_out, p.weight)
 
 
 def call(op, given):

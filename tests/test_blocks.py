@@ -364,7 +364,7 @@ def test_what_carries_a_mask_has_it_for_itself():
         for name, adapter in adapters(apt):
             for side, mask in expected[name].items():
                 assert torch.equal(getattr(adapter, f"mask_{side}"), mask), (name, side)
-                assert torch.equal(adapter._compaction._masks[side].values, mask), (name, side)
+                assert torch.equal(adapter.packing.current._masks[side].values, mask), (name, side)
 
     for kind in ("heads", "neurons"):
         mask = torch.linspace(0, 1, apt.blocks[f"1.{kind}"].count)

@@ -9,13 +9,13 @@ from test_linear import LAYOUTS, MASKS, PADDED_RANK, SHAPES, SOME, ZEROS, gradie
 from test_memory import banded, bits, outside
 
 from apt_ext import reference
-from apt_ext.adapter.packed_weight import Compaction, width
+from apt_ext.adapter.packed_weight import PackedWeight, width
 
 
 def operands(W, m_in, m_out, N, K, device):
-    """(Compaction, masks) of a weight [N, K] or none, masks or none."""
+    """(PackedWeight, masks) of a weight [N, K] or none, masks or none."""
     masks = [torch.ones(n, device=device) if m is None else m for m, n in ((m_in, K), (m_out, N))]
-    return Compaction(*masks, W), masks
+    return PackedWeight(*masks, W), masks
 
 
 def compact_linear(x, W, bias, A, B, m_in, m_out, scaling):
@@ -159,7 +159,7 @@ def test_any_masks_one_after_the_other(data, sizes, runs, bits):
     """The same operands through a series of masks, up and down, in runs (blocks) and lane by lane."""
     (N, K), dtype = sizes, torch.bfloat16 if bits else torch.float32
     problem = Problem((5,), N, K, 2, dtype)
-    kept = Compaction(torch.ones(K), torch.ones(N), problem.weight)
+    kept = PackedWeight(torch.ones(K), torch.ones(N), problem.weight)
 
     def draw(size):
         values = data.draw(st.lists(VALUE, min_size=size, max_size=size))
@@ -343,7 +343,7 @@ def test_stays_within_its_operands(device, dtype, layout, masks):
     edge = outside(packed, buffer)
     torch.ops.apt_ext.pack_kept_(packed, banded(p.weight, layout)[0], kept.index_in, kept.index_out, kept.kept)
     assert torch.equal(outside(packed, buffer), edge)
-    used = len(kept.lanes_in) * len(kept.lanes_out)
+    used = len(kept.channels_in) * len(kept.channels_out)
     assert torch.equal(packed[:used], kept.packed[:used])
 
 
@@ -353,8 +353,8 @@ def test_places_of_other_masks_lie_beyond_nothing(device, dtype, N):
     """What a captured graph replays after masks rose, or a forward meets in another thread: wrong values, but only its own memory."""
     p = Problem((70,), N, 24, 4, dtype, device, "none")
     many, few = (torch.arange(N, device=device) % step == 0 for step in (1, 4))
-    later, before = (Compaction(torch.ones(24, device=device), mask.float(), p.weight) for mask in (many, few))
+    later, before = (PackedWeight(torch.ones(24, device=device), mask.float(), p.weight) for mask in (many, few))
     given = (before.packed, None, p.lora_A, p.lora_B, None, None, before.index_in, before.index_out)
     y = torch.ops.apt_ext.compact_linear(p.x, *given, before.position_in, later.position_out, before.kept, 1.0, False, False)
-    width_out = len(before.lanes_out)
+    width_out = len(before.channels_out)
     assert (y[:, width_out:] == 0).all() and torch.isfinite(y).all() and (y[:, : N // 4] != 0).any()

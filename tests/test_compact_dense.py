@@ -1,4 +1,4 @@
-"""APTAdapter.compact(dense=...): the whole weight in host memory, or released."""
+"""APTAdapter.compact(dense=...): the whole weight in host memory."""
 
 import copy
 import gc
@@ -13,7 +13,7 @@ from small_adapter import make, masks, outcome
 import apt_ext
 from apt_ext import APTAdapter, APTConfig, adapters, get_apt_model
 
-AWAY = pytest.mark.parametrize("dense", ["cpu", "release"])
+AWAY = pytest.mark.parametrize("dense", ["cpu"])
 
 
 def put_away(dense, device="cpu", **options):
@@ -21,10 +21,6 @@ def put_away(dense, device="cpu", **options):
     adapter = make(device, **options)
     adapter.set_masks(*masks(device))
     twin = copy.deepcopy(adapter)
-    if dense == "release":  # what is pruned is forgotten
-        with torch.no_grad():
-            twin.weight[adapter.mask_out == 0] = 0
-            twin.weight[:, adapter.mask_in == 0] = 0
     adapter.compact(dense=dense)
     assert torch.isnan(adapter.weight).all() and adapter.weight.untyped_storage().nbytes() == adapter.weight.element_size()
     return adapter, twin
@@ -41,19 +37,12 @@ def test_a_weight_that_is_away_changes_nothing(device, dense):
             one.set_masks(**change)
         for got, want in zip(outcome(adapter, x), outcome(twin, x), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-    if dense == "release":
-        with pytest.raises(RuntimeError, match="mask_in must not rise from 0"):
-            adapter.set_masks(mask_in=masks(device)[0])
-        with pytest.raises(RuntimeError, match="must not rise from 0"):
-            adapter.reset_parameters()
-        assert (adapter(x) == twin(x)).all()
-    else:
-        for one in (adapter, twin):
-            one.set_masks(*masks(device))
+    for one in (adapter, twin):
+        one.set_masks(*masks(device))
     with pytest.raises(RuntimeError, match="needs the whole weight"):
         adapter(x, mask_in=m_in)
     with pytest.raises(RuntimeError, match="needs the whole weight"):
-        adapter._set_disabled(True)
+        adapter.set_disabled(True)
     torch.testing.assert_close(adapter(x), twin(x))
     adapter.compact(False)
     torch.testing.assert_close(adapter(x), twin(x))
@@ -115,9 +104,6 @@ def test_what_needs_the_whole_weight_gets_it(device, dense, way):
         m_in, m_out = masks(device)
         for one in (adapter, twin):
             one.set_masks(m_in, m_out)
-        if dense == "release":
-            with pytest.raises(RuntimeError, match="load_state_dict: mask_in must not rise"):
-                adapter.load_state_dict({**factors, "mask_in": torch.ones(10, device=device)}, strict=False)
     elif way == "deepcopy":
         before, adapter = adapter, copy.deepcopy(adapter)
         before.set_masks(torch.zeros(10, device=device))
@@ -150,10 +136,10 @@ def test_what_needs_the_whole_weight_gets_it(device, dense, way):
         kept = torch.outer(adapter.mask_in != 0, adapter.mask_out != 0)
         assert torch.equal(state.to(device)[kept], twin.weight[kept])
     torch.testing.assert_close(adapter(x), twin(x))
-    assert adapter.compacted and torch.isnan(adapter.weight).all() and adapter._dense == dense
+    assert adapter.compacted and torch.isnan(adapter.weight).all() and adapter.packing.store.place == dense
 
 
-@pytest.mark.parametrize("dense", ["keep", "cpu", "release"])
+@pytest.mark.parametrize("dense", ["keep", "cpu"])
 @pytest.mark.parametrize("assign", [False, True])
 @pytest.mark.parametrize("of_merged", [False, True])
 def test_a_merged_adapter_loads_the_weight_that_it_would_put_away(dense, assign, of_merged):
@@ -170,17 +156,7 @@ def test_a_merged_adapter_loads_the_weight_that_it_would_put_away(dense, assign,
     torch.testing.assert_close(adapter(x), want)
     adapter.unmerge_weights()
     torch.testing.assert_close(adapter(x), want)
-    assert adapter._away == (dense != "keep")
-
-
-def test_masks_of_a_state_must_not_rise_in_a_merged_adapter_whose_weights_were_released():
-    adapter, _ = put_away("release")
-    state = {name: value for name, value in make().state_dict().items() if "base_layer" not in name}
-    before = adapter.mask_in.clone()
-    adapter.merge_weights()
-    with pytest.raises(RuntimeError, match="load_state_dict: mask_in must not rise from 0"):
-        adapter.load_state_dict(state, strict=False)
-    assert adapter.merged and torch.equal(adapter.mask_in, before)
+    assert adapter.packing.store.is_offloaded == (dense != "keep")
 
 
 @AWAY
@@ -189,19 +165,10 @@ def test_weights_are_not_put_away_while_they_are_all_that_computes(dense):
     apt = adapted(family)
     with apt.disable_adapter():
         plain = outputs(apt, family.inputs())
-        with pytest.raises(RuntimeError, match=f"dense='{dense}' would put away the weight that disable_adapter computes with"):
+        with pytest.raises(RuntimeError, match=f"dense='{dense}' cannot offload the weight inside disable_adapter"):
             apt.compact(dense=dense)
         close(outputs(apt, family.inputs()), plain)
     assert not any(adapter.compacted for _, adapter in adapters(apt))
-
-
-def test_a_refused_reset_leaves_the_factors():
-    adapter, _ = put_away("release")
-    x = torch.randn(4, 10, dtype=torch.float64)
-    before, A, B = adapter(x), adapter.lora_A.clone(), adapter.lora_B.clone()
-    with pytest.raises(RuntimeError, match="reset_parameters: mask_in must not rise from 0"):
-        adapter.reset_parameters()
-    assert torch.equal(adapter.lora_A, A) and torch.equal(adapter.lora_B, B) and torch.equal(adapter(x), before)
 
 
 @AWAY
@@ -221,7 +188,7 @@ def test_a_whole_model_without_its_dense_weights(dense, tmp_path):
     close(outputs(apt, family.inputs()), want)
     apt.cut()
     close(outputs(apt, family.inputs()), want)
-    assert all(adapter._away for _, adapter in adapters(apt) if type(adapter) is APTAdapter)
+    assert all(adapter.packing.store.is_offloaded for _, adapter in adapters(apt) if type(adapter) is APTAdapter)
     apt.compact(False)
     close(outputs(apt, family.inputs()), want)
 
@@ -235,7 +202,8 @@ def test_a_tied_weight_is_kept():
     mask_all(apt, some(FAMILIES["llama"], apt.blocks, ("neurons",), "hard"))
     want = outputs(apt, FAMILIES["llama"].inputs())
     apt.compact(dense="cpu")
-    assert [layer.mlp.down_proj._away for layer in layers] == [False, False] and layers[0].mlp.up_proj._away
+    assert not any(layer.mlp.down_proj.packing.store.is_offloaded for layer in layers)
+    assert layers[0].mlp.up_proj.packing.store.is_offloaded
     layers[1].mlp.down_proj.compact(False)
     close(outputs(apt, FAMILIES["llama"].inputs()), want)
 
@@ -270,15 +238,9 @@ def test_the_copy_counts_not_what_others_wrote_into_the_buffer(device, dense):
     moved = adapter.mask_in.clone()  # as many lanes, others
     moved[moved.nonzero()[0]], moved[(adapter.mask_in == 0).nonzero()[0]] = 0, 1
     for mask in (risen, moved):
-        before = adapter.mask_in.clone()
         adapter.mask_in.copy_(mask)
-        if dense == "release":
-            with pytest.raises(RuntimeError, match="mask_in must not rise from 0"):
-                adapter.set_masks(mask_in=mask)
-            adapter.mask_in.copy_(before)
-        else:
-            adapter.set_masks(mask_in=mask)
-            twin.set_masks(mask_in=mask)
+        adapter.set_masks(mask_in=mask)
+        twin.set_masks(mask_in=mask)
         torch.testing.assert_close(adapter(x), twin(x))
     adapter.mask_in.copy_(fallen)
     for one in (adapter, twin):

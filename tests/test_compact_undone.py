@@ -5,10 +5,10 @@ import torch
 from families import FAMILIES, adapted, keep_first, outputs
 from small_adapter import make, masks, outcome
 
-from apt_ext import adapters
-from apt_ext.adapter import compact, packed_weight
+from apt_ext import APTAdapter, adapters
+from apt_ext.adapter import compact, packed_weight, weight_store
 
-DENSE = ("keep", "cpu", "release")
+DENSE = ("keep", "cpu")
 
 
 def failing_at(monkeypatch, n, owner, name):
@@ -26,9 +26,9 @@ def failing_at(monkeypatch, n, owner, name):
 
 
 FAULTS = {
-    "the copy of W": (packed_weight.Compaction, "pack"),
-    "its trimming": (packed_weight.Compaction, "trim"),
-    "last": (compact.Compacting, "_look"),
+    "the copy of W": (packed_weight.PackedWeight, "pack"),
+    "the host copy": (weight_store.WeightStore, "offload"),
+    "last": (compact.Packing, "remember_weight"),
 }
 
 
@@ -51,7 +51,7 @@ def test_of_one_adapter(device, before, dense, fault, monkeypatch):
         else:  # this one does not come there
             assert not calls
             return
-    assert adapter.compacted == (before is not None) and adapter._dense == (before or "keep")
+    assert adapter.compacted == (before is not None) and adapter.packing.store.place == (before or "keep")
     for got, value in zip(outcome(adapter, x), want, strict=True):
         assert torch.equal(got, value)
     assert torch.equal(adapter.state_dict()["base_layer.weight"], weight)
@@ -75,15 +75,15 @@ def test_of_a_model_half_way(name, before, dense, monkeypatch):
         state = {key: value.clone() for key, value in apt.state_dict().items()}
     want = outputs(apt, batch)[0]
     found = [adapter for _, adapter in adapters(apt)]
-    were = [(adapter.compacted, adapter._dense, adapter._away) for adapter in found]
+    were = [(adapter.compacted, adapter.packing.store.place, adapter.packing.store.is_offloaded) for adapter in found]
     with monkeypatch.context() as patch:
-        calls = failing_at(patch, 5, compact.Compacting, "compact")
+        calls = failing_at(patch, 5, APTAdapter, "compact")
         with pytest.raises(torch.OutOfMemoryError, match="planted"):
             apt.compact(dense=dense)
         assert len(calls) > 5  # what was done was undone
-    assert [(adapter.compacted, adapter._dense, adapter._away) for adapter in found] == were
+    assert [(adapter.compacted, adapter.packing.store.place, adapter.packing.store.is_offloaded) for adapter in found] == were
     assert apt._chained == (before is not None)
-    assert any(adapter._chain_in is not None and adapter._chain_in.is_open() for adapter in found) == (before is not None)
+    assert any(adapter.packing.chain_in is not None and adapter.packing.chain_in.is_open() for adapter in found) == (before is not None)
     torch.testing.assert_close(outputs(apt, batch)[0], want)
     after = apt.state_dict()
     assert all(torch.equal(value, after[key]) for key, value in state.items())
@@ -104,7 +104,7 @@ def test_fractions_are_kept():
     want = outcome(adapter, x)
     adapter.compact()
     for name, mask in (("mask_in", m_in), ("mask_out", m_out)):
-        assert torch.equal(adapter._compaction.live(name), mask != 0)
+        assert torch.equal(adapter.packing.current.nonzero(name), mask != 0)
     for got, value in zip(outcome(adapter, x), want, strict=True):
         torch.testing.assert_close(got, value)
     assert bool((outcome(adapter, x)[0][:, m_out > 1e-10] != 0).all())

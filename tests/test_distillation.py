@@ -169,7 +169,7 @@ def test_after_a_refresh_the_teacher_has_the_students_structure():
         """The layer term against the states themselves, Tr being the identity still."""
         ours, theirs = apt(**batch, **distiller.asks).hidden_states[1:], taught(distiller, batch)[2:]
         real = batch["attention_mask"].bool()
-        places = [torch.arange(24) if m._hidden_left is None else m._hidden_left for m in (apt, distiller.teacher)]
+        places = [torch.arange(24) if m.hidden_left is None else m.hidden_left for m in (apt, distiller.teacher)]
         total = 0.0
         for h, t in zip(ours, theirs, strict=True):
             wide = h.new_zeros(*h.shape[:-1], 24).index_copy(-1, places[0], h)
@@ -419,7 +419,7 @@ def test_a_compacted_student_becomes_a_teacher_that_stays_what_it_is():
 
 
 @pytest.mark.parametrize("chain", [False, True])
-@pytest.mark.parametrize("dense", ["cpu", "release"])
+@pytest.mark.parametrize("dense", ["cpu"])
 def test_a_student_whose_weights_are_away_becomes_a_teacher_and_works_on(dense, chain):
     apt, batch, _ = student()
     earlier = Distiller(apt, "self")
@@ -434,9 +434,11 @@ def test_a_student_whose_weights_are_away_becomes_a_teacher_and_works_on(dense, 
         torch.testing.assert_close(apt(**batch).logits, expected)
         torch.testing.assert_close(taught(distiller, batch)[0], expected.detach())
         assert passed(apt, distiller, batch).item() == 0
-    held = {name: adapter._stored_elsewhere() for name, adapter in adapters(apt)}
+    held = {name: adapter.packing.store.host for name, adapter in adapters(apt)}
     for name, adapter in adapters(distiller.teacher):  # neither a second W nor a second kept part of it
-        assert adapter._stored_elsewhere() is held[name] and (adapter.weight is None or torch.isnan(adapter.weight).all() == adapter._away)
+        store = adapter.packing.store
+        assert store.host is held[name]
+        assert adapter.weight is None or torch.isnan(adapter.weight).all() == store.is_offloaded
     before, stored = taught(distiller, batch), {name: value.clone() for name, value in held.items() if value is not None}
 
     def same():
@@ -461,24 +463,6 @@ def test_a_student_whose_weights_are_away_becomes_a_teacher_and_works_on(dense, 
     apt.cut()
     apt(**batch).loss.backward()
     assert same(), "cut"
-
-
-def test_a_released_teachers_masks_do_not_rise_and_nothing_changes():
-    apt, _, _ = student()
-    distiller = Distiller(apt, "self")
-    with torch.no_grad():
-        distiller.transform.lora_B.normal_()
-    wide = distiller.state_dict()
-    keep_first(apt, neurons=9)
-    apt.compact(dense="release")
-    distiller.refresh()
-    with torch.no_grad():
-        distiller.transform.lora_B.zero_()
-    before = distiller.state_dict()
-    with pytest.raises(RuntimeError, match=r"load_state_dict: .*dense: mask_(in|out) must not rise from 0"):
-        distiller.load_state_dict(wide)
-    assert all(torch.equal(value, before[key]) for key, value in distiller.state_dict().items())
-    distiller.load_state_dict(before)
 
 
 def test_growing_within_max_rank_leaves_the_teacher_alone():

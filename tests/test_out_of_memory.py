@@ -28,7 +28,7 @@ int posix_memalign(void** out, size_t alignment, size_t size) {
   return real(out, alignment, size);
 }
 """
-COMPACT_MODEL = ("compact a model", "release a model", "put a compact model on the cpu")
+COMPACT_MODEL = ("compact a model", "put a compact model on the cpu")
 WHOLE_MODEL = (*COMPACT_MODEL, "set_block_mask", "set_block_mask of the stream", "cut", "shrink", "merge_and_unload")
 
 

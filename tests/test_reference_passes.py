@@ -16,9 +16,9 @@ from apt_ext import adapter_parameters, adapters
 
 @contextlib.contextmanager
 def disabled(adapter):
-    adapter._set_disabled(True)
+    adapter.set_disabled(True)
     yield
-    adapter._set_disabled(False)
+    adapter.set_disabled(False)
 
 
 @contextlib.contextmanager
@@ -113,7 +113,7 @@ def test_what_is_remembered_does_not_grow(reentrant):
     for step in range(100):
         adapter.set_masks(torch.full((10,), step / 100))
         checkpoint(adapter, x, use_reentrant=reentrant)
-    assert len(adapter._changes._history) < 50
+    assert len(adapter.history._history) < 50
     adapter.set_masks(mask)
     recent = checkpoint(adapter, x, use_reentrant=reentrant)
     with disabled(adapter):
@@ -285,6 +285,6 @@ def test_disable_adapter_keeps_where_a_merge_keeps_its_originals():
     second.merge_weights("device")
     with apt.disable_adapter():
         assert not first.merged and not second.merged
-    assert (first.merged, first._keep) == (True, "cpu") and (second.merged, second._keep) == (True, "device")
+    assert (first.merged, first.merge.keep) == (True, "cpu") and (second.merged, second.merge.keep) == (True, "device")
     assert not third.merged
-    assert all(kept.device.type == "cpu" for kept in first._kept.values())
+    assert all(kept.device.type == "cpu" for kept in first.merge.originals.values())

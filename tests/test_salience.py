@@ -222,7 +222,7 @@ def test_the_signed_identity_holds_without_the_factor_s(masked: bool) -> None:
     h = adapter(x)
     h.retain_grad()
     h.tanh().sum().backward()
-    A, B, W = adapter.lora_A, adapter.lora_B, adapter._matrix()
+    A, B, W = adapter.lora_A, adapter.lora_B, adapter.matrix
     assert W is not None and None not in (x.grad, h.grad, A.grad, B.grad)
     of_weights = W * torch.outer(adapter.mask_out, adapter.mask_in) * (h.grad.t() @ x)  # type: ignore[union-attr]
     for from_h, from_w, from_factor in (

@@ -89,7 +89,7 @@ def of_outliers(name, apt, mean):
 
     found, rows = {}, 0.0
     for block, _, reader in sites_of(name, apt):
-        parts = (reader._matrix() + reader.scaling * reader.Wb @ reader.Wa).detach() * mean[block]
+        parts = (reader.matrix + reader.scaling * reader.Wb @ reader.Wa).detach() * mean[block]
         found[block] = root(parts.t().reshape(apt.blocks[block].count, -1))
         rows = rows + root(parts)
     return {**found, "hidden": rows}

@@ -7,6 +7,7 @@ Shapes: x [..., K], W [N, K], lora_A [R, K], lora_B [N, R], mask_in [K], mask_ou
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Mapping
@@ -17,26 +18,25 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from .. import ops
-from ..common.checks import (
-    FLOATING,
-    checked_choice,
-    checked_device,
-    checked_int,
-    checked_mask,
-    checked_number,
-    linear_shape,
-)
+from ..common.checks import checked_device, checked_mask
 from ..distributed import agreement
 from ..distributed.dtensor import is_sharded, replicated
-from ..optim import resize
-from ..optim.initial_state import OptimizerLike, optimizers_of
+from ..optim.initial_state import OptimizerLike
 from ..optim.step_guard import guard, reserve
-from .host_mask import HostMask
-from .shared_memory import merged_into
-from .state_dict import Saving
+from . import rank as growth
+from . import state_dict as saving
+from .arguments import check_override, checked_arguments, checked_linear
+from .base_layer import through_base
+from .carrier import MaskCarrier
+from .compact import Packing, has_own_weight
+from .counts import sparsity_stats
+from .mask import SIDES, Mask
+from .mask_change import mask_change, settle
+from .merge import Merge
+from .shared_memory import hold, join, release
 
 
-class APTAdapter(Saving):
+class APTAdapter(MaskCarrier):
     """The low-rank path alone, as in the seed: y = mask_out * s * ((mask_in * x) A^T) B^T.
 
     Use :meth:`from_linear` for the whole of Eq. 2. lora_A is Gaussian with standard deviation ``init_std``
@@ -52,6 +52,10 @@ class APTAdapter(Saving):
 
     Raises:
         ValueError, TypeError: an argument out of range or of the wrong type; the message names it.
+
+    Attributes that other parts of this package use, beside those of MaskCarrier:
+        merge: the Merge into the base layer. packing: the Packing, by which it computes on kept channels.
+        is_transposed: the base layer stores [K, N] (Conv1D).
     """
 
     lora_A: nn.Parameter  # [R, K], or [max_rank, K] with zero rows at and above rank
@@ -72,31 +76,21 @@ class APTAdapter(Saving):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.in_features = checked_int("in_features", in_features, 0)
-        self.out_features = checked_int("out_features", out_features, 0)
-        limit = min(in_features, out_features)
-        if checked_int("rank", rank, 0) > limit:
-            raise ValueError(f"rank must be at most min(out_features, in_features) = {limit}, got {rank}")
-        if max_rank is not None:
-            max_rank = min(checked_int("max_rank", max_rank, 0), limit)
-            if rank > max_rank:
-                raise ValueError(f"rank must be at most max_rank = {max_rank}, got {rank}")
-        scaling = checked_number("scaling", scaling)
-        if not 0.0 <= checked_number("dropout", dropout) < 1.0:
-            raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-        if init_std is not None and checked_number("init_std", init_std) < 0:
-            raise ValueError(f"init_std must be at least 0, got {init_std}")
-        dtype = torch.get_default_dtype() if dtype is None else dtype
-        if not isinstance(dtype, torch.dtype) or dtype not in FLOATING:
-            raise TypeError(f"dtype must be float64, float32, float16 or bfloat16, got {dtype!r}")
+        super().__init__(merge=None)
+        max_rank, scaling, dtype = checked_arguments(in_features, out_features, rank, scaling, max_rank, dropout, init_std, dtype)
         checked_device(device)
+        self.in_features, self.out_features = in_features, out_features
         self._rank = rank
         self._max_rank = max_rank
         self._scaling = scaling
         self.dropout = float(dropout)
         self.init_std = 1.0 / math.sqrt(3 * max(in_features, 1)) if init_std is None else float(init_std)
-        self._disabled = False
+        self.is_transposed = False
+        self.merge, self.packing = Merge(), Packing()
+        self.pending_load: saving.PendingLoad | None = None  # between torch's two hooks of load_state_dict
+        self._warned = False
+        saving.install(self)
+        join(self)
         self.register_module("base_layer", None)
         stored = rank if max_rank is None else max_rank
         with torch.inference_mode(False):  # a tensor born in inference mode could never be trained
@@ -104,7 +98,8 @@ class APTAdapter(Saving):
             self.lora_B = nn.Parameter(torch.empty(out_features, stored, device=device, dtype=dtype))
             self.register_buffer("mask_in", torch.empty(in_features, device=device, dtype=torch.float32))
             self.register_buffer("mask_out", torch.empty(out_features, device=device, dtype=torch.float32))
-        self._guard()
+        self.begin_masks(*SIDES)
+        self.guard_factors()
         self.reset_parameters()
 
     @classmethod
@@ -128,30 +123,9 @@ class APTAdapter(Saving):
             ValueError: a rank that does not fit, or a weight that is not finite (not looked at on meta).
             RuntimeError: the linear has forward hooks, which would not run, or another adapter has merged into it.
         """
-        out_features, in_features, transposed = linear_shape(linear)
+        out_features, in_features, transposed, dtype = checked_linear(linear, rank, dtype)
         weight, bias = linear.weight, linear.bias
         assert isinstance(weight, nn.Parameter)
-        dtype = weight.dtype if dtype is None else dtype
-        if (
-            not isinstance(dtype, torch.dtype)
-            or dtype != weight.dtype
-            and not (dtype == torch.float32 and weight.dtype in (torch.float16, torch.bfloat16))
-        ):
-            raise TypeError(f"dtype must be the weight's {weight.dtype}, or float32 over a 16-bit weight, got {dtype!r}")
-        if checked_int("rank", rank, 0) > min(out_features, in_features):
-            raise ValueError(
-                f"rank must be at most min(out_features, in_features) = {min(out_features, in_features)} "
-                f"for {type(linear).__name__}({in_features}, {out_features}), got {rank}"
-            )
-        if "forward" in vars(linear) or linear._forward_hooks or linear._forward_pre_hooks:
-            raise RuntimeError(
-                f"linear must have no forward hooks and no forward of its own, which the adapter would not run, got a "
-                f"{type(linear).__name__} with one (accelerate's device_map sets it); remove it, or hook the adapter instead"
-            )
-        if not weight.is_meta and not bool(torch.isfinite(weight.detach()).all()):
-            raise ValueError(f"weight of {type(linear).__name__}({in_features}, {out_features}) must be finite, got NaN or Inf")
-        if any(merged_into(tensor) for tensor in (weight, bias) if isinstance(tensor, Tensor)):
-            raise RuntimeError("from_linear: this linear already carries the merge of another adapter; unmerge that one first")
         adapter = cls(
             in_features,
             out_features,
@@ -164,7 +138,7 @@ class APTAdapter(Saving):
             dtype=dtype,
         )
         adapter.base_layer = linear
-        adapter._transposed = transposed
+        adapter.is_transposed = transposed
         adapter.train(linear.training)
         weight.requires_grad_(False)
         if bias is not None:
@@ -176,15 +150,55 @@ class APTAdapter(Saving):
 
     @property
     def rank(self) -> int:
+        """The ranks in use."""
         return self._rank
 
     @property
     def max_rank(self) -> int | None:
+        """The ranks that storage is reserved for; None: growth re-allocates."""
         return self._max_rank
 
     @property
     def scaling(self) -> float:
+        """s, constant for life."""
         return self._scaling
+
+    @property
+    def merged(self) -> bool:
+        """True between merge_weights and unmerge_weights."""
+        return self.merge.active
+
+    @property
+    def compacted(self) -> bool:
+        """True if the products run on kept rows and columns only."""
+        return self.packing.current is not None
+
+    @property
+    def weight(self) -> Tensor | None:
+        """The base layer's weight as it stores it, read-only: [N, K], or Conv1D's [K, N]."""
+        base = self._modules.get("base_layer")  # the registry itself: attribute access through nn.Module is slow
+        return None if base is None else base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias [N], read-only."""
+        return None if self.base_layer is None else self.base_layer.bias  # type: ignore[return-value]
+
+    @property
+    def matrix(self) -> Tensor | None:
+        """The weight as W [N, K]; a transposed view for Conv1D, which merge_ writes through."""
+        weight = self.weight
+        return weight.t() if weight is not None and self.is_transposed else weight
+
+    @property
+    def input_positions(self) -> Tensor | None:
+        """Where a channel lies in an input of kept channels alone, int32 [in_features], below 0 where pruned; None while not compact."""
+        return None if self.packing.current is None else self.packing.current.position_in
+
+    def stored_shape(self) -> tuple[int, int]:
+        """The shape that the base layer stores its weight in, by the masks."""
+        shape = (len(self.mask_out), len(self.mask_in))
+        return shape[::-1] if self.is_transposed else shape
 
     @property
     def Wa(self) -> Tensor:
@@ -201,30 +215,35 @@ class APTAdapter(Saving):
     def forward(self, x: Tensor, mask_in: Tensor | None = None, mask_out: Tensor | None = None) -> Tensor:
         """x [..., K] -> y [..., N]. A mask given here is used for this call only (float32 or x's dtype, x's device)."""
         if mask_in is not None:
-            self._check_override("mask_in", mask_in, self.in_features, x)
+            check_override(self, "mask_in", mask_in, x)
         if mask_out is not None:
-            self._check_override("mask_out", mask_out, self.out_features, x)
+            check_override(self, "mask_out", mask_out, x)
         compiling = is_compiling()
         if not compiling:
-            self._changes.check()
-        if self.foreign_merges:
-            self._refuse_foreign()
-        # The registries themselves: attribute access through nn.Module is slow.
+            self.history.check()
+        merge, packing = self.merge, self.packing
+        if merge.foreign:
+            raise RuntimeError(f"{self.naming('forward')}: {next(iter(merge.foreign.values()))}")
+        # The registry itself: attribute access through nn.Module is slow.
         base = self._modules["base_layer"]
-        if self._merged or self._disabled:
+        if merge.active or self.disabled:
             if base is None:
                 raise RuntimeError("disable_adapter: this APTAdapter has no base layer to fall back on")
-            if self._merged:
+            if merge.active and not self._warned:
                 self._warn_if_learning()
-            return self._through_base(x, compiling)
-        kept = self._compaction
-        if kept is not None and mask_in is None and mask_out is None and (compiling or self._masks_are_own() and self._source_is_own()):
-            return self._compute_kept(x, kept, compiling)
-        if self._away:
-            self._refuse_away("a forward with masks of its own")
-        return self._compute(x, *self._effective_masks(mask_in, mask_out, compiling))
+            return base(x) if compiling else through_base(base, self.is_transposed, x)
+        packed = packing.current
+        if packed is not None and mask_in is None and mask_out is None and (compiling or self.masks_are_own() and has_own_weight(base)):
+            return packing.compute(self, packed, x, compiling)
+        if packing.store.host is not None:
+            packing.refuse_offloaded("a forward with masks of its own")
+        mask_in, mask_out, written = self.placed.effective(self._buffers, mask_in, mask_out, compiling)
+        if written:
+            self.see_written_masks()
+            mask_in, mask_out, _ = self.placed.effective(self._buffers, mask_in, mask_out, compiling)
+        return self.compute(x, mask_in, mask_out)
 
-    def _compute(self, x: Tensor, mask_in: Tensor | None, mask_out: Tensor | None) -> Tensor:
+    def compute(self, x: Tensor, mask_in: Tensor | None, mask_out: Tensor | None) -> Tensor:
         """Eq. 2 under these masks, None for all ones."""
         base, A, B = self._modules["base_layer"], self._parameters["lora_A"], self._parameters["lora_B"]
         assert A is not None and B is not None
@@ -234,33 +253,23 @@ class APTAdapter(Saving):
             own = base._parameters
             weight = own["weight"] if "weight" in own else base.weight
             bias = own["bias"] if "bias" in own else base.bias
-            weight = weight.t() if self._transposed else weight
+            weight = weight.t() if self.is_transposed else weight
         if self.dropout > 0.0 and self.training:
             # Dropping commutes with masking, so the low-rank path is the same op on its own dropped input.
             low_rank = ops.apt_linear(ops.dropped(x, self.dropout), None, None, A, B, mask_in, mask_out, self._scaling)
             return low_rank if weight is None else ops.apt_linear(x, weight, bias, A[:0], B[:, :0], mask_in, mask_out, 1.0) + low_rank
         return ops.apt_linear(x, weight, bias, A, B, mask_in, mask_out, self._scaling)
 
-    def _set_disabled(self, disabled: bool) -> None:
-        if disabled != self._disabled:
-            if disabled:
-                self._refuse_away("disable_adapter")
-            self._disabled = disabled
-            self._changes.note(disabled=disabled)
+    def set_disabled(self, disabled: bool) -> None:
+        """Compute as the base layer alone, without masks, or end that. RuntimeError where its weight is offloaded."""
+        if disabled and not self.disabled:
+            self.packing.refuse_offloaded("disable_adapter")
+        super().set_disabled(disabled)
 
-    def _check_override(self, name: str, mask: Tensor, size: int, x: Tensor) -> None:
-        if self._merged:
-            raise RuntimeError(f"{name} cannot be overridden while merged; call unmerge_weights() first")
-        if not isinstance(mask, Tensor):
-            raise TypeError(f"{name} must be a Tensor or None, got {type(mask).__name__}")
-        if not isinstance(x, Tensor):
-            raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
-        if mask.dtype not in (torch.float32, x.dtype):
-            raise TypeError(f"{name} must have dtype float32 or x's {x.dtype}, got {mask.dtype}")
-        if mask.shape != (size,):
-            raise ValueError(f"{name} must have shape [{size}], got {list(mask.shape)}")
-        if mask.device != x.device:
-            raise ValueError(f"{name} must be on x's device {x.device}, got {mask.device}")
+    def _warn_if_learning(self) -> None:
+        if self.training and torch.is_grad_enabled() and not is_compiling():
+            self._warned = True
+            warnings.warn("this APTAdapter is merged: lora_A and lora_B get no gradient until unmerge_weights()", stacklevel=3)
 
     # -- masks -------------------------------------------------------------------------------------------------------
 
@@ -276,9 +285,9 @@ class APTAdapter(Saving):
             TypeError: not a floating tensor. ValueError: wrong shape or device, a value outside [0, 1] or NaN.
             RuntimeError: while merged; ranks of a process group that disagree. Both masks are then as before.
         """
-        with agreement.change(self._what("set_masks")) as agree:
+        with agreement.change(self.naming("set_masks")) as agree:
             self.settle("set_masks")
-            if self._merged:
+            if self.merge.active:
                 raise RuntimeError("set_masks: the weight is merged under the present masks; call unmerge_weights() first")
             given = {name: mask for name, mask in (("mask_in", mask_in), ("mask_out", mask_out)) if mask is not None}
             checked = {name: checked_mask(name, mask, self.get_buffer(name)) for name, mask in given.items()}
@@ -294,35 +303,89 @@ class APTAdapter(Saving):
         """What every rank of a process group must hold alike, and DDP and FSDP do not look at: (rank, mask_in, mask_out)."""
         return self._rank, self.mask_in, self.mask_out
 
-    def _what(self, call: str) -> str:
-        return f"{call} of {self.label or f'APTAdapter({self.in_features}, {self.out_features})'}"
-
-    def mask_change(self, masks: Mapping[str, Tensor | HostMask]) -> Callable[[], None]:
-        """The change to ``masks``, {"mask_in" or "mask_out": checked values}: what can fail is done here, calling the result makes it.
+    def mask_change(self, masks: Mapping[str, Tensor | Mask]) -> Callable[[], None]:
+        """As `MaskCarrier.mask_change`, of "mask_in" or "mask_out".
 
         Values of the present size are copied into the buffer, which compiled and captured graphs hold; others replace it: after a cut.
         Present values write nothing. Values on the host make no device wait.
         """
-        new = {name: HostMask.of(mask).known() for name, mask in masks.items()}
-        if all(self._carries(name, mask) for name, mask in new.items()):
-            return lambda: None
-        with torch.inference_mode(False):
-            resized = {name: mask.values for name, mask in new.items() if mask.values.shape != getattr(self, name).shape}
-            others = {name: values.to(getattr(self, name).device, copy=True) for name, values in resized.items()}
-        follow = self._compaction_change(new)
+        return mask_change(self, masks)
 
-        def make() -> None:
-            with torch.no_grad():
-                for name, mask in new.items():
-                    if name in others:
-                        self._buffers[name] = others[name]
-                    else:
-                        getattr(self, name).copy_(mask.values, non_blocking=True)  # pageable memory is read before this returns
-                    self._stamp_mask(name, mask)
-                    self._keep_values(name, mask.values)
-            follow()
+    def see_written_masks(self) -> None:
+        """On the CPU somebody wrote into a mask: know what both hold now, also as the function that a backward finds."""
+        if self.packing.current is not None:
+            self.packing.change(self, {})()
+        for name in SIDES:
+            buffer = self._buffers[name]
+            assert buffer is not None
+            self.note_mask(name, Mask.of(buffer))
+        self.history.check()
 
-        return make
+    def settle(self, call: str) -> None:
+        """Go on with what others have written into masks and factors without torch counting it, and warn of it.
+
+        For the events of an adapter, which wait for the device. On the CPU each forward looks at the masks.
+        """
+        settle(self, call)
+
+    def naming(self, call: str) -> str:
+        """`call`, and which adapter it is about."""
+        return f"{call} of {self.label or f'{type(self).__name__}({self.in_features}, {self.out_features})'}"
+
+    # -- merge and compact -------------------------------------------------------------------------------------------
+
+    def merge_weights(self, keep: str = "device") -> None:
+        """W <- diag(mask_out) (W + s B A) diag(mask_in), b <- mask_out * b, so ``base_layer(x)`` is the adapter's output.
+
+        The original weight and bias are kept on the device, or with keep="cpu" on the host, until
+        :meth:`unmerge_weights` restores them bitwise. Idempotent.
+
+        Raises:
+            RuntimeError: no base layer; a weight merged by another adapter; a merged value that would not be finite.
+            ValueError: keep is neither "device" nor "cpu". The layer is then bitwise as before.
+        """
+        self.packing.store.restore(self.weight)
+        try:
+            self.merge.make(self, keep)
+        except BaseException:
+            self.packing.offload(self)
+            raise
+
+    def unmerge_weights(self) -> None:
+        """Restore the base layer bitwise from what :meth:`merge_weights` kept. Idempotent."""
+        self.merge.undo(self)
+        self.packing.offload(self)
+
+    def merge_for_good(self) -> None:
+        """Merge, and let the merged weight be an ordinary one, which another adapter may merge into. This one is not to be used again."""
+        self.merge_weights()
+        release(self, for_good=True)
+
+    def compact(self, on: bool = True, dense: str = "keep") -> None:
+        """Compute on unpruned rows and columns only. Results are unchanged; time and activation memory shrink with the masks.
+
+        x and y stay full-size, and masks change as before, also back up, without recompiling anything: every change of exact zeros copies
+        what is kept of W, in one pass. A captured CUDA graph keeps the widths of its capture: a change of widths after it is logged, and
+        where less is kept the old graph gives NaN; capture again.
+        ``compact(False)`` undoes it. A state_dict holds nothing of it.
+
+        dense says where the whole W [N, K] is meanwhile:
+            "keep"  where it was. The copy has room for all of W: twice W's bytes on the device.
+            "cpu"   in host memory: W's bytes there, and the room for all of W on the device. Every change of zeros copies from the host.
+                    ``weight`` then reads NaN, and what computes full-size (a forward with masks of its own, disable_adapter) is refused;
+                    merge_weights, state_dict and load_state_dict bring the weight back as long as they need it.
+        `APTModel.cut` gives the memory of what is pruned back.
+
+        Masks are changed by set_masks, a block's mask or load_state_dict; what is written into a mask's buffer past them is noticed by the
+        next forward on the CPU, and on a device by the next such change, state_dict, merge, compact or cut.
+
+        A backward after a change of exact zeros raises torch's error about a tensor modified in place; a second derivative is refused.
+
+        Raises RuntimeError while merged, under FSDP and on meta; nothing has then changed.
+        """
+        self.packing.check(self, on, dense)
+        self.settle("compact")
+        self.packing.switch(self, on, dense)
 
     # -- rank --------------------------------------------------------------------------------------------------------
 
@@ -349,49 +412,12 @@ class APTAdapter(Saving):
             ValueError: lower than rank, above min(N, K) or max_rank. RuntimeError: merged; optimizer state that cannot
             be resized; a Parameter held by DDP or FSDP; ranks of a process group that disagree. Everything is then as before.
         """
-        with agreement.change(self._what(f"increase_rank({new_rank!r})")) as agree:
-            checked_int("new_rank", new_rank, 0)
-            checked_choice("init_type", init_type, ("lora", "zero"))
-            if generator is not None and not isinstance(generator, torch.Generator):
-                raise TypeError(f"generator must be a torch.Generator or None, got {type(generator).__name__}")
-            self.settle("increase_rank")
-            if self._merged:
-                raise RuntimeError("increase_rank: the weight is merged; call unmerge_weights() first")
-            limit = min(self.in_features, self.out_features)
-            if self._max_rank is not None:
-                limit = min(limit, self._max_rank)
-            limit = max(limit, self._rank)  # a cut leaves ranks above min(N, K)
-            if not self._rank <= new_rank <= limit:
-                raise ValueError(f"new_rank must lie between rank = {self._rank} and {limit}, got {new_rank}")
-            optimizers = optimizers_of(optimizer)
-            if new_rank > self._rank and self._max_rank is None:
-                resize.resizable_state([self.lora_A, self.lora_B], optimizers)
-            elif new_rank > self._rank:
-                resize.refuse_pieces(self.lora_A, (self._max_rank or 0, self.in_features))
-                resize.refuse_gathered(self.lora_A, "increase_rank")
-            agree(init_type, self.shared_state())
-            if new_rank > self._rank:
-                if init_type == "zero":
-                    warnings.warn("init_type='zero' makes both factors zero: the new ranks have no gradient and cannot learn", stacklevel=2)
-                self._grow(new_rank, self.init_std if init_type == "lora" else 0.0, optimizers, generator)
+        growth.increase_rank(self, new_rank, init_type, optimizer, generator)
 
-    def _grow(self, new_rank: int, std: float, optimizers: list[torch.optim.Optimizer], generator: torch.Generator | None) -> None:
-        A, B = self.lora_A, self.lora_B
-        old, more = self._rank, new_rank - self._rank
-        with torch.inference_mode(False), torch.no_grad():
-            rows = resize.draw_rows(more, self.in_features, std, generator, A.device, A.dtype)
-            if self._max_rank is None:
-                grown_A = torch.cat([A.detach(), rows])
-                grown_B = torch.cat([B.detach(), B.new_zeros(self.out_features, more)], dim=1)
-                resize.resize_parameters([resize.Resize(A, grown_A, 0), resize.Resize(B, grown_B, 1)], optimizers)
-            else:
-                resize.write_rows(A, rows, old)
-        self._rank = new_rank
-        self._guard()
-
-    def settle(self, call: str) -> None:
-        super().settle(call)
-        self.adopt_rank()
+    def take_rank(self, rank: int) -> None:
+        """Use `rank` ranks of the factors as they are now."""
+        self._rank = rank
+        self.guard_factors()
 
     def adopt_rank(self) -> None:
         """Take the rank that the tensors say, where rows of lora_A or columns of lora_B at and above `rank` are not zero.
@@ -399,17 +425,10 @@ class APTAdapter(Saving):
         Whatever copies tensors (a moving average, swa_utils, a loop of copy_) copies no `rank`, while forward uses all that is stored.
         For whatever uses the rank at an event: state_dict, merge_weights, increase_rank, a cut, the counts. Never lowers it.
         """
-        if self._max_rank is None or self._rank >= self._max_rank:
-            return
-        found = resize.rank_of(self.lora_A, self.lora_B, self._rank)
-        if found == self._rank:
-            return
-        resize.say_adopted(self._what("rank"), self._rank, found)
-        self._rank = found
-        self._guard()
+        growth.adopt_rank(self)
 
-    def _guard(self) -> None:
-        """Call it whenever the factors are new objects, their sizes or the rank changed: optimizers then step only what fits."""
+    def guard_factors(self) -> None:
+        """Let optimizers step the factors only while their state fits: after they became other objects, or their sizes or rank changed."""
         guard(self.lora_A, self.lora_B)
         if self._max_rank is not None:
             reserve(self.lora_A, 0, self._rank)
@@ -444,34 +463,18 @@ class APTAdapter(Saving):
 
         RuntimeError on meta, where masks have no values.
         """
-        if self.mask_in.is_meta:
-            raise RuntimeError(f"{self._what('get_sparsity_stats')}: expected masks with values, got them on meta")
-        kept_in, kept_out = int((self.mask_in != 0).sum()), int((self.mask_out != 0).sum())
-        share_in = kept_in / self.in_features if self.in_features else 1.0
-        share_out = kept_out / self.out_features if self.out_features else 1.0
-        return {
-            "input_sparsity": 1.0 - share_in,
-            "output_sparsity": 1.0 - share_out,
-            "weight_sparsity": 1.0 - share_in * share_out,
-            "overall_sparsity": 1.0 - share_in * share_out,
-            "active_input_dims": kept_in,
-            "active_output_dims": kept_out,
-            "total_params": self.get_parameter_count(),
-            "rank": self._rank,
-        }
+        return sparsity_stats(self)
 
     def reset_parameters(self) -> None:
         """lora_A Gaussian, lora_B zero, masks one. The rank stays; refused while merged."""
-        if self._merged:
+        if self.merge.active:
             raise RuntimeError("reset_parameters: the weight is merged; call unmerge_weights() first")
-        ones = {name: torch.ones_like(self.get_buffer(name)) for name in ("mask_in", "mask_out")}
-        self._refuse_rising("reset_parameters", ones)
-        change = self.mask_change(ones)
+        change = self.mask_change({name: torch.ones_like(self.get_buffer(name)) for name in SIDES})
         with torch.no_grad():
             self.lora_A.zero_()[: self._rank].normal_(0.0, self.init_std)
             self.lora_B.zero_()
         change()
-        self._changes.note(factors=object())  # others than before
+        self.history.note(factors=object())  # others than before
 
     def extra_repr(self) -> str:
         text = f"in_features={self.in_features}, out_features={self.out_features}, rank={self._rank}, scaling={self._scaling}"
@@ -479,26 +482,36 @@ class APTAdapter(Saving):
             text += f", max_rank={self._max_rank}"
         if self.dropout:
             text += f", dropout={self.dropout}"
-        return text + (", merged=True" if self._merged else "") + (", compacted=True" if self.compacted else "")
+        return text + (", merged=True" if self.merged else "") + (", compacted=True" if self.compacted else "")
 
-    # -- moving and copying ------------------------------------------------------------------------------------------
+    # -- moving, copying and loading -----------------------------------------------------------------------------------
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """torch's own, and nothing is loaded where it raises: see `check_loadable`."""
+        saving.check_loadable(self, state_dict, strict)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> APTAdapter:
-        before = {name: (self.get_buffer(name), self._known_ones(name)) for name in ("mask_in", "mask_out")}
-        super()._apply(fn, recurse)
-        for name, (old, ones) in before.items():
+        before = {name: self.get_buffer(name) for name in SIDES}
+        ones, originals = self.known_ones(), self.merge.move(fn)
+        self.packing.moved(self, lambda: super(APTAdapter, self)._apply(fn, recurse), fn)  # type: ignore[no-untyped-call]
+        self.merge.originals = originals
+        for name, old in before.items():
             if self.get_buffer(name).dtype != torch.float32:  # .half() and friends: masks keep every digit
                 self._buffers[name] = old.to(self.get_buffer(name).device)
-            self._place_stamp(name, ones)
-        self._guard()
+        self.note_ones(ones)
+        self.guard_factors()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        # Version counters start anew in a copy: what travels is whether a mask is known to be all ones.
-        return {**super().__getstate__(), "_mask_stamps": {name: self._known_ones(name) for name in self._mask_stamps}}
+        parts = {"merge": copy.copy(self.merge), "packing": copy.copy(self.packing)}
+        return {**super().__getstate__(), **parts, "_compacted": self.compacted}
 
-    def __setstate__(self, state_: dict[str, Any]) -> None:
-        super().__setstate__(state_)
-        for name, ones in dict(self._mask_stamps).items():
-            self._place_stamp(name, bool(ones))
-        self._guard()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        compacted = state.pop("_compacted")
+        super().__setstate__(state)
+        join(self)
+        if self.merged:
+            hold(self)
+        self.packing.copied(self, compacted)
+        self.guard_factors()

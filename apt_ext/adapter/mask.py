@@ -1,140 +1,181 @@
-"""What an adapter knows about the values of its two masks without asking a device: the part that both ways to compute stand on."""
+"""A mask's values on the host and what follows from them, and what is known of the masks that lie in a module's buffers."""
 
 from __future__ import annotations
 
-import warnings
+import ctypes
+import hashlib
+from collections.abc import Mapping
+from functools import cached_property
 
+import torch
 from torch import Tensor, cuda
 from torch.compiler import is_compiling
 
 from .. import _C
 from ..common.checks import on_host
-from .host_mask import HostMask
-from .merge import Merging
 from .recompute_check import version
 
-MASKS = ("mask_in", "mask_out")
+SIDES = ("mask_in", "mask_out")
+Buffers = Mapping[str, Tensor | None]  # a module's own registry
 
 
-class Masking(Merging):
-    """Two masks in buffers. State: which of them is all ones, and on a device the values of each, as of a version of its buffer.
+class Mask:
+    """A mask [size] float32 on the host and what follows from it, computed once however many adapters carry it.
 
-    torch counts the writes into a buffer, so what others write there is noticed. A write through `.data`, NumPy or a pointer is not
-    counted: on the CPU the values themselves are looked at in each forward, on a device at the next event (`settle`).
+    Nobody writes into `values`, so nothing here becomes old. Meta has no values, and only `all_ones` may be asked.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._mask_stamps: dict[str, tuple[Tensor, int | None]] = {}  # the buffer, and its version where it is known to be all ones
-        self._mask_values: dict[str, tuple[Tensor, int, Tensor]] = {}  # a mask on a device, its version, and its values on the host
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
 
-    def host_mask(self, name: str) -> Tensor:
-        """The values of "mask_in" or "mask_out", to be read only; waits for the device where somebody else has written them."""
-        buffer = self._buffers[name]
+    @classmethod
+    def of(cls, mask: Tensor | Mask) -> Mask:
+        """Return `mask` itself, or a Mask of a copy of the tensor."""
+        if isinstance(mask, Mask):
+            return mask
+        with torch.inference_mode(False), torch.no_grad():
+            return cls(on_host(mask).clone())
+
+    def known(self) -> Mask:
+        """Compute what is noted of it, which can fail for lack of memory, and return itself."""
+        _ = self.all_ones, self.digest
+        return self
+
+    @cached_property
+    def num_ones(self) -> int:
+        """The number of entries that are exactly 1; 0 on meta."""
+        return 0 if self.values.is_meta else int((self.values == 1).count_nonzero())
+
+    @property
+    def all_ones(self) -> bool:
+        """True if every entry is 1; False on meta, where values are unknown."""
+        return not self.values.is_meta and self.num_ones == len(self.values)
+
+    @cached_property
+    def digest(self) -> object:
+        """Equal for equal values; on meta equal to nothing else."""
+        if self.values.is_meta:
+            return object()
+        values = self.values.contiguous()
+        return hashlib.blake2b(ctypes.string_at(values.data_ptr(), values.nbytes), digest_size=16).digest()
+
+    @cached_property
+    def nonzero(self) -> Tensor:
+        """[size] bool: the channels that are kept."""
+        return self.values.bool()
+
+    @cached_property
+    def num_kept(self) -> int:
+        """The number of nonzero entries."""
+        return int(self.nonzero.count_nonzero())
+
+    @property
+    def has_fractions(self) -> bool:
+        """True if an entry lies strictly between 0 and 1."""
+        return self.num_ones < self.num_kept
+
+    @cached_property
+    def channels(self) -> Tensor:
+        """int64 [num_kept]: the kept channels, ascending."""
+        return self.nonzero.nonzero().flatten()
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """int32 [size]: a channel's place among the kept ones; of a pruned one ~(the kept channels before it)."""
+        before = self.nonzero.cumsum(0)
+        return torch.where(self.nonzero, before - 1, ~before).to(torch.int32)
+
+    def index(self, capacity: int) -> Tensor:
+        """int32 [capacity]: the kept channels ascending, then -1."""
+        index = torch.full((capacity,), -1, dtype=torch.int32, device="cpu")
+        index[: self.num_kept] = self.channels
+        return index
+
+
+class _Placed:
+    """What is known of the mask in one buffer, as of a version that torch counts (None: made in inference mode)."""
+
+    def __init__(self, buffer: Tensor, ones: bool, values: Tensor | None = None) -> None:
+        self.buffer, self.values = buffer, values
+        self.values_at = version(buffer)
+        self.ones_at = self.values_at if ones else None
+
+
+class PlacedMasks:
+    """What a module knows of its masks without asking a device. The buffers themselves are the module's.
+
+    torch counts the writes into a buffer, so what others write there is noticed. A write through `.data`, NumPy or a
+    pointer is not counted: on the CPU the values are looked at in each forward, on a device at the next event.
+    """
+
+    def __init__(self, ones: Mapping[str, bool], buffers: Buffers) -> None:
+        self.names = tuple(ones)
+        self._placed: dict[str, _Placed] = {}
+        for name, known in ones.items():
+            self.note(name, buffers[name], known)
+
+    def note(self, name: str, buffer: Tensor | None, ones: bool, values: Tensor | None = None) -> None:
+        """Note whether the mask in `buffer` is all ones, and its values on the host if they are given."""
+        assert buffer is not None
+        on_device = buffer.device.type not in ("cpu", "meta") and not buffer.is_inference()
+        self._placed[name] = _Placed(buffer, ones, values if on_device else None)
+
+    def is_ones(self, name: str, buffer: Tensor | None) -> bool:
+        """True if the mask is noted as all ones and nobody wrote into it since."""
+        placed = self._placed.get(name)
+        return placed is not None and placed.ones_at is not None and placed.buffer is buffer and placed.ones_at == placed.buffer._version
+
+    def lies_in(self, name: str, buffer: Tensor | None) -> bool:
+        """True if `buffer` is the one that was noted."""
+        return name in self._placed and self._placed[name].buffer is buffer
+
+    def on_host(self, name: str, buffer: Tensor | None) -> Tensor:
+        """The values [size], to be read only. Waits for the device where somebody else has written them."""
         assert buffer is not None
         if buffer.is_cpu:
             return buffer.detach()
-        placed, counted, values = self._mask_values.get(name, (None, None, buffer))
-        if placed is not buffer or counted != buffer._version:
+        values = self._as_counted(name, buffer)
+        if values is None:
             values = on_host(buffer)
-            self._keep_values(name, values)
+            placed = self._placed[name]
+            if placed.buffer is buffer and buffer.device.type != "meta" and not buffer.is_inference():
+                placed.values, placed.values_at = values, version(buffer)
         return values
 
-    def settle(self, call: str) -> None:
-        """Warn where a mask on a device was written without torch counting it, and go on with what is there.
+    def expected(self, name: str, buffer: Tensor) -> Tensor | float | None:
+        """What the mask holds as far as torch has counted; None where nothing is known."""
+        return 1.0 if self.is_ones(name, buffer) else self._as_counted(name, buffer)
 
-        Waits for the device. On the CPU there is nothing to do: each forward looks at the values.
+    def _as_counted(self, name: str, buffer: Tensor) -> Tensor | None:
+        placed = self._placed.get(name)
+        return placed.values if placed is not None and placed.buffer is buffer and placed.values_at == version(buffer) else None
+
+    def effective(
+        self, buffers: Buffers, mask_in: Tensor | None, mask_out: Tensor | None, compiling: bool
+    ) -> tuple[Tensor | None, Tensor | None, bool]:
+        """The overrides, else the masks, or None for one known to be all ones; and whether a write on the CPU was found.
+
+        A mask of ones costs nothing, and no device is asked. A compiled or captured graph outlives this knowledge, so
+        there the masks always take part. The version counter notices a mask written by others (DDP broadcasts buffers).
         """
-        found: dict[str, HostMask] = {}
-        for name in MASKS:
-            buffer = self._buffers[name]
-            assert buffer is not None
-            if not buffer.is_meta and not _looked_at_each_time(buffer):
-                expected, values = self._expected(name, buffer), on_host(buffer)
-                if expected is not None and not bool((values == expected).all()):
-                    found[name] = HostMask.of(values)
-        if not found:
-            return
-        for name, mask in found.items():
-            self._stamp_mask(name, mask)
-            self._keep_values(name, mask.values)
-        self._masks_were_written()
-        warnings.warn(
-            f"{self._what(call)}: {' and '.join(found)} was written without torch counting it (through .data, NumPy or a pointer): forward "
-            "passes since then may have used the values from before, from now on the new ones are used; set_masks changes masks",
-            stacklevel=3,
-        )
-
-    def _expected(self, name: str, buffer: Tensor) -> Tensor | float | None:
-        """What the mask `name` holds as far as torch has counted; None where nothing is known."""
-        if self._known_ones(name):
-            return 1.0
-        placed, counted, values = self._mask_values.get(name, (None, None, None))
-        return values if placed is buffer and counted == version(buffer) else None
-
-    def _masks_were_written(self) -> None:
-        """By somebody else: what follows from their values is old."""
-
-    def _keep_values(self, name: str, values: Tensor) -> None:
-        buffer: Tensor = getattr(self, name)
-        if buffer.device.type not in ("cpu", "meta") and not buffer.is_inference():
-            self._mask_values[name] = (buffer, buffer._version, values)
-
-    def _stamp_mask(self, name: str, mask: HostMask) -> None:
-        """The mask `name` holds these values now."""
-        self._place_stamp(name, mask.ones)
-        self._changes.note(**{name: mask.digest})
-
-    def _place_stamp(self, name: str, ones: bool) -> None:
-        """Note whether the mask `name`, as it is now, is all ones."""
-        buffer: Tensor = getattr(self, name)
-        self._mask_stamps[name] = (buffer, version(buffer) if ones else None)
-
-    def _known_ones(self, name: str) -> bool:
-        """Whether the mask `name` is noted as all ones and has not changed since."""
-        placed, counted = self._mask_stamps.get(name, (None, None))
-        return placed is not None and counted is not None and placed is self._buffers[name] and counted == placed._version
-
-    def _masks_are_own(self) -> bool:
-        """Whether the masks in place are the adapter's, and not others that ``torch.func.functional_call`` put there for a call."""
-        return all(self._mask_stamps[name][0] is self._buffers[name] for name in MASKS)
-
-    def _effective_masks(self, mask_in: Tensor | None, mask_out: Tensor | None, compiling: bool) -> tuple[Tensor | None, Tensor | None]:
-        """The overrides, else the masks, or None for one known to be all ones: then it costs nothing, and no device is asked.
-
-        A compiled or captured graph outlives this knowledge, so there the masks always take part. The version counter
-        notices a mask written by anybody else (DDP broadcasts buffers).
-        """
-        own_in, own_out = self._buffers["mask_in"], self._buffers["mask_out"]
+        own_in, own_out = buffers["mask_in"], buffers["mask_out"]
         assert own_in is not None and own_out is not None
         ones_in = ones_out = False
         if not compiling:
-            (placed_in, version_in), (placed_out, version_out) = self._mask_stamps["mask_in"], self._mask_stamps["mask_out"]
-            ones_in = mask_in is None and placed_in is own_in and version_in is not None and version_in == own_in._version
-            ones_out = mask_out is None and placed_out is own_out and version_out is not None and version_out == own_out._version
+            inside, out = self._placed["mask_in"], self._placed["mask_out"]
+            at_in, at_out = inside.ones_at, out.ones_at
+            ones_in = mask_in is None and at_in is not None and inside.buffer is own_in and at_in == own_in._version
+            ones_out = mask_out is None and at_out is not None and out.buffer is own_out and at_out == own_out._version
             if ones_in or ones_out:
                 if is_compiling():  # by its own frame, where that of the forward is not compiled
                     ones_in = ones_out = False
                 elif own_in.is_cpu:
                     if not _C.all_ones(own_in if ones_in else None, own_out if ones_out else None):
-                        self._see_written_masks()
-                        ones_in, ones_out = ones_in and self._known_ones("mask_in"), ones_out and self._known_ones("mask_out")
+                        return mask_in, mask_out, True
                 elif own_in.is_cuda and cuda.is_current_stream_capturing():
                     ones_in = ones_out = False
         if mask_in is None and not ones_in:
             mask_in = own_in
         if mask_out is None and not ones_out:
             mask_out = own_out
-        return mask_in, mask_out
-
-    def _see_written_masks(self) -> None:
-        """On the CPU somebody wrote into a mask that was known: know what it holds now, also as the function that a backward finds."""
-        for name in MASKS:
-            buffer = self._buffers[name]
-            assert buffer is not None
-            self._stamp_mask(name, HostMask.of(buffer))
-        self._changes.check()
-
-
-def _looked_at_each_time(buffer: Tensor) -> bool:
-    return buffer.is_cpu
+        return mask_in, mask_out, False

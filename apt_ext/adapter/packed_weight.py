@@ -1,7 +1,7 @@
-"""What a compacted layer computes with: the kept lanes of both sides as indices, and a copy of W's kept rows and columns.
+"""What a compacted layer computes with: the kept channels of both sides as indices, and a copy of W's kept rows and columns.
 
-Compaction    the operands of torch.ops.apt_ext.compact_linear, of a size that does not change with the masks
-width         how many lanes are computed for so many kept ones
+PackedWeight  the operands of torch.ops.apt_ext.compact_linear, of a size that does not change with the masks
+width         how many channels are computed for so many kept ones
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from .. import _C
 from ..common.checks import on_host
 from ..common.log import advise
 from ..ops import call
-from .host_mask import HostMask
+from .mask import Mask
 
 _compact_linear = torch.ops.apt_ext.compact_linear.default
 _pack_kept_ = torch.ops.apt_ext.pack_kept_.default
 
 Masks = tuple[Tensor | None, Tensor | None]  # (mask_in, mask_out)
-_MOST = (1 << 30) - 1  # lanes of a side that `kept` can say
+_MOST = (1 << 30) - 1  # channels of a side that `kept` can say
 _INDICES = ("index_in", "index_out", "position_in", "position_out")
 
 
 def width(kept: int, size: int) -> int:
-    """Kept lanes are padded with zeros to whole 16 bytes; a side that keeps all of its lanes is left as it is."""
+    """Kept channels are padded with zeros to whole 16 bytes; a side that keeps all of its channels is left as it is."""
     return size if kept == size else max(8, -(-kept // 8) * 8)
 
 
-class Compaction:
-    """The kept lanes of an adapter, N out_features and K in_features; each [n] is a capacity, at least the size and a multiple of 8.
+class PackedWeight:
+    """The kept channels of an adapter, N out_features and K in_features; each [n] is a capacity, at least the size and a multiple of 8.
 
     packed                      [n_out * n_in] of W's dtype: W's kept rows and columns come first, contiguous; None without a base layer
-    index_in, index_out         int32 [n_in], [n_out]: the kept lanes ascending, then -1
-    position_in, position_out   int32 [K], [N]: a lane's place among the kept ones; of a pruned lane ~(the kept lanes before it)
+    index_in, index_out         int32 [n_in], [n_out]: the kept channels ascending, then -1
+    position_in, position_out   int32 [K], [N]: a channel's place among the kept ones; of a pruned channel ~(the kept channels before it)
     kept                        int64 on the CPU, no dimension (only such a tensor may lie beside others on a GPU when traced): how many
-                                lanes each side keeps, and whether their masks have fractions
-    lanes_in, lanes_out         the part of an index that says the width of kept lanes handed over
+                                channels each side keeps, and whether their masks have fractions
+    channels_in, channels_out         the part of an index that says the width of kept channels handed over
     """
 
     packed: Tensor | None
@@ -49,11 +49,11 @@ class Compaction:
     position_in: Tensor
     position_out: Tensor
     kept: Tensor
-    lanes_in: Tensor
-    lanes_out: Tensor
+    channels_in: Tensor
+    channels_out: Tensor
 
     def __init__(self, mask_in: Tensor, mask_out: Tensor, matrix: Tensor | None) -> None:
-        """The lanes that the masks keep, of W [N, K] (Conv1D: a transposed view)."""
+        """The channels that the masks keep, of W [N, K] (Conv1D: a transposed view)."""
         n_in, n_out = (max(8, -(-len(mask) // 8) * 8) for mask in (mask_in, mask_out))
         device = mask_in.device
         with torch.inference_mode(False), torch.no_grad():  # a tensor born in inference mode could not be saved for a backward
@@ -62,14 +62,12 @@ class Compaction:
             for name, size in zip(_INDICES, sizes, strict=True):
                 setattr(self, name, torch.full((size,), -1, dtype=torch.int32, device=device))
             self.kept = torch.zeros((), dtype=torch.int64, device="cpu")
-        self._masks: dict[str, HostMask] = {}  # {"in" or "out": the mask whose kept lanes these are}
+        self._masks: dict[str, Mask] = {}  # {"in" or "out": the mask whose kept channels these are}
         self._on_host: tuple[Tensor, Tensor] | None = None  # the values of both, where the masks are on the CPU themselves
         self._captured = False  # a CUDA graph has been captured since the widths last changed
         self.change(mask_in, mask_out, matrix, anew=True)()
 
-    def change(
-        self, mask_in: Tensor | HostMask, mask_out: Tensor | HostMask, matrix: Tensor | None, anew: bool = False
-    ) -> Callable[[], None]:
+    def change(self, mask_in: Tensor | Mask, mask_out: Tensor | Mask, matrix: Tensor | None, anew: bool = False) -> Callable[[], None]:
         """The change to what these masks keep: what can fail is done here. W is copied where the exact zeros changed, or `anew`.
 
         Masks on the host make no device wait.
@@ -80,8 +78,8 @@ class Compaction:
         word = 0
         new: dict[str, Tensor] = {}
         for i, (side, mask) in enumerate(masks.items()):
-            word |= mask.kept << 30 * i | mask.soft << 60 + i
-            if anew or not torch.equal(mask.live, self._masks[side].live):
+            word |= mask.num_kept << 30 * i | mask.has_fractions << 60 + i
+            if anew or not torch.equal(mask.nonzero, self._masks[side].nonzero):
                 capacity = len(getattr(self, f"index_{side}"))
                 new |= {f"index_{side}": mask.index(capacity), f"position_{side}": mask.positions}
 
@@ -95,7 +93,7 @@ class Compaction:
                 with torch.no_grad():
                     for name, value in new.items():
                         getattr(self, name).copy_(value, non_blocking=True)  # pageable memory is read before this returns
-                self._view()
+                self.set_views()
                 self.pack(matrix)
             if self._captured and self._sides(before) != self._sides(word):
                 self._leave_captured(before)
@@ -107,7 +105,7 @@ class Compaction:
         self._captured = True
 
     def _sides(self, word: int) -> tuple[tuple[int, bool, bool], ...]:
-        """Of each side what a captured graph keeps: its width, whether all lanes are kept, and whether the mask has fractions."""
+        """Of each side what a captured graph keeps: its width, whether all channels are kept, and whether the mask has fractions."""
         counts = (word & _MOST, word >> 30 & _MOST)
         sizes = (len(self.position_in), len(self.position_out))
         return tuple((width(n, size), n == size, bool(word >> 60 + i & 1)) for i, (n, size) in enumerate(zip(counts, sizes, strict=True)))
@@ -134,71 +132,36 @@ class Compaction:
         return held is not None and _C.same_masks(mask_in, held[0], mask_out, held[1])
 
     def _hold(self) -> None:
+        """Keep both masks at hand where they are on the CPU themselves."""
         held = tuple(mask.values for mask in self._masks.values())
         self._on_host = (held[0], held[1]) if len(held) == 2 and self.index_in.is_cpu and all(one.is_cpu for one in held) else None
 
-    def _known(self, side: str, mask: Tensor | HostMask) -> HostMask:
+    def _known(self, side: str, mask: Tensor | Mask) -> Mask:
         """The mask with what follows from it, which is known already where the values are those of the last one."""
-        if isinstance(mask, HostMask):
+        if isinstance(mask, Mask):
             return mask
         last = self._masks.get(side)
-        return HostMask.of(mask) if last is None or mask.is_meta or not torch.equal(on_host(mask), last.values) else last
+        return Mask.of(mask) if last is None or mask.is_meta or not torch.equal(on_host(mask), last.values) else last
 
     def knows(self, mask_in: Tensor, mask_out: Tensor) -> bool:
         """Whether it is that of these masks, which are on the host."""
         return bool(self._masks) and all(torch.equal(m, self._masks[side].values) for side, m in (("in", mask_in), ("out", mask_out)))
 
-    def live(self, name: str) -> Tensor:
-        """bool [size] on the host: the lanes of "mask_in" or "mask_out" whose part of W it holds."""
-        return self._masks[name.removeprefix("mask_")].live
+    def nonzero(self, name: str) -> Tensor:
+        """bool [size] on the host: the channels of "mask_in" or "mask_out" whose part of W it holds."""
+        return self._masks[name.removeprefix("mask_")].nonzero
 
-    def hands_over(self, other: Compaction) -> bool:
-        """Whether what this one writes are the lanes that the other reads, fewer than all."""
-        fewer = other.lanes_in.numel() < other.position_in.numel()
-        return fewer and torch.equal(self._masks["out"].live, other._masks["in"].live)
+    def hands_over(self, other: PackedWeight) -> bool:
+        """Whether what this one writes are the channels that the other reads, fewer than all."""
+        fewer = other.channels_in.numel() < other.position_in.numel()
+        return fewer and torch.equal(self._masks["out"].nonzero, other._masks["in"].nonzero)
 
-    def narrow(self, mask_in: HostMask, mask_out: HostMask) -> Callable[[], None]:
-        """The change to masks that keep less, from the copy itself, which then holds what is left and nothing more."""
-        masks = mask_in, mask_out
-        with torch.inference_mode(False), torch.no_grad():
-            index_in, index_out = (mask.lanes.to(self.index_in.device) for mask in masks)
-            rows, columns = self.position_out[index_out], self.position_in[index_in]
-            packed = None
-            if self.packed is not None:
-                n_in, n_out = (width(mask.kept, len(mask.values)) for mask in masks)
-                packed = self.packed.new_zeros(n_out * n_in)
-                packed.view(n_out, n_in)[: len(rows), : len(columns)] = self._matrix().index_select(0, rows).index_select(1, columns)
-        follow = self.change(*masks, None)
-
-        def make() -> None:
-            follow()
-            self.packed = packed
-
-        return make
-
-    def trim(self) -> None:
-        """Give back the room for what is pruned."""
-        if self.packed is not None:
-            self.packed = self._matrix().clone().flatten()
-
-    def _matrix(self) -> Tensor:
-        """The copy as a matrix, padding included."""
-        assert self.packed is not None
-        return self.packed[: len(self.lanes_out) * len(self.lanes_in)].view(len(self.lanes_out), len(self.lanes_in))
-
-    def full(self) -> Tensor:
-        """W [N, K] as far as it is kept, a new tensor; zeros elsewhere."""
-        lanes_in, lanes_out = (lanes[lanes >= 0].long() for lanes in (self.lanes_in, self.lanes_out))
-        kept = self._matrix()[: len(lanes_out), : len(lanes_in)]
-        whole = kept.new_zeros(len(self.position_out), len(self.position_in))
-        return whole.index_copy_(0, lanes_out, kept.new_zeros(len(lanes_out), whole.shape[1]).index_copy_(1, lanes_in, kept))
-
-    def _view(self) -> None:
+    def set_views(self) -> None:
         """The widths as shapes: what a compiler takes for dynamic once they have changed."""
         word = int(self.kept)
         with torch.inference_mode(False):
-            self.lanes_in = self.index_in[: width(word & _MOST, len(self.position_in))]
-            self.lanes_out = self.index_out[: width(word >> 30 & _MOST, len(self.position_out))]
+            self.channels_in = self.index_in[: width(word & _MOST, len(self.position_in))]
+            self.channels_out = self.index_out[: width(word >> 30 & _MOST, len(self.position_out))]
 
     def pack(self, matrix: Tensor | None) -> None:
         """Copy what is kept of W, in one pass over it."""
@@ -223,7 +186,7 @@ class Compaction:
                     moved.copy_(mask.index(len(moved)) if kind == "index" else mask.positions)
             setattr(self, name, moved)
         self._hold()
-        self._view()
+        self.set_views()
 
     def apply(
         self,
@@ -237,8 +200,8 @@ class Compaction:
         compact_in: bool = False,
         compact_out: bool = False,
     ) -> Tensor:
-        """y [..., N] of x [..., K], in the products of the kept lanes; compact: [..., width], the kept lanes and then zeros."""
-        indices = (self.lanes_in if compact_in else self.index_in, self.lanes_out if compact_out else self.index_out)
+        """y [..., N] of x [..., K], in the products of the kept channels; compact: [..., width], the kept channels and then zeros."""
+        indices = (self.channels_in if compact_in else self.index_in, self.channels_out if compact_out else self.index_out)
         given = (*masks, *indices, self.position_in, self.position_out, self.kept, scaling, compact_in, compact_out)
         # As in ops.apt_linear: the typed door is faster, and only for plain tensors.
         if type(x) is Tensor and not is_compiling() and not _is_torch_function_mode_enabled():

@@ -1,4 +1,4 @@
-"""What function a module computes, and computed when: activation checkpointing must recompute the one that its forward was."""
+"""Detect mask or merge changes between a checkpointed forward and its recomputation, which would give wrong gradients."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _Held:
     used: bool = False
 
 
-class Changes:
+class FunctionHistory:
     """The functions that one module has computed: under which masks, merged or not, disabled or not. A copy starts anew."""
 
     def __init__(self, **parts: Any) -> None:
@@ -88,8 +88,8 @@ class Changes:
         return _anew, (self._now.parts,)
 
 
-def _anew(parts: dict[str, Any]) -> Changes:
-    return Changes(**parts)
+def _anew(parts: dict[str, Any]) -> FunctionHistory:
+    return FunctionHistory(**parts)
 
 
 def version(tensor: torch.Tensor) -> int | None:

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 if TYPE_CHECKING:
-    from .merge import Merging
+    from .layer import APTAdapter
 
-_living: WeakSet[Merging] = WeakSet()
-_merged: WeakSet[Merging] = WeakSet()
+_living: WeakSet[APTAdapter] = WeakSet()
+_merged: WeakSet[APTAdapter] = WeakSet()
 _marks = count()
 _joined = count()
 _last_joined = -1
@@ -34,7 +34,7 @@ _of_thread = local()  # `index`: an _Index within `indexed`
 _lock = Lock()  # threads merge adapters of their own, and a set that grows cannot be walked
 
 
-def join(adapter: Merging) -> None:
+def join(adapter: APTAdapter) -> None:
     """It may read memory that others merge into."""
     global _last_joined
     with _lock:
@@ -56,32 +56,32 @@ def indexed() -> Iterator[None]:
         _of_thread.index = before
 
 
-def hold(adapter: Merging) -> None:
+def hold(adapter: APTAdapter) -> None:
     """Its weight and bias carry a merge from now on: adapters that read the same memory refuse to compute."""
     with _lock:
         _merged.add(adapter)
     name = adapter.label or "another adapter"
     for other in _readers(adapter):
         if not other.merged:  # else it is a copy that was made of the merged one
-            other.foreign_merges[adapter.merge_mark] = f"its base layer carries the merge of {name}; call unmerge_weights() there first"
+            other.merge.foreign[adapter.merge.mark] = f"its base layer carries the merge of {name}; call unmerge_weights() there first"
 
 
-def release(adapter: Merging, for_good: bool = False) -> None:
+def release(adapter: APTAdapter, for_good: bool = False) -> None:
     """Its weight and bias are as before the merge; `for_good`: the merged ones stay, and the adapter is not to be used again."""
     with _lock:
         _merged.discard(adapter)
     name = adapter.label or "another adapter"
     for other in _readers(adapter):
         if for_good:
-            other.foreign_merges[adapter.merge_mark] = (
+            other.merge.foreign[adapter.merge.mark] = (
                 f"its base layer shares memory with that of {name}, which was merged for good (merge_and_unload); load the base weight "
                 "again, or merge a copy.deepcopy of the model"
             )
         elif other.merged:
-            other.foreign_merges[adapter.merge_mark] = f"its merge was undone in memory that it shares with {name}; call unmerge_weights()"
+            other.merge.foreign[adapter.merge.mark] = f"its merge was undone in memory that it shares with {name}; call unmerge_weights()"
         else:
-            other.foreign_merges.pop(adapter.merge_mark, None)
-    adapter.foreign_merges.pop(adapter.merge_mark, None)
+            other.merge.foreign.pop(adapter.merge.mark, None)
+    adapter.merge.foreign.pop(adapter.merge.mark, None)
 
 
 def next_mark() -> int:
@@ -89,29 +89,29 @@ def next_mark() -> int:
     return next(_marks)
 
 
-def merged_into(tensor: Tensor) -> list[tuple[Merging, str]]:
+def merged_into(tensor: Tensor) -> list[tuple[APTAdapter, str]]:
     """(adapter, "weight" or "bias") of what merged adapters hold and is, or shares memory with, ``tensor``."""
     with _lock:
         holders = set(_merged)
     if not holders:
         return []
     found = (_index() or _Index(holders)).readers(tensor)
-    return [(adapter, name) for adapter, name in found if adapter in holders and name in adapter.merged_names()]
+    return [(adapter, name) for adapter, name in found if adapter in holders and name in adapter.merge.originals]
 
 
-def is_read_by_other(adapter: Merging) -> bool:
+def is_read_by_other(adapter: APTAdapter) -> bool:
     """Whether another living adapter has the very Parameter that is this one's weight."""
     weight = adapter.weight
     return weight is not None and any(other is not adapter and other.weight is weight for other, _ in _readers_of(weight))
 
 
-def _readers(adapter: Merging) -> list[Merging]:
+def _readers(adapter: APTAdapter) -> list[APTAdapter]:
     """The other living adapters whose weight or bias shares memory with those of this one."""
     found = dict.fromkeys(other for tensor in _tensors(adapter).values() for other, _ in _readers_of(tensor))
     return [other for other in found if other is not adapter]
 
 
-def _readers_of(tensor: Tensor) -> list[tuple[Merging, str]]:
+def _readers_of(tensor: Tensor) -> list[tuple[APTAdapter, str]]:
     return (_index() or _living_index()).readers(tensor)
 
 
@@ -131,10 +131,10 @@ def _living_index() -> _Index:
 class _Index:
     """Which adapters' weights and biases are a tensor, or share memory with it, as they lay when this was made."""
 
-    def __init__(self, adapters: Iterable[Merging]) -> None:
+    def __init__(self, adapters: Iterable[APTAdapter]) -> None:
         self.last_joined = _last_joined
-        self._same: dict[int, list[tuple[Merging, str]]] = {}
-        rows: dict[torch.device, list[tuple[int, int, Merging, str]]] = {}
+        self._same: dict[int, list[tuple[APTAdapter, str]]] = {}
+        rows: dict[torch.device, list[tuple[int, int, APTAdapter, str]]] = {}
         for adapter in adapters:
             for name, tensor in _tensors(adapter).items():
                 self._same.setdefault(id(tensor), []).append((adapter, name))
@@ -147,7 +147,7 @@ class _Index:
         # How far memory reaches of a row and of all before it.
         self._reach = {device: list(accumulate((row[1] for row in found), max)) for device, found in self._rows.items()}
 
-    def readers(self, tensor: Tensor) -> list[tuple[Merging, str]]:
+    def readers(self, tensor: Tensor) -> list[tuple[APTAdapter, str]]:
         """(adapter, "weight" or "bias") of each."""
         found = dict.fromkeys(self._same.get(id(tensor), ()))
         memory = _memory(tensor)
@@ -160,13 +160,13 @@ class _Index:
         return [(adapter, name) for adapter, name in found if self._holds(adapter, name, tensor, memory)]
 
     @staticmethod
-    def _holds(adapter: Merging, name: str, tensor: Tensor, memory: _Memory | None) -> bool:
+    def _holds(adapter: APTAdapter, name: str, tensor: Tensor, memory: _Memory | None) -> bool:
         """Whether it still does."""
         own = _tensors(adapter).get(name)
         return own is not None and (own is tensor or _meet(_memory(own), memory))
 
 
-def _tensors(adapter: Merging) -> dict[str, Tensor]:
+def _tensors(adapter: APTAdapter) -> dict[str, Tensor]:
     base = adapter._modules.get("base_layer")
     found = {} if base is None else {name: base._parameters.get(name) for name in ("weight", "bias")}
     return {name: tensor for name, tensor in found.items() if tensor is not None}

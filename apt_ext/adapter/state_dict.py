@@ -1,11 +1,12 @@
-"""What an adapter writes into a state_dict and how it reads one back: ranks, masks, the merged flag, older key names."""
+"""What an adapter writes into a state_dict and how it reads one back: rank, masks, the merged flag, older key names."""
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +14,11 @@ from torch.nn.parameter import is_lazy
 
 from ..common.checks import checked_mapping, checked_mask
 from ..optim import resize
-from .compact import Compacting
-from .host_mask import HostMask
-from .merge import Merging
+from .mask import Mask
 from .shared_memory import hold, merged_into
+
+if TYPE_CHECKING:
+    from .layer import APTAdapter
 
 _SEED_NAMES = {"Wa": "lora_A", "Wb": "lora_B"}
 _CHECKED = "checked_before_loading"
@@ -29,54 +31,48 @@ def checked_before(hook: Hook) -> Hook:
     return hook
 
 
-class Saving(Compacting):
-    """An adapter whose state_dict restores rank, masks and merge; torch's own recursion calls its hooks in any model.
+def install(adapter: APTAdapter) -> None:
+    """Let torch's own recursion call the hooks below, in any model."""
+    adapter._register_state_dict_hook(_save)  # type: ignore[no-untyped-call]
+    adapter._register_load_state_dict_pre_hook(_load, with_module=True)  # type: ignore[no-untyped-call]
+    adapter.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
-    The subclass has the attributes and methods that are only declared here.
+
+@dataclass(frozen=True)
+class PendingLoad:
+    """What is left to do once torch has copied the tensors of a state.
+
+    masks       what the state holds of them
+    has_weight  the state holds the base layer's weight
+    undo        where the state is merged: what brings back all that was before, since merging again can fail
     """
 
-    in_features: int
-    out_features: int
-    _rank: int
-    _max_rank: int | None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._register_state_dict_hook(_save)  # type: ignore[no-untyped-call]
-        self._register_load_state_dict_pre_hook(_load, with_module=True)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """torch's own, and nothing is loaded where it raises: see `check_loadable`."""
-        check_loadable(self, state_dict, strict)
-        return super().load_state_dict(state_dict, strict, assign)
-
-    def _guard(self) -> None:
-        """The factors are new objects, or their sizes or the rank changed."""
-        raise NotImplementedError
+    masks: dict[str, Mask]
+    has_weight: bool
+    undo: Callable[[], None] | None
 
 
-def _save(adapter: Saving, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
+def _save(adapter: APTAdapter, state: dict[str, Tensor], prefix: str, _metadata: Any) -> None:
     """Add rank and merged; a merged layer is saved unmerged, so an adapter's state never holds a rounded weight.
 
     Not even where it is another adapter that merged into a tied weight.
     """
     adapter.settle("state_dict")
-    state[prefix + "rank"] = torch.tensor(adapter._rank, device="cpu")
-    state[prefix + "merged"] = torch.tensor(adapter._merged, device="cpu")
+    state[prefix + "rank"] = torch.tensor(adapter.rank, device="cpu")
+    state[prefix + "merged"] = torch.tensor(adapter.merged, device="cpu")
     for name in ("weight", "bias"):
         tensor = getattr(adapter, name)
         for holder, held in merged_into(tensor) if tensor is not None else ():
-            original = holder._kept.get(held)
+            original = holder.merge.originals.get(held)
             if original is not None and original.shape == tensor.shape:
                 state[f"{prefix}base_layer.{name}"] = original
-    if adapter._away:
-        state[f"{prefix}base_layer.weight"] = adapter._whole()
+    if adapter.packing.store.host is not None:
+        state[f"{prefix}base_layer.weight"] = adapter.packing.store.host
 
 
 @checked_before
 def _load(
-    adapter: Saving,
+    adapter: APTAdapter,
     state: dict[str, Any],
     prefix: str,
     metadata: dict[str, Any],
@@ -92,18 +88,18 @@ def _load(
     own = _entries(state, prefix)
     if not own:
         return
-    found = _judge(adapter, own, prefix)
+    found = _validate(adapter, own, prefix)
     rank, A, B = found.rank, found.A, found.B
     masks = {name: mask.to(own[name].device) for name, mask in found.masks.items()}
-    merged = bool(own["merged"]) if "merged" in own else adapter._merged
+    merged = bool(own["merged"]) if "merged" in own else adapter.merged
     if merged and "merged" in own and any(name in own for name in _SEED_NAMES):
         warnings.warn(f"{prefix or 'state_dict'} says merged, but the seed never merged a weight: loaded unmerged", stacklevel=2)
         merged = False
     merged = merged and adapter.base_layer is not None
 
     # What can run out of memory, before anything changes.
-    held = {name: HostMask.of(mask).known() for name, mask in found.masks.items()}
-    stored = rank if adapter._max_rank is None else adapter._max_rank
+    held = {name: Mask.of(mask).known() for name, mask in found.masks.items()}
+    stored = rank if adapter.max_rank is None else adapter.max_rank
     factors: dict[str, Tensor] = {}
     storages: list[tuple[nn.Parameter, Tensor]] = []
     if A is not None and B is not None:
@@ -113,7 +109,7 @@ def _load(
     if merged and metadata.get("assign_to_params_buffers"):  # the merge writes, and not into the state, nor into what another adapter keeps
         keys = [prefix + f"base_layer.{name}" for name in ("weight", "bias")]
         bases = {key: state[key].detach().clone() for key in keys if key in state}
-    adapter._bring_back()  # the whole weight, which torch copies into
+    adapter.packing.store.restore(adapter.weight)  # the whole weight, which torch copies into
     undo = _undo(adapter) if merged else None  # merging again can still fail
 
     # Nothing above changed anything; from here on the adapter takes the saved form.
@@ -121,15 +117,15 @@ def _load(
         for param, storage in storages:
             param.set_(storage)  # type: ignore[call-overload]
             param.grad = None
-    if adapter._merged:
-        Merging.unmerge_weights(adapter)  # and not the adapter's own, which would put the weight away again
-    adapter._rank = rank
+    if adapter.merged:
+        adapter.merge.undo(adapter)  # and not unmerge_weights, which would offload the weight again
+    adapter.take_rank(rank)
     for name in ("rank", "merged", *_SEED_NAMES):
         state.pop(prefix + name, None)
     for name, value in {**factors, **masks}.items():
         state[prefix + name] = value
     state |= bases
-    adapter.__dict__["_after_load"] = (held, "base_layer.weight" in own, undo)
+    adapter.pending_load = PendingLoad(held, "base_layer.weight" in own, undo)
 
 
 @dataclass(frozen=True)
@@ -146,7 +142,7 @@ def _entries(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
 
 
-def _judge(adapter: Saving, own: dict[str, Any], prefix: str) -> _Found:
+def _validate(adapter: APTAdapter, own: dict[str, Any], prefix: str) -> _Found:
     """What of its own entries the adapter refuses (RuntimeError: DDP or FSDP holds factors of another rank); changes nothing."""
     _check_entries(own, prefix)
     A, B = (own.get(old, own.get(new)) for old, new in _SEED_NAMES.items())
@@ -156,9 +152,7 @@ def _judge(adapter: Saving, own: dict[str, Any], prefix: str) -> _Found:
         for name, size in (("mask_in", adapter.in_features), ("mask_out", adapter.out_features))
         if name in own
     }
-    if "base_layer.weight" not in own:
-        adapter._refuse_rising("load_state_dict", masks)
-    if A is not None and adapter.lora_A.shape[0] != (rank if adapter._max_rank is None else adapter._max_rank):
+    if A is not None and adapter.lora_A.shape[0] != (rank if adapter.max_rank is None else adapter.max_rank):
         resize.resizable_state([adapter.lora_A, adapter.lora_B], [])
     return _Found(rank, A, B, masks)
 
@@ -182,9 +176,9 @@ def check_loadable(model: nn.Module, state: Any, strict: bool) -> None:
             continue
         wanted = {key: value for key, value in module._buffers.items() if key not in module._non_persistent_buffers_set}
         wanted |= module._parameters
-        own = _entries(state, prefix) if isinstance(module, Saving) else {}
-        if isinstance(module, Saving) and own:
-            _judge(module, own, prefix)
+        own = _entries(state, prefix) if _is_adapter(module) else {}
+        if own:
+            _validate(cast("APTAdapter", module), own, prefix)
             taken = {_SEED_NAMES.get(key, key) for key in own if key in (*_SEED_NAMES, *_SEED_NAMES.values(), "mask_in", "mask_out")}
             wanted = {key: value for key, value in wanted.items() if key not in taken}
             read |= {prefix + key for key in (*taken, *_SEED_NAMES, "rank", "merged")}
@@ -213,6 +207,11 @@ def _check_size(key: str, value: Any, like: Tensor) -> None:
         raise ValueError(f"{key} must have shape {list(like.shape)}, got {list(value.shape)}")
 
 
+def _is_adapter(module: nn.Module) -> bool:
+    """True if `install` was called with it."""
+    return any(getattr(hook, "hook", None) is _load for hook in module._load_state_dict_pre_hooks.values())
+
+
 def _loads_by_itself(module: nn.Module) -> bool:
     kind = type(module)
     ours = sum(getattr(getattr(hook, "hook", None), _CHECKED, False) for hook in module._load_state_dict_pre_hooks.values())
@@ -237,32 +236,30 @@ def _check_entries(own: dict[str, Any], prefix: str) -> None:
             raise TypeError(f"{prefix}{name} must be floating, got {value.dtype}")
 
 
-def _after_load(adapter: Saving, _incompatible: Any) -> None:
+def _after_load(adapter: APTAdapter, _incompatible: Any) -> None:
     """The base layer is loaded by now: merge again if the state was merged, and note which masks are all ones."""
-    loaded = adapter.__dict__.pop("_after_load", None)
-    held, whole, undo = loaded or ({}, False, None)
-    for name, mask in held.items():
-        adapter._stamp_mask(name, mask)
+    loaded, adapter.pending_load = adapter.pending_load, None
     if loaded is not None:
-        adapter._changes.note(factors=object())  # others than before
-    if whole and adapter.weight is not None and not merged_into(adapter.weight):
-        adapter.foreign_merges.clear()
-    adapter._compact_anew()
-    adapter._guard()
-    if undo is not None:
+        for name, mask in loaded.masks.items():
+            adapter.note_mask(name, mask)
+        adapter.history.note(factors=object())  # others than before
+        if loaded.has_weight and adapter.weight is not None and not merged_into(adapter.weight):
+            adapter.merge.foreign.clear()
+    adapter.packing.renew(adapter)
+    adapter.guard_factors()
+    if loaded is not None and loaded.undo is not None:
         try:
-            adapter.merge_weights(adapter._keep)
+            adapter.merge_weights(adapter.merge.keep)
         except BaseException:
-            undo()
+            loaded.undo()
             raise
 
 
-def _undo(adapter: Saving) -> Callable[[], None]:
+def _undo(adapter: APTAdapter) -> Callable[[], None]:
     """A function that brings the adapter back to what it is now, from copies made now."""
     tensors = [adapter.lora_A, adapter.lora_B, adapter.mask_in, adapter.mask_out, adapter.weight, adapter.bias]
     copies = [None if tensor is None else tensor.detach().clone() for tensor in tensors]
-    plain = {name: adapter.__dict__[name] for name in ("_rank", "_merged", "_kept", "_keep")}
-    ones = {name: adapter._known_ones(name) for name in ("mask_in", "mask_out")}
+    rank, merge, ones = adapter.rank, copy.copy(adapter.merge), adapter.known_ones()
 
     def undo() -> None:
         now = [adapter.lora_A, adapter.lora_B, adapter.mask_in, adapter.mask_out, adapter.weight, adapter.bias]
@@ -270,21 +267,21 @@ def _undo(adapter: Saving) -> Callable[[], None]:
             for tensor, copy in zip(now, copies, strict=True):
                 if tensor is not None and copy is not None:
                     tensor.set_(copy) if tensor.shape != copy.shape else tensor.copy_(copy)  # type: ignore[call-overload]
-        adapter.__dict__.update(plain)
-        adapter._compact_anew()
-        if adapter._merged:
+        adapter.merge = merge
+        adapter.take_rank(rank)
+        adapter.packing.renew(adapter)
+        if adapter.merged:
             hold(adapter)
-        for name, value in ones.items():
-            adapter._place_stamp(name, value)
+        adapter.note_ones(ones)
 
     return undo
 
 
-def _saved_rank(adapter: Saving, prefix: str, A: Tensor | None, B: Tensor | None, rank: Tensor | None) -> int:
+def _saved_rank(adapter: APTAdapter, prefix: str, A: Tensor | None, B: Tensor | None, rank: Tensor | None) -> int:
     if (A is None) != (B is None):
         raise ValueError(f"state_dict must hold both {prefix}lora_A and {prefix}lora_B or neither, got only one")
     if A is None or B is None:
-        return adapter._rank
+        return adapter.rank
     K, N = adapter.in_features, adapter.out_features
     if A.dim() != 2 or B.dim() != 2 or A.shape[1] != K or B.shape[0] != N or A.shape[0] != B.shape[1]:
         raise ValueError(
@@ -296,18 +293,18 @@ def _saved_rank(adapter: Saving, prefix: str, A: Tensor | None, B: Tensor | None
     said = saved
     if rank is not None:  # of a copy that took a grown adapter's tensors without its rank, which it may have been saved with
         saved = resize.rank_of(A, B, saved)
-    elif A.shape[0] == adapter._max_rank:  # tensors alone, in storage as reserved here
+    elif A.shape[0] == adapter.max_rank:  # tensors alone, in storage as reserved here
         saved = resize.rank_of(A, B, 0)
     if saved > said:
         resize.say_adopted(f"{prefix}rank", said, saved)
-    if adapter._max_rank is not None and saved > adapter._max_rank:
-        raise ValueError(f"{prefix}rank must be at most the module's max_rank = {adapter._max_rank}, got {saved}")
-    if saved > max(min(N, K), adapter._rank):  # a cut leaves ranks above min(N, K), which load where they are
+    if adapter.max_rank is not None and saved > adapter.max_rank:
+        raise ValueError(f"{prefix}rank must be at most the module's max_rank = {adapter.max_rank}, got {saved}")
+    if saved > max(min(N, K), adapter.rank):  # a cut leaves ranks above min(N, K), which load where they are
         raise ValueError(f"{prefix}rank must be at most min(out_features, in_features) = {min(N, K)}, got {saved}")
     return saved
 
 
-def _fitting_storages(adapter: Saving, stored: int) -> list[tuple[nn.Parameter, Tensor]]:
+def _fitting_storages(adapter: APTAdapter, stored: int) -> list[tuple[nn.Parameter, Tensor]]:
     """New memory for factors of another rank (same Parameter objects will take it), or none where they fit."""
     if adapter.lora_A.shape[0] == stored:
         return []

@@ -8,7 +8,7 @@ import logging
 import torch
 from torch import nn
 
-from ..adapter.host_mask import HostMask
+from ..adapter.mask import Mask
 from ..adapter.shared_memory import indexed
 from ..common.checks import checked_bool, error_prefix
 from ..model import APTModel, adapters
@@ -64,7 +64,7 @@ def shrink(model: APTModel, *, unfinished: bool = False) -> nn.Module:
 def _tell_of_fractions(model: APTModel) -> None:
     """Say which blocks have fractions in their masks: they are merged, and only exact zeros are cut."""
     masks = {name: host_mask(model.model, block) for name, block in model.blocks.items()}
-    soft = [name for name, mask in masks.items() if not mask.is_meta and HostMask(mask).soft]
+    soft = [name for name, mask in masks.items() if not mask.is_meta and Mask(mask).has_fractions]
     if soft:
         logger.warning(
             "shrink: the masks of %d blocks hold fractions, %r first; nothing is cut there, since only exact zeros are. A moving "

@@ -90,7 +90,7 @@ class Distiller:
         self.model, self.logits, self.layers, self.temperature, self.quarters = model, logits, layers, temperature, quarters
         self.own = teacher == "self"
         self._generator = checked_seed("seed", seed)
-        self._lanes = model._hidden_left  # which dimensions of the model as it was built are those of Tr; None: all
+        self._lanes = model.hidden_left  # which dimensions of the model as it was built are those of Tr; None: all
         self.teacher: nn.Module | None = None
         self.transform: APTAdapter | None = None
         self._shared = SharedWeights({})  # the frozen weights of an own self, as at the last refresh
@@ -248,7 +248,7 @@ class Distiller:
 
     def _positions(self, model: nn.Module | None) -> Tensor | None:
         """Where the hidden dimensions that are left of a student or of its own self lie among those of Tr; None: all, in order."""
-        left = model._hidden_left if isinstance(model, APTModel) and (self.own or model is self.model) else None
+        left = model.hidden_left if isinstance(model, APTModel) and (self.own or model is self.model) else None
         return left if left is None or self._lanes is None else torch.searchsorted(self._lanes, left)
 
     def _refuse_merged(self, call: str) -> None:
@@ -273,14 +273,13 @@ class Distiller:
         transform = (
             {} if self.transform is None else {f"transform.{key}": value.clone() for key, value in self.transform.state_dict().items()}
         )
-        own = self.teacher._own_state() if self.own and isinstance(self.teacher, APTModel) else {}
+        own = self.teacher.own_state() if self.own and isinstance(self.teacher, APTModel) else {}
         teacher = {f"teacher.{key}": value.clone() for key, value in own.items()}
         return {**transform, **teacher, "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Into a Distiller made alike, of a model of the sizes that it had at the last refresh. ValueError for other keys or sizes.
-
-        RuntimeError where masks would rise in a teacher that is compacted with dense="release". Nothing has then changed.
+        Nothing has then changed.
         """
         expected, got = self.state_dict(), dict(checked_mapping("state", state))
         if expected.keys() != got.keys():
@@ -297,13 +296,10 @@ class Distiller:
         def part(prefix: str) -> dict[str, Any]:
             return {key.removeprefix(prefix): value for key, value in got.items() if key.startswith(prefix)}
 
-        for name, adapter in adapters(self.teacher) if self.own and self.teacher is not None else ():
-            masks = {mask: got[f"teacher.{name}.{mask}"] for mask in ("mask_in", "mask_out")}
-            adapter._refuse_rising(f"load_state_dict: {name}", masks)
         if self.transform is not None:
             self.transform.load_state_dict(part("transform."))
         if self.own and isinstance(self.teacher, APTModel):
-            self.teacher._load(part("teacher."))
+            self.teacher.load_own_state(part("teacher."))
         self._generator.set_state(got["generator"].cpu())
 
 
@@ -311,13 +307,13 @@ def frozen_copy(model: APTModel) -> APTModel:
     """A copy in evaluation mode: frozen Parameters lie in the same memory, all else is its own; no gradients, no hooks but the stock ones.
 
     A Parameter of `model` that changes size later (growth, cut) takes new memory, so the copy stays what it is; a merge reaches it. Where
-    `compact` has put weights away, the copy is compacted alike and reads the same host memory, or the same kept parts.
+    `compact` has offloaded weights, the copy is compacted alike and reads the same host memory.
     """
     memo: dict[int, Any] = {}
     for parameter in model.parameters():
         value = parameter.detach()
         memo[id(parameter)] = nn.Parameter(value.clone() if parameter.requires_grad else value, requires_grad=False)
-    for stored in (adapter._stored_elsewhere() for _, adapter in adapters(model)):
+    for stored in (adapter.packing.store.host for _, adapter in adapters(model)):
         if stored is not None:
             memo[id(stored)] = stored
     for module in model.modules():

@@ -78,7 +78,7 @@ def within_density(model: APTModel, scores: Mapping[str, Tensor], density: float
     if not checked_mapping("scores", scores):
         raise ValueError("scores: expected those of some blocks of this model, got none")
     for name, score in scores.items():
-        count = model._block(name).count
+        count = model.block(name).count
         if not isinstance(score, Tensor) or score.dtype not in FLOATING:
             raise TypeError(f"scores[{name!r}]: expected a floating tensor, got {getattr(score, 'dtype', type(score).__name__)}")
         if list(score.shape) != [count] or not bool(score.isfinite().all()):

@@ -9,8 +9,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from ..adapter.host_mask import HostMask
 from ..adapter.layer import APTAdapter
+from ..adapter.mask import Mask
 from ..common.checks import checked_mask, listed
 from ..distributed.dtensor import is_sharded
 from .architectures.lookup import Block, Side, architecture_of, is_linear, side_width, stored, unknown_modules
@@ -34,15 +34,15 @@ def set_mask(model: nn.Module, name: str, block: Block, mask: Tensor, agree: Cal
     if mask.is_meta and not next(modules[block.scaling_side.module].parameters()).is_meta:
         raise ValueError(f"mask of block {name!r} must hold values, got one on meta")
     values = checked_mask(f"mask of block {name!r}", mask, torch.empty(block.count, device=mask.device))
-    scaling = HostMask.of(values)
+    scaling = Mask.of(values)
     sides = [side for side in block.sides if side.acts]
-    if scaling.ones and any(not is_carrier(modules[side.module]) for side in sides):
+    if scaling.all_ones and any(not is_carrier(modules[side.module]) for side in sides):
         return agree(values, partial(host_mask, model, block))  # nothing to carry, and nothing was carried
     placed = missing_carriers(model, name, block)
     modules |= placed
     kept = (values != 0).to(values.dtype)
     whole = {(True, block.count): scaling}  # {(scales, width): what modules carry of which the block has a whole side}
-    new: dict[str, dict[str, Tensor | HostMask]] = {}
+    new: dict[str, dict[str, Tensor | Mask]] = {}
     for side in sides:
         carrier, name = modules[side.module], f"mask_{side.side}"
         assert isinstance(carrier, APTAdapter | StreamCarrier)
@@ -50,7 +50,7 @@ def set_mask(model: nn.Module, name: str, block: Block, mask: Tensor, agree: Cal
         width = len(getattr(carrier, name))
         if side.parts == 1:
             if (side.scales, width) not in whole:
-                whole[side.scales, width] = HostMask(expand(given, side, width))
+                whole[side.scales, width] = Mask(expand(given, side, width))
             masks[name] = whole[side.scales, width]
         else:
             lanes = masks[name] if name in masks else masks.setdefault(name, carrier.host_mask(name).clone())
@@ -152,11 +152,10 @@ def merged_linear(adapter: APTAdapter) -> nn.Module:
 
     RuntimeError where the merged weight would not be finite or there is no base layer; the layer is then unchanged.
     """
-    adapter.merge_weights()
     linear = adapter.base_layer
     if linear is None:
         raise RuntimeError("merged_linear: this APTAdapter has no base layer")
-    adapter._merge_for_good()
+    adapter.merge_for_good()
     return linear
 
 

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from ..adapter.host_mask import HostMask
+from ..adapter.carrier import MaskCarrier
 from ..adapter.layer import APTAdapter
-from ..adapter.recompute_check import Changes
-from ..common.checks import on_host
+from ..adapter.mask import Mask
 from ..reference import scale_lanes
 from .float32_heads import hooks_aside, through_door
 
@@ -41,26 +40,27 @@ class MaskedLinear(APTAdapter):
         if on:
             raise RuntimeError("compact: this module trains whole; only an adapter, whose weight is frozen, computes on kept lanes")
 
-    def _compute(self, x: Tensor, mask_in: Tensor | None, mask_out: Tensor | None) -> Tensor:
+    def compute(self, x: Tensor, mask_in: Tensor | None, mask_out: Tensor | None) -> Tensor:
         """With gradients for the weight and bias too."""
         assert self.base_layer is not None
         return scale_lanes(self.base_layer(scale_lanes(x, mask_in)), mask_out)
 
 
-class StreamCarrier(nn.Module):
+class StreamCarrier(MaskCarrier):
     """A module with one mask over its output channels, mask_out [width] float32; unknown attributes are those of `base_layer`."""
 
+    base_layer: nn.Module
     mask_out: Tensor
 
     def __init__(self, base_layer: nn.Module, width: int) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.merged = self._disabled = False
-        self._changes = Changes(disabled=False, mask_out=HostMask(torch.ones(width, dtype=torch.float32, device="cpu")).digest)
         self.train(base_layer.training)
         device = next(base_layer.parameters()).device
         with torch.inference_mode(False):  # a buffer born in inference mode could not be written outside it
             self.register_buffer("mask_out", torch.ones(width, dtype=torch.float32, device=device))
+        self.begin_masks("mask_out")
+        self.note_mask("mask_out", Mask(torch.ones(width, dtype=torch.float32, device="cpu")))
         self.register_load_state_dict_post_hook(_after_load)  # type: ignore[no-untyped-call]
 
     def __getattr__(self, name: str) -> Any:
@@ -75,13 +75,13 @@ class StreamCarrier(nn.Module):
         """A mask [width] that was checked."""
         self.mask_change({"mask_out": mask_out})()
 
-    def mask_change(self, masks: Mapping[str, Tensor | HostMask]) -> Callable[[], None]:
+    def mask_change(self, masks: Mapping[str, Tensor | Mask]) -> Callable[[], None]:
         """As APTAdapter's: what can fail is done here, calling the result makes the change; another width replaces the buffer."""
         with torch.inference_mode(False), torch.no_grad():
             (given,) = masks.values()
-            mask = HostMask.of(given).known()
+            mask = Mask.of(given).known()
             new = mask.values.to(self.mask_out.device, copy=True)
-            derived = self._derived(mask.values)
+            derived = self.derived(mask.values)
 
         def make() -> None:
             with torch.no_grad():
@@ -90,35 +90,28 @@ class StreamCarrier(nn.Module):
                 else:
                     self._buffers["mask_out"] = new
             self._buffers.update(derived)
-            self._changes.note(mask_out=mask.digest)
+            self.note_mask("mask_out", mask)
 
         return make
 
-    def _derived(self, mask_out: Tensor) -> dict[str, Tensor | None]:
+    def derived(self, mask_out: Tensor) -> dict[str, Tensor | None]:
         """Further buffers that follow from the mask."""
         return {}
 
-    def host_mask(self, name: str) -> Tensor:
-        """The values of "mask_out", to be read only; waits for the device."""
-        return on_host(self.get_buffer(name))
-
-    def _set_disabled(self, disabled: bool) -> None:
-        if disabled != self._disabled:
-            self._disabled = disabled
-            self._changes.note(disabled=disabled)
-
     def _apply(self, fn: Any, recurse: bool = True) -> StreamCarrier:
-        mask = self.mask_out
+        mask, ones = self.mask_out, self.known_ones()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.mask_out.dtype != torch.float32:  # .half() and friends: masks keep every digit
             self._buffers["mask_out"] = mask.to(self.mask_out.device)
+        self.note_ones(ones)
         return self
 
 
 def _after_load(carrier: StreamCarrier, _incompatible: Any) -> None:
     with torch.inference_mode(False), torch.no_grad():
-        carrier._buffers.update(carrier._derived(carrier.mask_out))
-    carrier._changes.note(mask_out=HostMask.of(carrier.mask_out).digest, parameters=object())  # others than before
+        carrier._buffers.update(carrier.derived(carrier.mask_out))
+    carrier.note_mask("mask_out", Mask.of(carrier.mask_out))
+    carrier.history.note(parameters=object())  # others than before
 
 
 class MaskedEmbedding(StreamCarrier):
@@ -130,9 +123,9 @@ class MaskedEmbedding(StreamCarrier):
     def forward(self, ids: Tensor) -> Tensor:
         """ids [...] -> [..., embedding_dim]."""
         if not torch.compiler.is_compiling():
-            self._changes.check()
+            self.history.check()
         found: Tensor = self.base_layer(ids)
-        return found if self._disabled else scale_lanes(found, self.mask_out)
+        return found if self.disabled else scale_lanes(found, self.mask_out)
 
 
 class MaskedNorm(StreamCarrier):
@@ -147,16 +140,16 @@ class MaskedNorm(StreamCarrier):
         super().__init__(norm, int(norm.weight.shape[0]))  # type: ignore[index]
         self.register_buffer("kept", None, persistent=False)
 
-    def _derived(self, mask_out: Tensor) -> dict[str, Tensor | None]:
+    def derived(self, mask_out: Tensor) -> dict[str, Tensor | None]:
         kept = mask_out.nonzero().flatten()
         return {"kept": None if len(kept) == len(mask_out) else kept.to(self.mask_out.device)}
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> the same shape, 0 in pruned dimensions."""
         if not torch.compiler.is_compiling():
-            self._changes.check()
+            self.history.check()
         kept = self.kept
-        if kept is None or self._disabled:
+        if kept is None or self.disabled:
             return self.base_layer(x)  # type: ignore[no-any-return]
         norm, gathered = self.base_layer, x.index_select(-1, kept)
         parameters = {name: parameter.index_select(0, kept) for name, parameter in norm.named_parameters()}

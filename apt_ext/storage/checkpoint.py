@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -104,10 +104,14 @@ class Checkpoint:
                     raise ValueError(f'"saved": expected names of this {type(model).__name__}, got {name!r}') from None
         return self._saved
 
-    def load(self, expected: dict[str, Tensor], then: Callable[[dict[str, Tensor]], None]) -> None:
-        """Call `then` with the tensors if they are those of `expected` in name, shape and dtype; a rank may be any that fits."""
+    @contextmanager
+    def tensors(self, expected: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """The tensors, which are those of `expected` in name, shape and dtype; a rank may be any that fits.
+
+        What is refused within this context, by us or by who loads them, becomes a ValueError that names the file.
+        """
         with error_prefix(str(self._tensors.path), ValueError):
-            then(tensor_file.read(self._tensors, expected, lambda found: _judge(found, expected)))
+            yield tensor_file.read(self._tensors, expected, lambda found: _judge(found, expected))
 
 
 def _judge(found: dict[str, tensor_file.Entry], expected: dict[str, Tensor]) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import nn
@@ -48,7 +48,6 @@ _FLOAT16 = (
     "small steps are rounded away; APTConfig(float32_factors=True) trains it in float32"
 )
 
-T = TypeVar("T")
 logger = logging.getLogger("apt_ext")
 
 
@@ -58,21 +57,33 @@ class Adapted(nn.Module):
     model: nn.Module
 
 
-def build(
-    model: nn.Module,
-    config: APTConfig,
-    finish: Callable[[nn.Module, dict[str, Block], list[str]], T],
-    saved: Callable[[nn.Module], list[str] | None] = lambda model: None,
-) -> T:
-    """Wrap `model` in place and return `finish(module, its blocks, names of what trains whole)`.
+@dataclass(frozen=True)
+class Built:
+    """A model that was wrapped in place.
 
-    The module is `model` itself, or what `torch.compile` has wrapped. Whatever raises, all is as it was.
+    model   the model itself, or what `torch.compile` had wrapped
+    blocks  what can be pruned
+    saved   names of what trains whole
+    """
+
+    model: nn.Module
+    blocks: dict[str, Block]
+    saved: list[str]
+
+
+@contextmanager
+def build(model: nn.Module, config: APTConfig, saved: Callable[[nn.Module], list[str] | None] = lambda model: None) -> Iterator[Built]:
+    """Wrap `model` in place for the context, in which the rest is made of it. Whatever raises there or before, all is as it was.
+
     saved  called with the module: what `match` is given as `saved`
     """
     inner = unwrap(checked_module("model", model))
     try:
         found = match(inner.module, config, saved(inner.module))
-        result = _wrapped(inner.module, config, found, find_blocks(inner.module), finish)
+        blocks = find_blocks(inner.module)
+        with _all_as_it_was(inner.module, found, blocks):
+            _wrap(inner.module, config, found, blocks)
+            yield Built(inner.module, blocks, found.saved)
     except BaseException:
         inner.restore()
         raise
@@ -80,45 +91,15 @@ def build(
     float16 = _FLOAT16 if any(parameter.dtype == torch.float16 for parameter in trains) else ""
     for note in filter(None, (inner.note, *found.notes, float16)):
         logger.warning("%s", note)
-    return result
 
 
-def _wrapped(
-    model: nn.Module,
-    config: APTConfig,
-    found: Match,
-    blocks: dict[str, Block],
-    finish: Callable[[nn.Module, dict[str, Block], list[str]], T],
-) -> T:
+@contextmanager
+def _all_as_it_was(model: nn.Module, found: Match, blocks: dict[str, Block]) -> Iterator[None]:
+    """Within this context whatever raises takes wrappers away and puts modules and requires_grad back."""
     modules = dict(model.named_modules())
-    touched = {linear for block in blocks.values() if block.kind != "hidden" for linear in block.linears}
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        for name in found.saved:
-            for parameter in parameters_of(model, name):
-                parameter.requires_grad_(parameter.is_floating_point())
-        for name in found.linears:
-            if name in found.ranks or name in touched:
-                with error_prefix(name):
-                    if name in found.whole:
-                        adapter: APTAdapter = MaskedLinear.around(modules[name])
-                    else:
-                        rank = found.ranks.get(name, 0)
-                        reserved = config.max_rank if name in found.ranks else None
-                        exact = torch.float32 if config.float32_factors and _is_16_bit(modules[name]) else None
-                        adapter = APTAdapter.from_linear(
-                            modules[name], rank, config.scaling_of(name), max_rank=reserved, dropout=config.lora_dropout, dtype=exact
-                        )
-                adapter.label = name
-                model.set_submodule(name, adapter)
-        for name, block in blocks.items():
-            if block.kind != "hidden":  # norms within the attention; their masks change later without changing the modules
-                put_carriers(model, missing_carriers(model, name, block))
-        if config.float32_factors:
-            train_in_float32(model, found.saved)
-        return finish(model, blocks, found.saved)
+        yield
     except BaseException:
         narrow(model)
         for name in dict.fromkeys((*found.linears, *(side.module for block in blocks.values() for side in block.sides))):
@@ -126,6 +107,35 @@ def _wrapped(
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         raise
+
+
+def _wrap(model: nn.Module, config: APTConfig, found: Match, blocks: dict[str, Block]) -> None:
+    touched = {linear for block in blocks.values() if block.kind != "hidden" for linear in block.linears}
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name in found.saved:
+        for parameter in parameters_of(model, name):
+            parameter.requires_grad_(parameter.is_floating_point())
+    for name in found.linears:
+        if name in found.ranks or name in touched:
+            linear = model.get_submodule(name)
+            with error_prefix(name):
+                if name in found.whole:
+                    adapter: APTAdapter = MaskedLinear.around(linear)
+                else:
+                    rank = found.ranks.get(name, 0)
+                    reserved = config.max_rank if name in found.ranks else None
+                    exact = torch.float32 if config.float32_factors and _is_16_bit(linear) else None
+                    adapter = APTAdapter.from_linear(
+                        linear, rank, config.scaling_of(name), max_rank=reserved, dropout=config.lora_dropout, dtype=exact
+                    )
+            adapter.label = name
+            model.set_submodule(name, adapter)
+    for name, block in blocks.items():
+        if block.kind != "hidden":  # norms within the attention; their masks change later without changing the modules
+            put_carriers(model, missing_carriers(model, name, block))
+    if config.float32_factors:
+        train_in_float32(model, found.saved)
 
 
 def _is_16_bit(linear: nn.Module) -> bool:

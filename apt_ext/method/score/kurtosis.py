@@ -46,8 +46,8 @@ def _products(reader: nn.Module, mean: Tensor | None, rows: bool = True) -> Tens
     """W_eff * mean, [out, in]; rows: without the outputs that are masked."""
     base = stored(reader)
     weight = whole(base.weight.detach())  # type: ignore[operator]
-    if isinstance(reader, APTAdapter) and reader._away:
-        weight = reader._whole().to(weight.device)
+    if isinstance(reader, APTAdapter) and reader.packing.store.host is not None:
+        weight = reader.packing.store.host.to(weight.device)
     if weight_dim(base, "out") == 1:
         weight = weight.t()
     weight = weight.float() if weight.dtype != torch.float64 else weight

@@ -102,7 +102,7 @@ class Salience:
                 tokens = here.masks.get(mask)
                 if mask in here.unread:
                     self._doubts[name, "unread"] = here.unread[mask]
-            if not hear(args[0], tokens, getattr(module, "handed_over", None)) and tokens is not None:
+            if not hear(args[0], tokens, getattr(module, "input_positions", None)) and tokens is not None:
                 self._warn_of_padding(name, args[0], mask, tokens)
 
         return collect
