@@ -11,7 +11,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check -q
 # What a built extension depends on. Python files are not here: the install is editable.
-SOURCES := setup.py pyproject.toml $(wildcard build_backend/*.py csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
+SOURCES := setup.py pyproject.toml $(wildcard build_backend/*.py csrc/*.* csrc/*/*.*)
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h)
 VADER := .data/vaderSentiment-3.3.2.tar.gz
 

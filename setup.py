@@ -12,7 +12,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-SOURCES = ["csrc/*.cpp", "csrc/cpu/*.cpp"]
+SOURCES = ["csrc/*.cpp", "csrc/autograd/*.cpp", "csrc/cpu/*.cpp", "csrc/ops/*.cpp", "csrc/routes/*.cpp"]
 CUDA_SOURCES = ["csrc/cuda/*.cpp", "csrc/cuda/*.cu"]
 ARCHITECTURES = "8.0;9.0a;9.0+PTX"  # Ampere; Hopper with its own instructions; and what later GPUs can translate
 

@@ -1,4 +1,4 @@
-// Both doors, from the one table in ops.h: the dispatcher (torch.ops.apt_ext) and pybind11 (apt_ext._C).
+// Both doors, from the one table in op_table.h: the dispatcher (torch.ops.apt_ext) and pybind11 (apt_ext._C).
 #include <ATen/SequenceNumber.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/function.h>
@@ -11,11 +11,11 @@
 #include <vector>
 
 #include "archs.h"
-#include "listener.h"
-#include "mask_values.h"
-#include "ops.h"
-#include "plan.h"
-#include "sums.h"
+#include "autograd/salience_hook.h"
+#include "op_table.h"
+#include "ops/channel_sums.h"
+#include "ops/mask_values.h"
+#include "routes/plan.h"
 
 namespace apt {
 namespace {

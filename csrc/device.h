@@ -3,8 +3,8 @@
 
 #include <ATen/core/Tensor.h>
 
-#include "kernels.h"
-#include "plan.h"
+#include "backend.h"
+#include "routes/plan.h"
 
 namespace apt {
 

@@ -9,7 +9,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../kernels.h"
+#include "../backend.h"
 
 // One wheel for every x86-64: the loader picks the widest clone the CPU has. Elsewhere the compiler's default
 // serves.

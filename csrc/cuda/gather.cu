@@ -2,7 +2,7 @@
 // reads every line once and can multiply with a skinny factor on the way, and one for whatever else there is.
 #include "kernels.h"
 #include "low_rows.cuh"
-#include "queue.cuh"
+#include "pipeline.cuh"
 
 namespace apt::cuda {
 namespace {

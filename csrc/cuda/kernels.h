@@ -1,7 +1,7 @@
-// The CUDA column of the table in ../kernels.h, one function a file.
+// The CUDA column of the table in ../backend.h, one function a file.
 #pragma once
 
-#include "../kernels.h"
+#include "../backend.h"
 
 namespace apt::cuda {
 

@@ -12,7 +12,7 @@
 // finds what was touched last still in the L2 cache.
 #include "kernels.h"
 #include "low_rows.cuh"
-#include "queue.cuh"
+#include "pipeline.cuh"
 
 namespace apt::cuda {
 namespace {

@@ -3,7 +3,7 @@
 // the rest.
 #include "kernels.h"
 #include "low_rows.cuh"
-#include "queue.cuh"
+#include "pipeline.cuh"
 
 namespace apt::cuda {
 namespace {

@@ -12,7 +12,7 @@
 #include <string>
 #include <type_traits>
 
-#include "../kernels.h"
+#include "../backend.h"
 
 namespace apt {
 

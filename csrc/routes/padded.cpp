@@ -4,7 +4,7 @@
 #include <ATen/ATen.h>
 
 #include "linear.h"
-#include "remade.h"
+#include "resize_factors.h"
 
 namespace apt {
 namespace {

@@ -49,7 +49,7 @@ void merge_(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, do
 
 void mask_grads_(at::TensorList grads, at::TensorList masks, at::IntArrayRef dims);
 
-// apt_linear on the kept lanes alone (compact.h says what the operands are): the products have the size of
+// apt_linear on the kept lanes alone (compact_linear.h says what the operands are): the products have the size of
 // what is kept. Internal: apt_ext.APTAdapter.compact prepares the operands.
 Tensor compact_linear(const Tensor& x, const OptTensor& packed, const OptTensor& bias, const Tensor& lora_A,
                       const Tensor& lora_B, const OptTensor& mask_in, const OptTensor& mask_out,

@@ -1,6 +1,6 @@
 // An op = check, allocate, compute. Device-agnostic; on meta tensors it stops after allocating, so one body
 // serves the real devices, fake tensors and symbolic shapes.
-#include "ops.h"
+#include "../op_table.h"
 
 #include <ATen/ATen.h>
 
@@ -9,10 +9,10 @@
 #include <utility>
 #include <vector>
 
-#include "check.h"
-#include "device.h"
-#include "door.h"
-#include "linear.h"
+#include "../checks.h"
+#include "../device.h"
+#include "../operands.h"
+#include "../routes/linear.h"
 
 namespace apt {
 namespace {

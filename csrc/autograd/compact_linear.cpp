@@ -4,9 +4,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "autograd.h"
-#include "compact.h"
-#include "ops.h"
+#include "../op_table.h"
+#include "../ops/compact_linear.h"
+#include "common.h"
 
 namespace apt {
 namespace {

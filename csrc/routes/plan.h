@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <string>
 
-#include "kernels.h"
+#include "../backend.h"
 
 namespace apt {
 

@@ -1,5 +1,5 @@
-// The layer on its kept lanes: the ops of a compacted adapter (compact.cpp) and their ways through autograd
-// (compact_autograd.cpp).
+// The layer on its kept lanes: the ops of a compacted adapter (compact_linear.cpp) and their ways through autograd
+// (autograd/compact_linear.cpp).
 #pragma once
 
 #include <ATen/core/Tensor.h>

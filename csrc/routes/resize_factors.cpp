@@ -1,8 +1,8 @@
-#include "remade.h"
+#include "resize_factors.h"
 
 #include <ATen/ATen.h>
 
-#include "device.h"
+#include "../device.h"
 
 namespace apt {
 namespace {

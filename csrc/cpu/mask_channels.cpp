@@ -1,6 +1,6 @@
 // The CPU's table. Loops over pointers with at::parallel_for (never a raw OpenMP region: those hang after
 // fork).
-#include "../kernels.h"
+#include "../backend.h"
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>

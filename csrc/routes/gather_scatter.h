@@ -5,7 +5,7 @@
 
 namespace apt {
 
-// A product with a skinny factor that a staged pass makes along the way (kernels.h).
+// A product with a skinny factor that a staged pass makes along the way (backend.h).
 struct GatheredLow {
   Tensor low;   // [M, R], written
   Tensor down;  // [R, width], contiguous and aligned

@@ -1,4 +1,4 @@
-#include "compact.h"
+#include "compact_linear.h"
 
 #include <ATen/ATen.h>
 
@@ -6,14 +6,14 @@
 #include <string>
 #include <utility>
 
-#include "check.h"
-#include "composite.h"
-#include "device.h"
-#include "door.h"
-#include "kept.h"
-#include "linear.h"
-#include "ops.h"
-#include "remade.h"
+#include "../autograd/composite.h"
+#include "../checks.h"
+#include "../device.h"
+#include "../op_table.h"
+#include "../operands.h"
+#include "../routes/gather_scatter.h"
+#include "../routes/linear.h"
+#include "../routes/resize_factors.h"
 
 namespace apt {
 namespace {
@@ -92,7 +92,7 @@ Layer inner_layer(const CompactLayer& layer, const Sides& sides) {
   return inner;
 }
 
-// The passes of 16-bit types on CUDA gather and scatter on the way (passes.cpp), where they take this layer.
+// The passes of 16-bit types on CUDA gather and scatter on the way (low_rank_passes.cpp), where they take this layer.
 struct Passes {
   LinearPlan plan;
   KeptSides kept;

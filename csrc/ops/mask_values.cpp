@@ -1,6 +1,6 @@
 #include "mask_values.h"
 
-#include "check.h"
+#include "../checks.h"
 
 namespace apt {
 namespace {

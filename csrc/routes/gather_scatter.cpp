@@ -1,8 +1,8 @@
-#include "kept.h"
+#include "gather_scatter.h"
 
 #include <ATen/ATen.h>
 
-#include "device.h"
+#include "../device.h"
 
 namespace apt {
 namespace {

@@ -1,11 +1,11 @@
-#include "listener.h"
+#include "salience_hook.h"
 
 #include <ATen/ATen.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/variable.h>
 
-#include "sums.h"
+#include "../ops/channel_sums.h"
 
 namespace apt {
 namespace {

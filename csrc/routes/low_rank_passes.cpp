@@ -6,7 +6,7 @@
 //             written once
 //   a mask    dense product first, then low-rank part, bias and mask in one pass over the output
 //
-// A compacted layer (compact.cpp) goes the same way with other ends: x's kept lanes are gathered while the
+// A compacted layer (compact_linear.cpp) goes the same way with other ends: x's kept lanes are gathered while the
 // low-rank product is made of them, and what the dense product gives is scattered, with the low-rank part,
 // into the output.
 //
@@ -14,8 +14,8 @@
 // and partial sums of the factors' gradients, at most (M / 64) R (N + K) floats.
 #include <ATen/ATen.h>
 
-#include "device.h"
-#include "kept.h"
+#include "../device.h"
+#include "gather_scatter.h"
 #include "linear.h"
 
 namespace apt {

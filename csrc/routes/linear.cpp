@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "device.h"
+#include "../device.h"
 
 namespace apt {
 namespace {

@@ -212,14 +212,14 @@ struct MatrixCopy {
   DType dtype;
 };
 
-// Two in one launch (cuda/copies.cu): a layer's factors, or their gradients.
+// Two in one launch (cuda/copy_factors.cu): a layer's factors, or their gradients.
 struct MatrixCopies {
   MatrixCopy job[2];
 };
 
 using Stream = void*;  // cudaStream_t; null on the CPU
 
-// A device is this table. ops.cpp looks it up once a call and knows nothing else of devices.
+// A device is this table. device.cpp looks it up once a call and knows nothing else of devices.
 struct Kernels {
   void (*lanes)(const LanesArgs&, Stream);
   void (*merge)(const MergeArgs&, Stream);

@@ -1,13 +1,13 @@
-#include "sums.h"
+#include "channel_sums.h"
 
 #include <ATen/ATen.h>
 #include <c10/core/DeviceGuard.h>
 
 #include <algorithm>
 
-#include "check.h"
-#include "device.h"
-#include "plan.h"
+#include "../checks.h"
+#include "../device.h"
+#include "../routes/plan.h"
 
 namespace apt {
 

@@ -9,7 +9,7 @@
 #include <string>
 #include <type_traits>
 
-#include "check.h"
+#include "../checks.h"
 
 namespace apt {
 

@@ -2,7 +2,7 @@
 
 #include <ATen/ATen.h>
 
-#include "ops.h"
+#include "../op_table.h"
 
 namespace apt {
 namespace {

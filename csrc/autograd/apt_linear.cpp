@@ -7,10 +7,10 @@
 #include <algorithm>
 #include <utility>
 
-#include "autograd.h"
-#include "check.h"
+#include "../checks.h"
+#include "../op_table.h"
+#include "common.h"
 #include "composite.h"
-#include "ops.h"
 
 namespace apt {
 namespace {

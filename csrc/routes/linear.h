@@ -35,7 +35,7 @@ std::array<Tensor, 4> linear_backward(const Tensor& grad, const Tensor& x, const
 // One side of a compacted layer whose operand is full-size: its kept lanes are gathered, or scattered back,
 // on the way.
 struct KeptSide {
-  Tensor index, position;  // int32 [at least width], [size], as in kernels.h
+  Tensor index, position;  // int32 [at least width], [size], as in backend.h
   OptTensor mask;          // [size], or none where the kept lanes are as they are
   int64_t size, width;     // width: the layer's own, of the kept lanes and what pads them
 };
@@ -46,7 +46,7 @@ struct KeptSides {
   Tensor lora_A, lora_B;  // full-size
 };
 
-// The route of 16-bit types on CUDA (passes.cpp): the same signatures, for a plan that says kPasses. With
+// The route of 16-bit types on CUDA (low_rank_passes.cpp): the same signatures, for a plan that says kPasses. With
 // kept sides, x and grad and what comes back are full-size there; the third result is x's kept lanes, and
 // passes_backward is given them as x.
 std::tuple<Tensor, Tensor, Tensor> passes_forward(const Tensor& x, const Layer& layer, const LinearPlan& plan,
@@ -56,7 +56,7 @@ std::array<Tensor, 4> passes_backward(const Tensor& grad, const Tensor& x, const
                                       const LinearPlan& plan, const KeptSides& kept = {});
 // Whether that route can gather and scatter these sides on the way.
 bool passes_fit(const Tensor& x, const LinearPlan& plan, const KeptSides& kept);
-// Whether rows of so many columns can be gathered and scattered through shared memory (staged, in kernels.h),
+// Whether rows of so many columns can be gathered and scattered through shared memory (staged, in backend.h),
 // and such rows: of whole 16 bytes at aligned addresses, copied only if need be.
 bool can_stage(const Tensor& x, int64_t columns);
 Tensor aligned_rows(const Tensor& matrix);
