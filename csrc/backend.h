@@ -1,41 +1,41 @@
-// What a kernel may know: pointers, sizes, strides and a stream. Torch does not exist below this line, so
-// every .cu file compiles in seconds and on a machine without a CUDA torch.
+// The kernels of a device, as structures of pointers, sizes, strides and a stream. Free of torch, so every
+// .cu file compiles in seconds, and on a machine without a CUDA torch.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
+#include "scalar.h"
+
 namespace apt {
 
-// How the merge of a weight is cut on a device with tensor cores (merge_plan). rows 0: the kernel without them.
+// How merge_plan cuts the merge of a weight for tensor cores. rows 0: use the kernel without them.
 struct MergePlan {
   int rows = 0, splits = 0;
 };
 
-enum class DType : int32_t { kFloat64, kFloat32, kFloat16, kBFloat16 };
-
-// A mask along one side of a matrix: float32 or the matrix' own dtype; null data means "all ones".
+// A mask along one side of a matrix, in float32 or the matrix' own dtype. Null data means all ones.
 struct Mask {
   const void* data = nullptr;
   DType dtype = DType::kFloat32;
 };
 
-// dst[i, j] = mask == 0 ? 0 : src[i, j] * mask, the mask running over columns (or rows). With select_only the
-// fractions do not scale: only the zeros act. src and dst may be the same matrix.
-struct LanesArgs {
+// Scale a matrix by a mask over its columns, or rows: dst[i, j] = mask == 0 ? 0 : src[i, j] * mask.
+// src and dst may be the same matrix.
+struct MaskChannelsArgs {
   const void* src;  // [rows, cols], strides in elements
   void* dst;        // [rows + pad_rows, cols + pad_cols], 0 in what src does not fill; contiguous if padded
   int64_t rows, cols;
   int64_t pad_rows, pad_cols;
   int64_t src_stride[2], dst_stride[2];
   Mask mask;
-  bool along_rows;  // mask has one value a row instead of one a column
-  bool select_only;
+  bool along_rows;   // the mask has one value a row instead of one a column
+  bool select_only;  // only zeros act: fractions do not scale
   DType dtype;
 };
 
-// weight <- diag(mask_out) (weight + scaling B A) diag(mask_in), accumulated in float32 (float64) and
-// rounded once.
+// Merge factors into a weight: weight <- diag(mask_out) (weight + scaling B A) diag(mask_in), accumulated in
+// float32 (float64) and rounded once.
 struct MergeArgs {
   void* weight;        // [N, K], strides in elements; one of them is usually 1
   const void* lora_A;  // [R, K] contiguous
@@ -45,17 +45,16 @@ struct MergeArgs {
   Mask mask_in, mask_out;
   double scaling;
   DType dtype, factor_dtype;
-  // null: write. Else: write nothing, set *not_finite where a result would not be finite.
-  int32_t* not_finite;
+  int32_t* not_finite;    // null: write. Else write nothing, and set it where a result is not finite.
   const int32_t* unless;  // null, or: do nothing where *unless is not 0
   MergePlan plan;
 };
 
-// One gradient of mask_grads_, seen as [outer, lanes, inner] contiguous.
+// One gradient of mask_grads_, seen as [outer, channels, inner] contiguous.
 struct MaskedGrad {
   void* grad;
   const void* mask;
-  int64_t size, lanes, inner;
+  int64_t size, channels, inner;
   DType dtype, mask_dtype;
 };
 
@@ -68,7 +67,7 @@ struct Factor {
 // The passes around the dense product, for 16-bit types (cuda/low_rank.cu).
 //   with x    low = (mask * x) down^T, and the masked x to `masked` if that is given
 //   with out  out = row_mask * column_mask * (accumulate * out + scaling low up^T + bias)
-// Every pointer is aligned to 16 bytes. C, E and the strides are multiples of 8. R is at most kMostRank.
+// Every pointer is aligned to 16 bytes. C, E and the strides are multiples of 8. R is at most kMaxRank.
 struct LowRankArgs {
   int64_t M, R;
   const void* x;  // [M, C], rows x_stride apart; null: low is an input
@@ -85,14 +84,13 @@ struct LowRankArgs {
   bool accumulate;
   double scaling;
   DType dtype, low_dtype;
-  // null: write. Else: write nothing, set *not_finite where a result would not be finite.
-  int32_t* not_finite;
-  const int32_t* unless;    // null, or: do nothing where *unless is not 0
+  int32_t* not_finite;      // as in MergeArgs
+  const int32_t* unless;    // as in MergeArgs
   int rows, column_splits;  // of a block, from launch_plan
 };
 
-// partial[s] [R, C] = sum of x[m, c] low[m, r] over the tokens m of span s (cuda/token_sums.cu), under the
-// same conditions.
+// Sum over the tokens m of span s: partial[s] [R, C] = sum of x[m, c] low[m, r] (cuda/token_sums.cu). The
+// conditions of LowRankArgs hold.
 struct TokenSumArgs {
   int64_t M, R, C;
   const void* x;  // [M, C], rows x_stride apart
@@ -103,13 +101,9 @@ struct TokenSumArgs {
   int64_t span;  // tokens a block, a multiple of 64, from launch_plan
 };
 
-constexpr int64_t kStagedBytes = 113664;  // of shared memory a block, gather.cu and scatter.cu
-
-constexpr int64_t kMostRank = 16;  // beyond it the library's products are as fast (docs/performance.md)
-
-// grad [R, E], or by_channel [E, R] = mask * scaling * the sum of `spans` partial sums [R, C], zeros
-// selected. Channel e of the gradient is channel e of the sums, or channel position[e] of them, and zero
-// where position[e] is negative.
+// Add up partial sums: grad [R, E], or by_channel [E, R] = mask * scaling * the sum of `spans` partial sums
+// [R, C]. Channel e of the gradient is channel e of the sums, or channel position[e] of them. It is zero where
+// the mask is 0 or position[e] is negative.
 struct FactorGrad {
   const float* partial;
   void* grad = nullptr;  // float32 or 16-bit
@@ -125,8 +119,7 @@ struct FactorGradPair {
   FactorGrad job[2];  // the second may be missing (null grad)
 };
 
-// out[c] = the sum of |values[m, c]| (or of values[m, c]) over the tokens m that count; what the others hold
-// is not read.
+// Sum |values[m, c]| (or values[m, c]) over the tokens m that count. What the others hold is not read.
 struct ChannelSumArgs {
   int64_t M, C;
   const void* values;  // [M, C], rows `stride` apart
@@ -134,12 +127,12 @@ struct ChannelSumArgs {
   const bool* tokens;  // [M], or null: all count
   void* out;           // [C] float32, or float64 for float64
   void* partial;       // [spans, C] like out; not needed for one span
-  int64_t spans;       // of tokens, added up by themselves first; the CPU cuts by its threads
+  int64_t spans;       // of tokens, each summed by itself first; the CPU cuts by its threads
   DType dtype;
   bool is_signed;
 };
 
-// A matrix in float16's range:
+// Bring a matrix into float16's range:
 //   inverse     the smallest power of two >= 1 that brings every entry of wide / inverse to at most 2^15; 1
 //               where an entry is Inf or NaN
 //   half        wide / inverse, rounded to float16
@@ -157,8 +150,10 @@ struct ToHalfArgs {
   void* grown;         // [factor_count]
 };
 
-// The kept lanes of a matrix side by side (cuda/gather.cu), the first end of a compacted layer:
-//   gathered[m, j] = mask[index[j]] * x[row_index[m], index[j]], zeros selected
+constexpr int64_t kStagedBytes = 113664;  // of shared memory a block of a staged gather or scatter takes
+
+// Gather the kept channels of a matrix side by side:
+//   gathered[m, j] = mask[index[j]] * x[row_index[m], index[j]], and 0 where the mask is 0
 // An index of -1 is a zero that pads.
 struct GatherArgs {
   int64_t M, C, kept;  // rows of the result; columns of x; columns of the result, padding included
@@ -169,10 +164,10 @@ struct GatherArgs {
   Mask mask;                 // [C]
   void* gathered;            // [M, kept] contiguous
   DType dtype;
-  // Through shared memory, reading every line once: on CUDA only, for 16-bit types with rows of whole 16
-  // bytes at aligned addresses, a float32 mask, no row_index, and kStagedBytes for a block. Then a product
-  // with a skinny factor can go along: low [M, R] = gathered down^T with down [R, kept] and R at most
-  // kMostRank; null low: none.
+  // Go through shared memory and read every line once: on CUDA only, for 16-bit types with rows of whole 16
+  // bytes at aligned addresses, a float32 mask, no row_index, and kStagedBytes for a block. Such a pass can
+  // multiply on the way: low [M, R] = gathered down^T with down [R, kept] and R at most kMaxRank. Null low:
+  // none.
   bool staged;
   void* low;
   const void* down;
@@ -180,13 +175,13 @@ struct GatherArgs {
   DType low_dtype;
 };
 
-// Their way back (cuda/scatter.cu), the other end:
+// Scatter kept channels back to their places:
 //   out[m, c] = mask[c] * (values[m, position[c]] + bias[c] + scaling (low up^T)[m, c])
 // and 0 where position[c] is negative or the mask is 0.
 struct ScatterArgs {
   int64_t M, E, kept;       // rows; columns of out; columns of values
   const void* values;       // [M, kept] contiguous
-  const int32_t* position;  // [E]; of a pruned lane ~(the number of kept lanes before it)
+  const int32_t* position;  // [E]; of a pruned channel ~(the number of kept channels before it)
   Mask mask;                // [E]
   const void* bias;         // [E] of the compute dtype, or null
   void* out;                // [M, E] contiguous
@@ -199,9 +194,9 @@ struct ScatterArgs {
   DType low_dtype;
 };
 
-// One small matrix made of another: dst[i, j] = mask * src[row_index[i], column_index[j]], zeros selected,
-// and 0 where an index is negative or src has no such row or column.
-struct MatrixCopy {
+// Copy one small matrix into another layout: dst[i, j] = mask * src[row_index[i], column_index[j]], and 0
+// where the mask is 0, an index is negative, or src has no such row or column.
+struct FactorCopy {
   const void* src;
   void* dst = nullptr;    // contiguous, by_column: as [columns, rows]; null: nothing to do
   int64_t rows, columns;  // of dst
@@ -212,22 +207,22 @@ struct MatrixCopy {
   DType dtype;
 };
 
-// Two in one launch (cuda/copy_factors.cu): a layer's factors, or their gradients.
-struct MatrixCopies {
-  MatrixCopy job[2];
+// Two copies in one launch: a layer's factors, or their gradients.
+struct FactorCopies {
+  FactorCopy job[2];
 };
 
 using Stream = void*;  // cudaStream_t; null on the CPU
 
-// A device is this table. device.cpp looks it up once a call and knows nothing else of devices.
+// The functions of a device. kernels_for (device.h) looks them up once a call.
 struct Kernels {
-  void (*lanes)(const LanesArgs&, Stream);
+  void (*mask_channels)(const MaskChannelsArgs&, Stream);
   void (*merge)(const MergeArgs&, Stream);
   void (*mask_grads)(const MaskedGrad*, size_t count, Stream);
   void (*gather)(const GatherArgs&, Stream);
   void (*scatter)(const ScatterArgs&, Stream);
   void (*channel_sums)(const ChannelSumArgs&, Stream);
-  void (*copies)(const MatrixCopies&, Stream);
+  void (*copy_factors)(const FactorCopies&, Stream);
   // Null where the device leaves the low-rank products to the library.
   void (*low_rank)(const LowRankArgs&, Stream) = nullptr;
   void (*token_sums)(const TokenSumArgs&, Stream) = nullptr;
@@ -235,9 +230,29 @@ struct Kernels {
   void (*to_half)(const ToHalfArgs&, Stream) = nullptr;
 };
 
-extern const Kernels kCpuKernels;
-#ifdef APT_WITH_CUDA
-extern const Kernels kCudaKernels;
-#endif
+// One file a function, in cpu/ and cuda/.
+namespace cpu {
+void mask_channels(const MaskChannelsArgs& args, Stream);
+void merge(const MergeArgs& args, Stream);
+void mask_grads(const MaskedGrad* grads, size_t count, Stream);
+void gather(const GatherArgs& args, Stream);
+void scatter(const ScatterArgs& args, Stream);
+void channel_sums(const ChannelSumArgs& args, Stream);
+void copy_factors(const FactorCopies& copies, Stream);
+}  // namespace cpu
+
+namespace cuda {
+void mask_channels(const MaskChannelsArgs& args, Stream stream);
+void merge(const MergeArgs& args, Stream stream);
+void mask_grads(const MaskedGrad* grads, size_t count, Stream stream);
+void gather(const GatherArgs& args, Stream stream);
+void scatter(const ScatterArgs& args, Stream stream);
+void channel_sums(const ChannelSumArgs& args, Stream stream);
+void copy_factors(const FactorCopies& copies, Stream stream);
+void low_rank(const LowRankArgs& args, Stream stream);
+void token_sums(const TokenSumArgs& args, Stream stream);
+void add_spans(const FactorGradPair& pair, Stream stream);  // token_sums.cu
+void to_half(const ToHalfArgs& args, Stream stream);
+}  // namespace cuda
 
 }  // namespace apt

@@ -10,8 +10,8 @@
 #include <utility>
 #include <vector>
 
-#include "archs.h"
 #include "autograd/salience_hook.h"
+#include "device.h"
 #include "op_table.h"
 #include "ops/channel_sums.h"
 #include "ops/mask_values.h"

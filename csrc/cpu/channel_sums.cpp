@@ -1,58 +1,56 @@
-// Sums over tokens, one a channel, in one pass that reads the values once and keeps nothing of their size.
+// Sum over tokens on the CPU, one sum a channel, in one pass that reads the values once.
 #include <ATen/Parallel.h>
 
-#include "kernels.h"
 #include "loops.h"
 
-namespace apt {
+namespace apt::cpu {
 namespace {
 
-constexpr int64_t kRows = 4;  // rows of one pass over the sums: fewer loads and stores of those
-constexpr int64_t kBlock =
-    64;  // passes that are added up by themselves first: rounding grows with a block's length
+constexpr int64_t kRows = 4;    // rows of one pass over the sums: fewer loads and stores of those
+constexpr int64_t kBlock = 64;  // passes summed by themselves first: rounding grows with a block's length
 
 template <class T, bool kSigned>
-[[gnu::always_inline]] inline void add_rows_body(const Stored<T>* const* rows, int64_t count,
-                                                 Wide<T>* __restrict__ sums, int64_t channels) {
-  const auto value = [](Stored<T> stored) {
-    const Wide<T> wide = widen<T>(stored);
+APT_INLINE void add_rows_body(const T* const* rows, int64_t count, Wide<T>* __restrict__ sums,
+                              int64_t channels) {
+  const auto value = [](T stored) {
+    const Wide<T> wide = widen(stored);
     return kSigned ? wide : std::abs(wide);
   };
   if (count == kRows) {
-    const Stored<T>*a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
+    const T *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
     for (int64_t j = 0; j < channels; ++j)
       sums[j] += (value(a[j]) + value(b[j])) + (value(c[j]) + value(d[j]));
     return;
   }
   for (int64_t i = 0; i < count; ++i) {
-    const Stored<T>* row = rows[i];
+    const T* row = rows[i];
     for (int64_t j = 0; j < channels; ++j) sums[j] += value(row[j]);
   }
 }
 
-// Clones of functions that are no templates: one for each type and sign.
-#define APT_ADD_ROWS(T)                                                                                     \
-  APT_CLONES void add_rows(T, const Stored<T>* const* rows, int64_t count, Wide<T>* sums, int64_t channels, \
-                           bool is_signed) {                                                                \
-    if (is_signed) {                                                                                        \
-      add_rows_body<T, true>(rows, count, sums, channels);                                                  \
-    } else {                                                                                                \
-      add_rows_body<T, false>(rows, count, sums, channels);                                                 \
-    }                                                                                                       \
+// target_clones takes no templates, so each type gets its overload.
+#define APT_ADD_ROWS(T)                                                                             \
+  APT_CLONES void add_rows(T, const T* const* rows, int64_t count, Wide<T>* sums, int64_t channels, \
+                           bool is_signed) {                                                        \
+    if (is_signed) {                                                                                \
+      add_rows_body<T, true>(rows, count, sums, channels);                                          \
+    } else {                                                                                        \
+      add_rows_body<T, false>(rows, count, sums, channels);                                         \
+    }                                                                                               \
   }
 APT_ADD_ROWS(double)
 APT_ADD_ROWS(float)
 APT_ADD_ROWS(at::Half)
-APT_ADD_ROWS(at::BFloat16)
+APT_ADD_ROWS(BFloat16Bits)
 #undef APT_ADD_ROWS
 
-// The rows from `first` to `last` whose token counts, into `sums`.
+// Add the rows from `first` to `last` whose token counts to `sums`.
 template <class T>
-void sum_range(const Stored<T>* values, int64_t stride, const bool* tokens, int64_t first, int64_t last,
+void sum_range(const T* values, int64_t stride, const bool* tokens, int64_t first, int64_t last,
                std::vector<Wide<T>>& sums, bool is_signed) {
   const int64_t channels = static_cast<int64_t>(sums.size());
   std::vector<Wide<T>> block(channels, Wide<T>(0));
-  const Stored<T>* rows[kRows];
+  const T* rows[kRows];
   int64_t held = 0, passes = 0;
   const auto flush = [&] {
     for (int64_t j = 0; j < channels; ++j) sums[j] += block[j];
@@ -74,7 +72,7 @@ void sum_range(const Stored<T>* values, int64_t stride, const bool* tokens, int6
 
 template <class T>
 void sum_all(const ChannelSumArgs& args) {
-  const auto* data = static_cast<const Stored<T>*>(args.values);
+  const auto* data = static_cast<const T*>(args.values);
   // As many parts as threads, added up in their order: the same bits for the same number of threads.
   const int64_t parts = std::clamp<int64_t>(args.M * args.C / kGrain, 1, at::get_num_threads());
   std::vector<std::vector<Wide<T>>> sums(parts);
@@ -98,4 +96,4 @@ void channel_sums(const ChannelSumArgs& args, Stream) {
   visit(args.dtype, [&](auto zero) { sum_all<decltype(zero)>(args); });
 }
 
-}  // namespace apt
+}  // namespace apt::cpu

@@ -2,7 +2,7 @@
 //
 // Blocks that own some channels and a span of tokens write partial sums, and a second launch adds them in
 // fixed order: no atomics, so the same bits twice.
-#include "kernels.h"
+#include "../backend.h"
 #include "vector.cuh"
 
 namespace apt::cuda {

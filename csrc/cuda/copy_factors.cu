@@ -1,6 +1,6 @@
 // Two small matrices made of two others in one launch. A factor is too small for its bytes to count; what a
 // launch costs the host does.
-#include "kernels.h"
+#include "../backend.h"
 #include "vector.cuh"
 
 namespace apt::cuda {
@@ -10,7 +10,7 @@ constexpr int kThreads = 256;
 
 // A thread owns one entry, in the order of dst's memory.
 template <class T, class Index>
-__device__ __forceinline__ void copy(const MatrixCopy& job, Index entry) {
+__device__ __forceinline__ void copy(const FactorCopy& job, Index entry) {
   const Index inner = static_cast<Index>(job.by_column ? job.rows : job.columns);
   const Index outer = entry / inner, within = entry % inner;
   const int64_t i = job.by_column ? within : outer, j = job.by_column ? outer : within;
@@ -20,39 +20,39 @@ __device__ __forceinline__ void copy(const MatrixCopy& job, Index entry) {
   if (row >= 0 && row < job.src_rows && column >= 0 && column < job.src_columns) {
     value = static_cast<const T*>(job.src)[row * job.src_stride[0] + column * job.src_stride[1]];
     if (job.mask.data != nullptr) {
-      const int64_t lane = job.mask_of_rows ? row : column;
-      value = scaled(value, mask_at<Wide<T>>(job.mask.data, job.mask.dtype, lane), job.select_only);
+      const int64_t channel = job.mask_of_rows ? row : column;
+      value = scaled(value, mask_at<Wide<T>>(job.mask.data, job.mask.dtype, channel), job.select_only);
     }
   }
   static_cast<T*>(job.dst)[entry] = value;
 }
 
 template <class T, class Index>
-__global__ void __launch_bounds__(kThreads) apt_copies(const __grid_constant__ MatrixCopies copies) {
-  const MatrixCopy& job = copies.job[blockIdx.y];
+__global__ void __launch_bounds__(kThreads) apt_copy_factors(const __grid_constant__ FactorCopies copies) {
+  const FactorCopy& job = copies.job[blockIdx.y];
   const Index entry = Index{blockIdx.x} * kThreads + threadIdx.x;
   if (job.dst != nullptr && entry < static_cast<Index>(job.rows * job.columns)) copy<T>(job, entry);
 }
 
-void launch(const MatrixCopies& copies, DType dtype, cudaStream_t stream) {
+void launch(const FactorCopies& copies, DType dtype, cudaStream_t stream) {
   int64_t size = 0;
-  for (const MatrixCopy& job : copies.job)
+  for (const FactorCopy& job : copies.job)
     if (job.dst != nullptr) size = std::max(size, job.rows * job.columns);
   const dim3 grid(static_cast<unsigned>((size + kThreads - 1) / kThreads), 2);
   visit(dtype, [&](auto zero) {
     using T = decltype(zero);
     if (size < 0x7fff0000) {
-      apt_copies<T, uint32_t><<<grid, kThreads, 0, stream>>>(copies);
+      apt_copy_factors<T, uint32_t><<<grid, kThreads, 0, stream>>>(copies);
     } else {
-      apt_copies<T, uint64_t><<<grid, kThreads, 0, stream>>>(copies);
+      apt_copy_factors<T, uint64_t><<<grid, kThreads, 0, stream>>>(copies);
     }
-    check_launch("apt_copies");
+    check_launch("apt_copy_factors");
   });
 }
 
 }  // namespace
 
-void copies(const MatrixCopies& copies, Stream stream) {
+void copy_factors(const FactorCopies& copies, Stream stream) {
   const auto &first = copies.job[0], &second = copies.job[1];
   auto queue = static_cast<cudaStream_t>(stream);
   if (first.dst == nullptr || second.dst == nullptr || first.dtype == second.dtype)

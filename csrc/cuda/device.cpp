@@ -1,5 +1,5 @@
-// The only file of this folder that knows torch: the current stream, and the table the rest of the library
-// looks up.
+// Ask torch for the current CUDA stream and the properties of a GPU. The only file of this folder that knows
+// torch.
 #include <ATen/cuda/CUDAContext.h>
 #include <c10/cuda/CUDAGraphsC10Utils.h>
 #include <c10/cuda/CUDAStream.h>
@@ -7,9 +7,7 @@
 #include <array>
 #include <atomic>
 
-#include "../archs.h"
 #include "../device.h"
-#include "kernels.h"
 
 namespace apt {
 
@@ -37,17 +35,5 @@ DeviceLimits cuda_limits(int device_index) {
   return {properties->major * 10 + properties->minor, properties->multiProcessorCount,
           static_cast<int64_t>(properties->sharedMemPerBlockOptin)};
 }
-
-const Kernels kCudaKernels{.lanes = &cuda::lanes,
-                           .merge = &cuda::merge,
-                           .mask_grads = &cuda::mask_grads,
-                           .gather = &cuda::gather,
-                           .scatter = &cuda::scatter,
-                           .channel_sums = &cuda::channel_sums,
-                           .copies = &cuda::copies,
-                           .low_rank = &cuda::low_rank,
-                           .token_sums = &cuda::token_sums,
-                           .add_spans = &cuda::add_spans,
-                           .to_half = &cuda::to_half};
 
 }  // namespace apt

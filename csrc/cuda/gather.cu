@@ -1,6 +1,6 @@
-// The kept lanes of a matrix, side by side. Two kernels: one for rows of whole 16 bytes in 16 bits, which
+// Gather the kept channels of a matrix, side by side. Two kernels: one for rows of whole 16 bytes in 16 bits, which
 // reads every line once and can multiply with a skinny factor on the way, and one for whatever else there is.
-#include "kernels.h"
+#include "../backend.h"
 #include "low_rows.cuh"
 #include "pipeline.cuh"
 
@@ -59,7 +59,7 @@ constexpr int kFactorPitch = kStep + 32;  // eight lanes that read 16 bytes at o
 template <class T>
 struct GatherStage {
   T x[kRows][kPitch];
-  T down[kRank][kFactorPitch];
+  T down[kMaxRank][kFactorPitch];
   int offset[kStep];   // of each kept column in the window; -1: a zero
   float scale[kStep];  // its mask
 };
@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, 2) apt_gather_rows(const __grid_cons
         copy_async16(&stage.x[row][kSpare + piece * 8], valid ? from + piece * 8 : from, valid);
     }
     if constexpr (kLow) {
-      static_assert(kRank == kWarps && kStep == 256);
+      static_assert(kMaxRank == kWarps && kStep == 256);
       const int column = step * kStep + lane * 8;
       const bool valid = warp < args.R && column < kept;
       copy_async16(&stage.down[warp][lane * 8], valid ? down + warp * args.kept + column : down, valid);

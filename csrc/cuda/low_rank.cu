@@ -10,7 +10,7 @@
 //
 // Blocks go through the rows from the last to the first: the product that follows starts with the first, and
 // finds what was touched last still in the L2 cache.
-#include "kernels.h"
+#include "../backend.h"
 #include "low_rows.cuh"
 #include "pipeline.cuh"
 

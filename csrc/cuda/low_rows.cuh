@@ -7,9 +7,6 @@
 namespace apt {
 
 constexpr int kRowThreads = 256, kRowWarps = kRowThreads / 32;
-constexpr int kRank = 16;             // R padded with zeros
-constexpr int kLowPitch = kRank + 8;  // of the rows of `low` in shared memory
-static_assert(kRank == kMostRank);
 
 template <class T, int kTiles>
 struct LowRows {
@@ -95,7 +92,7 @@ struct LowRows {
   // `low` from global to shared memory, as write leaves it, in two parts: what this thread brings, and its
   // place.
   static constexpr int kBringing = kRowThreads / kRows;  // threads a row, 8 or 16, neighbours in a warp
-  static constexpr int kBrought = kRank / kBringing;     // ranks a thread
+  static constexpr int kBrought = kMaxRank / kBringing;  // ranks a thread
   __device__ __forceinline__ void fetch(const void* from, DType from_dtype, float (&value)[kBrought]) const {
     const int64_t row = row0 + thread / kBringing;
 #pragma unroll

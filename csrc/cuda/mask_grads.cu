@@ -2,7 +2,7 @@
 // a captured CUDA graph holds it and no copy to the device is needed.
 #include <algorithm>
 
-#include "kernels.h"
+#include "../backend.h"
 #include "vector.cuh"
 
 namespace apt::cuda {
@@ -26,18 +26,18 @@ template <class T, class Index>
 __device__ void mask_span(const MaskedGrad& grad, Index begin, Index end) {
   T* data = static_cast<T*>(grad.grad);
   constexpr int width = kVector<T>;
-  const Index inner = static_cast<Index>(grad.inner), lanes = static_cast<Index>(grad.lanes);
+  const Index inner = static_cast<Index>(grad.inner), channels = static_cast<Index>(grad.channels);
   bool vector = reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
-                (inner % width == 0 || (inner == 1 && lanes % width == 0));
+                (inner % width == 0 || (inner == 1 && channels % width == 0));
   if (vector) {
     for (Index i = begin + threadIdx.x * width; i < end; i += kThreads * width) {
       Packed<T> values = load128(data + i);
-      Index lane = (inner == 1 ? i : i / inner) % lanes;
+      Index channel = (inner == 1 ? i : i / inner) % channels;
       Wide<T> factor[width];
       if (inner == 1) {
-        masks_at(factor, grad.mask, grad.mask_dtype, lane);
+        masks_at(factor, grad.mask, grad.mask_dtype, channel);
       } else {
-        factor[0] = mask_at<Wide<T>>(grad.mask, grad.mask_dtype, lane);
+        factor[0] = mask_at<Wide<T>>(grad.mask, grad.mask_dtype, channel);
 #pragma unroll
         for (int j = 1; j < width; ++j) factor[j] = factor[0];
       }
@@ -47,7 +47,7 @@ __device__ void mask_span(const MaskedGrad& grad, Index begin, Index end) {
     }
   } else {
     for (Index i = begin + threadIdx.x; i < end; i += kThreads) {
-      data[i] = scaled(data[i], mask_at<Wide<T>>(grad.mask, grad.mask_dtype, i / inner % lanes), false);
+      data[i] = scaled(data[i], mask_at<Wide<T>>(grad.mask, grad.mask_dtype, i / inner % channels), false);
     }
   }
 }

@@ -2,7 +2,7 @@
 // accumulated in registers in float32 (float64) and rounded once. No temporary of any size.
 #include <algorithm>
 
-#include "kernels.h"
+#include "../backend.h"
 #include "vector.cuh"
 
 namespace apt::cuda {

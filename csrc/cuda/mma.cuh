@@ -79,6 +79,23 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&lhs)[
   }
 }
 
+// How many of the R ranks of a row travel in one copy.
+__device__ __forceinline__ int ranks_a_copy(int64_t R) { return R % 8 == 0 ? 8 : R % 2 == 0 ? 2 : 1; }
+
+// Copy `width` neighbouring ranks (8, 4, 2 or 1) to shared memory, or zeros where `valid` is false.
+template <class T>
+__device__ __forceinline__ void copy_ranks(T* to, const T* from, int width, bool valid) {
+  if (width == 8) {
+    copy_async16(to, from, valid);
+  } else if (width == 4) {
+    copy_async8(to, from, valid);
+  } else if (width == 2) {
+    copy_async4(to, from, valid);
+  } else {
+    *to = valid ? *from : narrow<T>(0);
+  }
+}
+
 // The power of two that brings `largest` to 2^15 at most: float16 ends at 65504, before many a low-rank value
 // does.
 __device__ __forceinline__ float half_divisor(float largest) {

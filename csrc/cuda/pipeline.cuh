@@ -62,10 +62,10 @@ __device__ __forceinline__ void push_ranks(unsigned char* to, const T* row, cons
                                            bool valid) {
   if (R % 4 == 0) {
     const bool inside = valid && r < R;
-    copy_async8(to, inside ? row + r : safe, inside);
+    copy_ranks(reinterpret_cast<T*>(to), inside ? row + r : safe, 4, inside);
   } else {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) reinterpret_cast<T*>(to)[j] = valid && r + j < R ? row[r + j] : narrow<T>(0);
+    for (int j = 0; j < 4; ++j) copy_ranks(reinterpret_cast<T*>(to) + j, row + r + j, 1, valid && r + j < R);
   }
 }
 

@@ -1,7 +1,7 @@
-// Kept lanes back to their places, zeros in between, with bias and mask; the low-rank product of a compacted
+// Scatter kept channels to their places, zeros in between, with bias and mask; the low-rank product of a compacted
 // layer is added on the way. As in gather.cu, one kernel for rows of whole 16 bytes in 16 bits and one for
 // the rest.
-#include "kernels.h"
+#include "../backend.h"
 #include "low_rows.cuh"
 #include "pipeline.cuh"
 
@@ -47,43 +47,26 @@ __global__ void __launch_bounds__(kColumnThreads) apt_scatter(const __grid_const
 // -- 16 bits, rows of whole 16 bytes -----------------------------------------------------------------------
 
 // A block owns a strip of columns and walks up the rows, so what depends on the column alone is made once.
-// The strip's kept lanes are neighbours in `values`: they come to shared memory, get their low-rank part,
-// mask and bias there, lane by lane, and are then only moved.
+// The strip's kept channels are neighbours in `values`: they come to shared memory, get their low-rank part,
+// mask and bias there, and are then only moved.
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kStrip = 512, kRows = 16;  // columns a block owns at most, rows it does at a time
 constexpr int kWide = 2;  // columns a thread owns, one store: neighbours in a warp write whole lines
 constexpr int kAcross = kStrip / kWide, kRowsEach = kRows * kAcross / kThreads;
 constexpr int kStages = 4;  // three on their way while one is at work
-constexpr int kSpare = 8;   // zeros in front of a row, for pruned lanes
+constexpr int kSpare = 8;   // zeros in front of a row, for pruned channels
 constexpr int kPieces =
-    kStrip / 8 + 1;  // of eight kept lanes; the first may belong to the strip before as well
-constexpr int kLanes = kPieces * 8;
-constexpr int kPitch = kSpare + kLanes + 8;  // eight rows that are read at once spread over the banks
+    kStrip / 8 + 1;  // of eight kept channels; the first may belong to the strip before as well
+constexpr int kKept = kPieces * 8;
+constexpr int kPitch = kSpare + kKept + 8;  // eight rows that are read at once spread over the banks
 constexpr int kPiecesEach = (kPieces + kWarps - 1) / kWarps;
 
 template <class T>
 struct ScatterMemory {
   T values[kStages][kRows][kPitch];
   alignas(16) unsigned char low[LowRows<T, 1>::kBytes];
-  float scale[kLanes], shift[kLanes];  // mask, and bias under the mask
+  float scale[kKept], shift[kKept];  // mask, and bias under the mask
 };
-
-// A channel's ranks, zeros behind R.
-template <class T>
-__device__ __forceinline__ void copy_ranks(T* to, const T* from, int R) {
-  const int width = R % 8 == 0 ? 8 : R % 2 == 0 ? 2 : 1;
-#pragma unroll 1
-  for (int r = 0; r < kRank; r += width) {
-    const bool valid = r < R;
-    if (width == 8) {
-      copy_async16(to + r, valid ? from + r : from, valid);
-    } else if (width == 2) {
-      copy_async4(to + r, valid ? from + r : from, valid);
-    } else {
-      to[r] = valid ? from[r] : narrow<T>(0);
-    }
-  }
-}
 
 // kPlain: neither bias nor mask.
 template <class T, bool kLow, bool kPlain>
@@ -98,7 +81,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   const T* bias = static_cast<const T*>(args.bias);
   const float* mask = static_cast<const float*>(args.mask.data);
 
-  // Of the strip's kept lanes all whole pieces. Positions of other masks than `values` has (a graph replayed
+  // Of the strip's kept channels all whole pieces. Positions of other masks than `values` has (a graph replayed
   // after a change) may lie beyond it.
   auto before = [&](int column) {
     if (column >= E) return kept;
@@ -109,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int pieces = max(0, min((before(end) - first + 7) / 8, kPieces));
   const int column = begin + thread % kAcross * kWide;
   const bool inside = column < end;
-  int lane_of[kWide];  // of this thread's columns in the strip; negative: pruned
+  int place_of[kWide];  // of this thread's columns in the strip; negative: pruned
 #pragma unroll
   for (int j = 0; j < kWide; ++j) {
     const int at = inside ? args.position[column + j] - first : -1;
@@ -118,20 +101,23 @@ __global__ void __launch_bounds__(kThreads, 3)
       if (inside && mask != nullptr) scale = mask[column + j];
       if (inside && bias != nullptr) shift = widen(bias[column + j]);
     }
-    lane_of[j] = at >= 0 && at < pieces * 8 && scale != 0.f ? at : -1;
+    place_of[j] = at >= 0 && at < pieces * 8 && scale != 0.f ? at : -1;
     if constexpr (!kPlain) {
-      if (lane_of[j] >= 0) memory.scale[at] = scale, memory.shift[at] = shift * scale;
+      if (place_of[j] >= 0) memory.scale[at] = scale, memory.shift[at] = shift * scale;
     }
   }
   // The factor waits in the stage that is filled last until it is in registers.
   T* up = &memory.values[kStages - 1][0][0];
-  static_assert(kLanes * kRank <= kRows * kPitch && kPitch % 8 == 0);
+  static_assert(kKept * kMaxRank <= kRows * kPitch && kPitch % 8 == 0);
   if constexpr (kLow) {
+    const int R = static_cast<int>(args.R), width = ranks_a_copy(R);
 #pragma unroll
     for (int j = 0; j < kWide; ++j) {
-      if (lane_of[j] < 0 || thread >= kAcross) continue;
-      copy_ranks(up + lane_of[j] * kRank, static_cast<const T*>(args.up) + (column + j) * args.R,
-                 static_cast<int>(args.R));
+      if (place_of[j] < 0 || thread >= kAcross) continue;
+      const T* ranks = static_cast<const T*>(args.up) + (column + j) * args.R;
+#pragma unroll 1
+      for (int r = 0; r < kMaxRank; r += width)
+        copy_ranks(up + place_of[j] * kMaxRank + r, r < R ? ranks + r : ranks, width, r < R);
     }
   }
   commit_copies();
@@ -166,7 +152,7 @@ __global__ void __launch_bounds__(kThreads, 3)
 #pragma unroll
     for (int i = 0; i < kPiecesEach; ++i) {
       const int piece = min(warp + i * kWarps, kPieces - 1);
-      const auto* ranks = reinterpret_cast<const uint32_t*>(up + (piece * 8 + g) * kRank);
+      const auto* ranks = reinterpret_cast<const uint32_t*>(up + (piece * 8 + g) * kMaxRank);
       rhs[i][0] = ranks[q], rhs[i][1] = ranks[q + 4];
     }
     __syncthreads();
@@ -175,7 +161,7 @@ __global__ void __launch_bounds__(kThreads, 3)
     *reinterpret_cast<uint4*>(memory.values[thread / kRows][thread % kRows]) = uint4{0, 0, 0, 0};
   int offset[kWide];
 #pragma unroll
-  for (int j = 0; j < kWide; ++j) offset[j] = lane_of[j] < 0 ? 0 : kSpare + lane_of[j];
+  for (int j = 0; j < kWide; ++j) offset[j] = place_of[j] < 0 ? 0 : kSpare + place_of[j];
 
   const int row_first = thread / kAcross * kRowsEach;
   const uint32_t row_bytes = static_cast<uint32_t>(E) * 2;

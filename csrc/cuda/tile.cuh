@@ -28,27 +28,16 @@ __device__ __forceinline__ void stage_tile(T* to, const T* matrix, int64_t strid
   }
 }
 
-// Ranks that travel together where a row holds R of them.
-__device__ __forceinline__ int rank_piece(int64_t R) { return R % 8 == 0 ? 8 : R % 2 == 0 ? 2 : 1; }
-
-// Starts copying `rows` rows of R ranks from `row` on, kRank of them wide with zeros behind R; zeros beyond
+// Start copying `rows` rows of R ranks from `row` on, kMaxRank of them wide with zeros behind R; zeros beyond
 // rows_end.
-template <int kThreads, int kRank, class T>
+template <int kThreads, class T>
 __device__ __forceinline__ void stage_ranks(T* to, const T* matrix, int64_t R, int64_t row, int64_t rows_end,
                                             int rows) {
-  const int width = rank_piece(R), pieces = kRank / width;
+  const int width = ranks_a_copy(R), pieces = kMaxRank / width;
   for (int i = threadIdx.x; i < rows * pieces; i += kThreads) {
     const int m = i / pieces, r = i % pieces * width;
     const bool valid = row + m < rows_end && r < R;
-    const T* from = valid ? matrix + (row + m) * R + r : matrix;
-    T* at = to + m * (kRank + 8) + r;
-    if (width == 8) {
-      copy_async16(at, from, valid);
-    } else if (width == 2) {
-      copy_async4(at, from, valid);
-    } else {
-      *at = valid ? *from : narrow<T>(0);
-    }
+    copy_ranks(to + m * kLowPitch + r, valid ? matrix + (row + m) * R + r : matrix, width, valid);
   }
 }
 

@@ -1,6 +1,6 @@
 // A float32 activation as float16, kept inside float16's range by a power of two that is found on the device,
 // so that nothing waits. Two launches: the largest entry, then all of them.
-#include "kernels.h"
+#include "../backend.h"
 #include "vector.cuh"
 
 namespace apt::cuda {

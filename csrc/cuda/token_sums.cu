@@ -4,7 +4,7 @@
 // write partial sums in float32, and a second launch adds them in fixed order, scales, masks and rounds once.
 #include <algorithm>
 
-#include "kernels.h"
+#include "../backend.h"
 #include "tile.cuh"
 
 namespace apt::cuda {
@@ -12,19 +12,17 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kTokens = 64;  // in a stage
-constexpr int kRank = 16;    // R padded with zeros
-constexpr int kLowPitch = kRank + 8;
 constexpr int kStages = 4;
 constexpr int kStage = kTokens * (kTilePitch + kLowPitch);  // a tile of x and the same tokens of low
-constexpr int kSharedBytes = kStages * kStage * 2 + kRank * 4;
-static_assert(kRank == kMostRank && kTokens * kRank == kThreads * 4);
+constexpr int kSharedBytes = kStages * kStage * 2 + kMaxRank * 4;
+static_assert(kTokens * kMaxRank == kThreads * 4);
 
 // Where low is float32, a rank is divided by the power of two that brings its largest value of this span into
 // float16's range, and the sum multiplied by it again.
 template <class T>
 __device__ void find_divisors(float* divisor, const float* low, int64_t R, int64_t tokens) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int r = warp; r < kRank; r += kWarps) {
+  for (int r = warp; r < kMaxRank; r += kWarps) {
     float largest = 0.f;
     if (r < R) {
 #pragma unroll 8
@@ -75,8 +73,7 @@ __global__ void __launch_bounds__(kThreads, 2) apt_token_sums(const __grid_const
       for (int j = 0; j < 4; ++j) low[my_token * kLowPitch + my_rank + j] = narrow<T>(ahead[j]);
       load_ahead(i + 1);
     } else {
-      stage_ranks<kThreads, kRank>(low, static_cast<const T*>(args.low), args.R, token, token0 + tokens,
-                                   kTokens);
+      stage_ranks<kThreads>(low, static_cast<const T*>(args.low), args.R, token, token0 + tokens, kTokens);
     }
   };
   if (wide) load_ahead(0);

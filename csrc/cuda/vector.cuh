@@ -1,9 +1,6 @@
-// What every kernel shares: 16-byte loads and stores, conversions to the accumulation type, and selection by
-// mask.
+// Shared by all kernels: accesses of 16 bytes, mask values, checked launches, and grids.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
@@ -16,34 +13,9 @@
 
 namespace apt {
 
-template <class T>
-using Wide = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
 // How many T travel in one 16-byte access.
 template <class T>
 constexpr int kVector = 16 / sizeof(T);
-
-template <class T>
-__device__ __forceinline__ Wide<T> widen(T value) {
-  if constexpr (std::is_same_v<T, __half>) {
-    return __half2float(value);
-  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __bfloat162float(value);
-  } else {
-    return value;
-  }
-}
-
-template <class T>
-__device__ __forceinline__ T narrow(Wide<T> value) {
-  if constexpr (std::is_same_v<T, __half>) {
-    return __float2half_rn(value);
-  } else if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    return __float2bfloat16_rn(value);
-  } else {
-    return value;
-  }
-}
 
 // kVector<T> neighbours, aligned to 16 bytes.
 template <class T>
@@ -102,13 +74,6 @@ __device__ __forceinline__ void masks_at(W (&to)[count], const void* data, DType
   for (int j = 0; j < count; ++j) to[j] = mask_at<W>(data, dtype, i + j);
 }
 
-// Selection: a factor of exactly 0 gives exactly 0, whatever the lane holds.
-template <class T>
-__device__ __forceinline__ T scaled(T value, Wide<T> factor, bool select_only) {
-  if (factor == Wide<T>(0)) return narrow<T>(0);
-  return select_only ? value : narrow<T>(widen(value) * factor);
-}
-
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // Kernels are queued with their launch checked; the caller has set the device.
@@ -117,19 +82,10 @@ inline void check_launch(const char* kernel) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(kernel) + ": " + cudaGetErrorString(error));
 }
 
-// Calls body with a value of the C++ type behind dtype.
+// Call body with a value of the C++ type behind dtype.
 template <class Body>
 void visit(DType dtype, Body&& body) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return body(double{});
-    case DType::kFloat32:
-      return body(float{});
-    case DType::kFloat16:
-      return body(__half{});
-    case DType::kBFloat16:
-      return body(__nv_bfloat16{});
-  }
+  visit_types<__half, __nv_bfloat16>(dtype, body);
 }
 
 // The same for kernels of 16-bit types alone.

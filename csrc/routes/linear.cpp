@@ -114,19 +114,19 @@ Tensor factor_grad(const Tensor& lhs, const Tensor& rhs, double scaling, const O
 void run_lanes(const Tensor& src, Tensor& dst, const OptTensor& mask, int64_t dim, bool select_only) {
   if (dst.numel() == 0) return;
   OptTensor held = mask.has_value() ? OptTensor(mask->contiguous()) : std::nullopt;
-  LanesArgs args{src.const_data_ptr(),
-                 dst.mutable_data_ptr(),
-                 src.size(0),
-                 src.size(1),
-                 dst.size(0) - src.size(0),
-                 dst.size(1) - src.size(1),
-                 {src.stride(0), src.stride(1)},
-                 {dst.stride(0), dst.stride(1)},
-                 held.has_value() ? Mask{held->const_data_ptr(), dtype_of(*held)} : Mask{},
-                 /*along_rows=*/dim == 0,
-                 select_only,
-                 dtype_of(src)};
-  kernels_for(src).lanes(args, current_stream(src));
+  MaskChannelsArgs args{src.const_data_ptr(),
+                        dst.mutable_data_ptr(),
+                        src.size(0),
+                        src.size(1),
+                        dst.size(0) - src.size(0),
+                        dst.size(1) - src.size(1),
+                        {src.stride(0), src.stride(1)},
+                        {dst.stride(0), dst.stride(1)},
+                        held.has_value() ? Mask{held->const_data_ptr(), dtype_of(*held)} : Mask{},
+                        /*along_rows=*/dim == 0,
+                        select_only,
+                        dtype_of(src)};
+  kernels_for(src).mask_channels(args, current_stream(src));
 }
 
 bool has_fast_bfloat16() {

@@ -11,7 +11,7 @@ bool has_passes(const LinearProblem& p, const DeviceLimits& device) {
   constexpr int64_t kSharedBytes = 99 * 1024;  // what the low-rank pass takes
   bool sixteen = p.dtype == DType::kFloat16 || p.dtype == DType::kBFloat16;
   return sixteen && device.capability >= 80 && device.shared_bytes >= kSharedBytes && p.R > 0 &&
-         p.R <= kMostRank;
+         p.R <= kMaxRank;
 }
 
 // A block owns whole rows: 32 of them where then three quarters of the multiprocessors have so many blocks.
@@ -44,7 +44,7 @@ int64_t span_of(int64_t M, int64_t channels, const DeviceLimits& device) {
 
 int64_t padded_width(int64_t size) { return divided(size, 8) * 8; }
 
-int64_t padded_rank(int64_t R) { return R <= kMostRank ? R : padded_width(R); }
+int64_t padded_rank(int64_t R) { return R <= kMaxRank ? R : padded_width(R); }
 
 LinearPlan launch_plan(const LinearProblem& p, const DeviceLimits& device) {
   LinearPlan plan;

@@ -19,7 +19,7 @@ bool is_there(const Remade& job) {
 
 std::array<Tensor, 2> remade(const Remade& first, const Remade& second) {
   std::array<Tensor, 2> out{first.from, second.from}, masks;
-  MatrixCopies copies{};
+  FactorCopies copies{};
   const Remade* jobs[2] = {&first, &second};
   for (int i = 0; i < 2; ++i) {
     const Remade& job = *jobs[i];
@@ -29,7 +29,7 @@ std::array<Tensor, 2> remade(const Remade& first, const Remade& second) {
                            : at::empty({job.rows, job.columns}, from.options());
     if (out[i].numel() == 0) continue;
     if (job.mask.has_value()) masks[i] = job.mask->contiguous();
-    MatrixCopy& copy = copies.job[i];
+    FactorCopy& copy = copies.job[i];
     copy.src = from.const_data_ptr(), copy.dst = out[i].mutable_data_ptr();
     copy.rows = job.rows, copy.columns = job.columns;
     copy.src_rows = from.size(0), copy.src_columns = from.size(1);
@@ -44,7 +44,7 @@ std::array<Tensor, 2> remade(const Remade& first, const Remade& second) {
   for (const Remade* job : jobs) {
     if (!job->from.defined()) continue;
     if (copies.job[0].dst != nullptr || copies.job[1].dst != nullptr)
-      kernels_for(job->from).copies(copies, current_stream(job->from));
+      kernels_for(job->from).copy_factors(copies, current_stream(job->from));
     break;
   }
   return out;
