@@ -102,8 +102,8 @@ struct TokenSumArgs {
 };
 
 // Add up partial sums: grad [R, E], or by_channel [E, R] = mask * scaling * the sum of `spans` partial sums
-// [R, C]. Channel e of the gradient is channel e of the sums, or channel position[e] of them. It is zero where
-// the mask is 0 or position[e] is negative.
+// [R, C]. Channel e of the gradient is channel e of the sums, or channel position[e] of them. It is zero
+// where the mask is 0 or position[e] is negative.
 struct FactorGrad {
   const float* partial;
   void* grad = nullptr;  // float32 or 16-bit

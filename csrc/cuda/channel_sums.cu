@@ -1,7 +1,7 @@
-// Sums over tokens, one a channel, in one pass that reads the values once: what salience is made of.
+// Sum over tokens, one sum a channel, in one pass that reads the values once.
 //
-// Blocks that own some channels and a span of tokens write partial sums, and a second launch adds them in
-// fixed order: no atomics, so the same bits twice.
+// Blocks that own some channels and a span of tokens write partial sums. A second launch adds them in fixed
+// order: no atomics, so the same bits twice.
 #include "../backend.h"
 #include "vector.cuh"
 

@@ -1,5 +1,5 @@
-// Two small matrices made of two others in one launch. A factor is too small for its bytes to count; what a
-// launch costs the host does.
+// Copy two small matrices to other layouts in one launch. A factor is too small for its bytes to count; what
+// a launch costs the host does count.
 #include "../backend.h"
 #include "vector.cuh"
 

@@ -1,5 +1,6 @@
-// Gather the kept channels of a matrix, side by side. Two kernels: one for rows of whole 16 bytes in 16 bits, which
-// reads every line once and can multiply with a skinny factor on the way, and one for whatever else there is.
+// Gather the kept channels of a matrix, side by side. Two kernels: one for rows of whole 16 bytes in 16 bits,
+// which reads every line once and can multiply with a low-rank factor on the way, and one for whatever else
+// there is.
 #include "../backend.h"
 #include "low_rows.cuh"
 #include "pipeline.cuh"
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(kThreads, 2) apt_gather_rows(const __grid_cons
   for (int step = 0; step < count; ++step) {
     const GatherStage<T>& stage = stages[step % 2];
     wait_copies<0>();
-    __syncthreads();  // the copies of all are there, and nobody reads the other stage any more
+    __syncthreads();  // the copies of all are there, and no thread reads the other stage any more
     const Window following = window_of(next, columns);
     if (step + 1 < count) fill(step + 1, stages[(step + 1) % 2], following, index, scale);
     commit_copies();
@@ -211,7 +212,7 @@ __global__ void __launch_bounds__(kThreads, 2) apt_gather_rows(const __grid_cons
     now = following;
   }
   if constexpr (kLow) {
-    __syncthreads();  // nobody reads the stages any more
+    __syncthreads();  // no thread reads the stages any more
     rows.add_splits(sum, memory + tile * sizeof(GatherStage<T>));
     if (split == 0) rows.write(sum, /*by_channel=*/false, args.low, args.low_dtype);
   }

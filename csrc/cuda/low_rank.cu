@@ -1,14 +1,15 @@
-// Everything around the dense product, in passes at the speed of memory:
+// Compute what stands around the dense product, in passes at the speed of memory:
 //
 //   down   low [M, R] = (mask * x) down^T, and on the way the masked copy of x that the dense product reads
 //   up     out [M, E] = row_mask * column_mask * (out + scaling low up^T + bias)
 //
-// in one launch or alone, and `up` alone is also the merge of a weight. A lane copies, multiplies and writes
-// its own 16 bytes of a row, and nothing changes hands in between: a product may sum its depth in any order
-// and number its columns in any order, so the eight neighbours of a lane are simply declared to be the
-// entries of the fragments that it holds.
+// in one launch or alone. `up` alone is also the merge of a weight.
 //
-// Blocks go through the rows from the last to the first: the product that follows starts with the first, and
+// A lane copies, multiplies and writes its own 16 bytes of a row, without exchange between lanes. A product
+// may sum its depth in any order and number its columns in any order, so the eight neighbours of a lane are
+// simply declared to be the entries of the fragments that it holds.
+//
+// Blocks go through the rows from the last to the first. The product that follows starts with the first, and
 // finds what was touched last still in the L2 cache.
 #include "../backend.h"
 #include "low_rows.cuh"
@@ -173,7 +174,7 @@ struct Block : LowRows<T, kTiles> {
       }
     };
     queue.run(split, static_cast<int>((args.C + kStep - 1) / kStep), kSplits, fill, early, body);
-    __syncthreads();  // nobody's queue is in use
+    __syncthreads();  // all queues are free
     this->add_splits(sum, queue.memory);
     if (split == 0) this->write(sum, by_channel, args.low, args.low_dtype);
     __syncthreads();

@@ -1,5 +1,5 @@
-// What a block of 256 threads does with its rows of the narrow matrix `low` [M, R]: all its warps own the
-// same rows, each sums over its own columns, and the sums meet here.
+// Rows of the narrow matrix `low` [M, R] in a block of 256 threads. All warps own the same rows, each sums
+// over its own columns, and their sums are added here.
 #pragma once
 
 #include "mma.cuh"
@@ -30,7 +30,7 @@ struct LowRows {
   __device__ __forceinline__ int row_of(int t, int half) const { return t * 16 + half * 8 + g; }
 
   // Adds the sums of the warps that share rows, in the same order each time; split 0 has them in the end.
-  // `scratch` is shared memory that nobody uses.
+  // `scratch` is free shared memory.
   __device__ __forceinline__ void add_splits(float (&sum)[kTiles][2][4], void* scratch) {
     constexpr int kValues = kTiles * 8;
     float* sums = static_cast<float*>(scratch);

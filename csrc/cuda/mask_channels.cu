@@ -1,4 +1,4 @@
-// Scales a matrix by a mask along one side. Memory-bound: one read, one write, 16 bytes an access where the
+// Scale a matrix by a mask along one side. Memory-bound: one read, one write, 16 bytes an access where the
 // layout allows.
 #include "../backend.h"
 #include "vector.cuh"
@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(kColumnThreads) apt_mask_channels(MaskChannels
 }
 
 // For rows that do not begin at whole 16 bytes, on either side: dst is contiguous, a thread writes 16 bytes
-// of it wherever rows end, and gathers what belongs there one value at a time (neighbouring lanes of a warp share the
-// lines).
+// of it wherever rows end, and gathers what belongs there one value at a time (neighbouring lanes of a warp
+// share the lines).
 template <class T, class Index>
 __global__ void __launch_bounds__(256) apt_mask_channels_flat(MaskChannelsArgs args) {
   constexpr int kWidth = kVector<T>;
@@ -109,8 +109,8 @@ void mask_channels(const MaskChannelsArgs& args, Stream stream) {
   visit(args.dtype, [&](auto zero) {
     using T = decltype(zero);
     bool vector = is_vectorizable<T>(args);
-    // The flat kernel alone fills rows and columns that src does not have. mask_channels_resized, which asks for
-    // them, makes a dst that it takes.
+    // The flat kernel alone fills rows and columns that src does not have. mask_channels_resized, which asks
+    // for them, makes a dst that it takes.
     const bool fills = args.pad_rows + args.pad_cols > 0;
     if (!vector && (sizeof(T) == 2 || fills) && is_flat<T>(args)) {
       return launch_flat<T>(args, static_cast<cudaStream_t>(stream));

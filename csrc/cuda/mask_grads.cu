@@ -1,5 +1,5 @@
-// Every gradient of a call in one launch: the table of tensors travels by value in the kernel's arguments, so
-// a captured CUDA graph holds it and no copy to the device is needed.
+// Mask every gradient of a call in one launch. The table of tensors travels by value in the kernel's
+// arguments, so a captured CUDA graph holds it and no copy to the device is needed.
 #include <algorithm>
 
 #include "../backend.h"

@@ -1,5 +1,5 @@
-// One function an instruction: asynchronous copies to shared memory, matrix loads and the 16-bit matrix
-// product, all from sm_80 on.
+// Wrap instructions, all from sm_80 on: asynchronous copies to shared memory, matrix loads and the 16-bit
+// matrix product.
 //
 // A fragment is what a lane of a warp holds of a small matrix. With g = lane / 4 and q = lane % 4, of a 16 x
 // 16 left operand: rows g and g + 8, columns 2q, 2q + 1 and 2q + 8, 2q + 9; of a 16 x 8 sum: rows g and g +
@@ -79,7 +79,7 @@ __device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&lhs)[
   }
 }
 
-// How many of the R ranks of a row travel in one copy.
+// Return how many of the R ranks of a row travel in one copy.
 __device__ __forceinline__ int ranks_a_copy(int64_t R) { return R % 8 == 0 ? 8 : R % 2 == 0 ? 2 : 1; }
 
 // Copy `width` neighbouring ranks (8, 4, 2 or 1) to shared memory, or zeros where `valid` is false.
@@ -102,7 +102,7 @@ __device__ __forceinline__ float half_divisor(float largest) {
   return largest > 32768.f && isfinite(largest) ? exp2f(ceilf(log2f(largest / 32768.f))) : 1.f;
 }
 
-// A kernel may use more than 48 KiB of shared memory only after asking, once a device.
+// Allow a kernel more than 48 KiB of shared memory, once a device.
 template <auto kernel>
 void allow_shared(int bytes) {
   static uint64_t asked = 0;  // one bit a device; a lost update only asks again
@@ -113,7 +113,7 @@ void allow_shared(int bytes) {
   if (device < 64) asked |= uint64_t{1} << device;
 }
 
-// How many of its blocks the device holds at once, asked once a device; allow_shared included.
+// Return how many of its blocks the device holds at once, asked once a device. Calls allow_shared.
 template <auto kernel>
 int resident_blocks(int threads, int bytes) {
   static int known[64] = {};  // a lost update only asks again

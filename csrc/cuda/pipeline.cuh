@@ -1,5 +1,5 @@
-// Sixteen bytes a lane: eight 16-bit neighbours in registers, their masks, and the queue through which they
-// come.
+// Load 16 bytes a lane ahead of their use: a queue in shared memory, eight 16-bit neighbours in registers,
+// and their masks.
 #pragma once
 
 #include "mma.cuh"
@@ -12,9 +12,9 @@ union Eight {
   uint32_t pair[4];
 };
 
-// What a thread will need comes to shared memory ahead of it, past the registers: kPieces of 16 bytes a step,
-// kStages steps. Nobody else reads it, so there is nothing to wait for but one's own copies: no barrier, and
-// as much on its way as shared memory holds.
+// Copy what a thread will need to shared memory ahead of it, past the registers: kPieces of 16 bytes a step,
+// kStages steps. No other thread reads it, so a thread waits for its own copies only: no barrier, and as much
+// on its way as shared memory holds.
 template <int kStages, int kPieces, int kThreads>
 struct Queue {
   unsigned char* memory;  // [kStages][kPieces][kThreads] pieces of 16 bytes
@@ -69,7 +69,7 @@ __device__ __forceinline__ void push_ranks(unsigned char* to, const T* row, cons
   }
 }
 
-// Two values rounded to 16 bits, side by side.
+// Round two values to 16 bits, side by side.
 template <class T>
 __device__ __forceinline__ uint32_t two(float low, float high) {
   union {
@@ -79,7 +79,7 @@ __device__ __forceinline__ uint32_t two(float low, float high) {
   return out.both;
 }
 
-// And what two(low, high) was made of.
+// Undo two(low, high).
 template <class T>
 __device__ __forceinline__ float2 two_of(uint32_t both) {
   if constexpr (std::is_same_v<T, __half>) {

@@ -1,6 +1,6 @@
-// Scatter kept channels to their places, zeros in between, with bias and mask; the low-rank product of a compacted
-// layer is added on the way. As in gather.cu, one kernel for rows of whole 16 bytes in 16 bits and one for
-// the rest.
+// Scatter kept channels to their places, zeros in between, with bias and mask; the low-rank product of a
+// compacted layer is added on the way. As in gather.cu, one kernel for rows of whole 16 bytes in 16 bits and
+// one for the rest.
 #include "../backend.h"
 #include "low_rows.cuh"
 #include "pipeline.cuh"
@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(kThreads, 3)
   const T* bias = static_cast<const T*>(args.bias);
   const float* mask = static_cast<const float*>(args.mask.data);
 
-  // Of the strip's kept channels all whole pieces. Positions of other masks than `values` has (a graph replayed
-  // after a change) may lie beyond it.
+  // Of the strip's kept channels all whole pieces. Positions of other masks than `values` has (a graph
+  // replayed after a change) may lie beyond it.
   auto before = [&](int column) {
     if (column >= E) return kept;
     const int position = args.position[column];
@@ -169,7 +169,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   for (int stage = 0; tile >= 0; tile -= groups, ahead -= groups) {
     if constexpr (kLow) rows.place(low);
     wait_copies<kStages - 2>();
-    __syncthreads();  // the copies of all are there, and nobody reads the stage before any more
+    __syncthreads();  // the copies of all are there, and no thread reads the stage before any more
     if (ahead >= 0) fill(ahead, stage == 0 ? kStages - 1 : stage - 1);
     commit_copies();
     auto* values = memory.values[stage];

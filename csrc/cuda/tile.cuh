@@ -1,4 +1,4 @@
-// Tiles of a 16-bit matrix in shared memory, and how a block of 256 threads fills them.
+// Fill tiles of a 16-bit matrix in shared memory with a block of 256 threads.
 #pragma once
 
 #include "mma.cuh"

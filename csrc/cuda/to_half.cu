@@ -1,5 +1,5 @@
-// A float32 activation as float16, kept inside float16's range by a power of two that is found on the device,
-// so that nothing waits. Two launches: the largest entry, then all of them.
+// Round a float32 activation to float16, inside its range by a power of two that is found on the device, so
+// that nothing waits. Two launches: the largest entry, then all of them.
 #include "../backend.h"
 #include "vector.cuh"
 

@@ -1,7 +1,7 @@
-// The gradients of the factors: sums over tokens, sum_m x[m, c] low[m, r] for a wide x and a narrow low.
+// Sum over tokens x[m, c] low[m, r] of a wide x and a narrow low: the gradients of the factors.
 //
-// Two launches and no atomics, so the same bits twice: blocks that own 128 channels and a span of tokens
-// write partial sums in float32, and a second launch adds them in fixed order, scales, masks and rounds once.
+// Blocks that own 128 channels and a span of tokens write partial sums in float32. A second launch adds them
+// in fixed order, scales, masks and rounds once: no atomics, so the same bits twice.
 #include <algorithm>
 
 #include "../backend.h"

@@ -13,7 +13,7 @@
 
 namespace apt {
 
-// How many T travel in one 16-byte access.
+// The number of T in one 16-byte access.
 template <class T>
 constexpr int kVector = 16 / sizeof(T);
 
