@@ -41,12 +41,10 @@ void launch(const FactorCopies& copies, DType dtype, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>((size + kThreads - 1) / kThreads), 2);
   visit(dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (size < 0x7fff0000) {
-      apt_copy_factors<T, uint32_t><<<grid, kThreads, 0, stream>>>(copies);
-    } else {
-      apt_copy_factors<T, uint64_t><<<grid, kThreads, 0, stream>>>(copies);
-    }
-    check_launch("apt_copy_factors");
+    visit_index(size, [&](auto index) {
+      apt_copy_factors<T, decltype(index)><<<grid, kThreads, 0, stream>>>(copies);
+      check_launch("apt_copy_factors");
+    });
   });
 }
 

@@ -228,23 +228,17 @@ void launch_rows(const GatherArgs& args, cudaStream_t stream) {
   check_launch("apt_gather_rows");
 }
 
-template <class T>
-void launch_rows(const GatherArgs& args, cudaStream_t stream) {
-  const bool masked = args.mask.data != nullptr, low = args.low != nullptr;
-  if (masked) {
-    low ? launch_rows<T, true, true>(args, stream) : launch_rows<T, true, false>(args, stream);
-  } else {
-    low ? launch_rows<T, false, true>(args, stream) : launch_rows<T, false, false>(args, stream);
-  }
-}
-
 }  // namespace
 
 void gather(const GatherArgs& args, Stream stream) {
   if (args.M == 0 || args.kept == 0) return;
   auto queue = static_cast<cudaStream_t>(stream);
   if (args.staged) {
-    return visit_sixteen(args.dtype, [&](auto zero) { launch_rows<decltype(zero)>(args, queue); });
+    return visit_sixteen(args.dtype, [&](auto zero) {
+      visit_flags(args.mask.data != nullptr, args.low != nullptr, [&](auto masked, auto low) {
+        launch_rows<decltype(zero), masked.value, low.value>(args, queue);
+      });
+    });
   }
   visit(args.dtype, [&](auto zero) {
     using T = decltype(zero);

@@ -87,12 +87,11 @@ template <class T>
 void launch_flat(const MaskChannelsArgs& args, cudaStream_t stream) {
   const int64_t size = (args.rows + args.pad_rows) * (args.cols + args.pad_cols);
   const int64_t blocks = (size + 256 * kVector<T> - 1) / (256 * kVector<T>);
-  if (size < 0x7fff0000) {
-    apt_mask_channels_flat<T, uint32_t><<<static_cast<unsigned>(blocks), 256, 0, stream>>>(args);
-  } else {
-    apt_mask_channels_flat<T, uint64_t><<<static_cast<unsigned>(blocks), 256, 0, stream>>>(args);
-  }
-  check_launch("apt_mask_channels_flat");
+  visit_index(size, [&](auto index) {
+    using Index = decltype(index);
+    apt_mask_channels_flat<T, Index><<<static_cast<unsigned>(blocks), 256, 0, stream>>>(args);
+    check_launch("apt_mask_channels_flat");
+  });
 }
 
 template <class T>

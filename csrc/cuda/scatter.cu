@@ -245,23 +245,19 @@ void launch_rows(const ScatterArgs& args, cudaStream_t stream) {
   check_launch("apt_scatter_rows");
 }
 
-template <class T>
-void launch_rows(const ScatterArgs& args, cudaStream_t stream) {
-  const bool plain = args.mask.data == nullptr && args.bias == nullptr;
-  if (args.low != nullptr) {
-    plain ? launch_rows<T, true, true>(args, stream) : launch_rows<T, true, false>(args, stream);
-  } else {
-    plain ? launch_rows<T, false, true>(args, stream) : launch_rows<T, false, false>(args, stream);
-  }
-}
-
 }  // namespace
 
 void scatter(const ScatterArgs& args, Stream stream) {
   if (args.M == 0 || args.E == 0) return;
   auto queue = static_cast<cudaStream_t>(stream);
-  if (args.staged)
-    return visit_sixteen(args.dtype, [&](auto zero) { launch_rows<decltype(zero)>(args, queue); });
+  if (args.staged) {
+    const bool plain = args.mask.data == nullptr && args.bias == nullptr;
+    return visit_sixteen(args.dtype, [&](auto zero) {
+      visit_flags(args.low != nullptr, plain, [&](auto low, auto is_plain) {
+        launch_rows<decltype(zero), low.value, is_plain.value>(args, queue);
+      });
+    });
+  }
   visit(args.dtype, [&](auto zero) {
     using T = decltype(zero);
     const bool vector = args.E % kVector<T> == 0 && is_aligned(args.out);

@@ -182,12 +182,10 @@ void add_spans(const FactorGradPair& pair, Stream stream) {
   constexpr int kEach = kAddThreads / kAddLanes;
   const dim3 grid(static_cast<unsigned>((largest + kEach - 1) / kEach), jobs);
   auto queue = static_cast<cudaStream_t>(stream);
-  if (largest < 0x7fff0000) {
-    apt_add_spans<uint32_t><<<grid, kAddThreads, 0, queue>>>(pair);
-  } else {
-    apt_add_spans<uint64_t><<<grid, kAddThreads, 0, queue>>>(pair);
-  }
-  check_launch("apt_add_spans");
+  visit_index(largest, [&](auto index) {
+    apt_add_spans<decltype(index)><<<grid, kAddThreads, 0, queue>>>(pair);
+    check_launch("apt_add_spans");
+  });
 }
 
 }  // namespace apt::cuda

@@ -94,6 +94,23 @@ void visit_sixteen(DType dtype, Body&& body) {
   dtype == DType::kFloat16 ? body(__half{}) : body(__nv_bfloat16{});
 }
 
+// Call body with a value of the type that indices of `size` elements need. A 64-bit division costs more than the
+// access it serves.
+template <class Body>
+void visit_index(int64_t size, Body&& body) {
+  size < 0x7fff0000 ? body(uint32_t{}) : body(uint64_t{});
+}
+
+// Call body with two flags as types.
+template <class Body>
+void visit_flags(bool first, bool second, Body&& body) {
+  if (first) {
+    second ? body(std::true_type{}, std::true_type{}) : body(std::true_type{}, std::false_type{});
+  } else {
+    second ? body(std::false_type{}, std::true_type{}) : body(std::false_type{}, std::false_type{});
+  }
+}
+
 constexpr int64_t kManyBlocks = 132 * 16;  // enough resident blocks for the largest chip this was measured on
 
 // For kernels whose threads own columns (x) and walk down the rows (y).
