@@ -1,4 +1,5 @@
-// Both doors, from the one table in op_table.h: the dispatcher (torch.ops.apt_ext) and pybind11 (apt_ext._C).
+// Register every op of op_table.h with the dispatcher (torch.ops.apt_ext), and bind it with pybind11
+// (apt_ext._C).
 #include <ATen/SequenceNumber.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/function.h>
@@ -6,6 +7,7 @@
 
 #include <map>
 #include <optional>
+#include <sstream>
 #include <string>
 #include <utility>
 #include <vector>
@@ -20,7 +22,7 @@
 namespace apt {
 namespace {
 
-// What pybind11 can hold of an argument while the call runs.
+// The type that holds an argument in pybind11 while the call runs.
 template <class T>
 struct Held {
   using type = std::decay_t<T>;
@@ -34,7 +36,7 @@ struct Held<at::IntArrayRef> {
   using type = std::vector<int64_t>;
 };
 
-// Binds the op's typed dispatcher handle, so autograd, autocast and fake tensors see the call; the GIL is
+// Bind the op's typed dispatcher handle, so that autograd, autocast and fake tensors see the call. The GIL is
 // released.
 template <class Return, class... Args, size_t... index>
 void bind_op(py::module& m, const std::string& name, const std::string& schema, Return (*)(Args...),
@@ -49,14 +51,17 @@ void bind_op(py::module& m, const std::string& name, const std::string& schema, 
       (name + schema).c_str());
 }
 
-// When an autograd node is made: nodes count up in each thread by itself.
-using Moment = std::pair<uint64_t, uint64_t>;
+// The thread that an autograd node was made in, and its number there: nodes count up in each thread by
+// itself.
+using AutogradSequence = std::pair<uint64_t, uint64_t>;
 
-Moment next_moment() { return {at::RecordFunction::currentThreadId(), at::sequence_number::peek()}; }
+AutogradSequence autograd_sequence() {
+  return {at::RecordFunction::currentThreadId(), at::sequence_number::peek()};
+}
 
-std::optional<Moment> node_moment() {
+std::optional<AutogradSequence> node_sequence() {
   auto node = torch::autograd::get_current_node();
-  return node ? std::optional(Moment{node->thread_id(), node->sequence_nr()}) : std::nullopt;
+  return node ? std::optional(AutogradSequence{node->thread_id(), node->sequence_nr()}) : std::nullopt;
 }
 
 py::dict build_info() {
@@ -70,21 +75,16 @@ py::dict build_info() {
   info["cuda_version"] = py::none();
 #endif
   std::vector<std::string> archs;
-  std::string listed = APT_CUDA_ARCHS, arch;
-  for (char c : listed + ";") {
-    if (c != ';') {
-      arch += c;
-    } else if (!arch.empty()) {
-      archs.push_back(std::exchange(arch, ""));
-    }
-  }
+  std::istringstream listed(APT_CUDA_ARCHS);
+  for (std::string arch; std::getline(listed, arch, ';');)
+    if (!arch.empty()) archs.push_back(arch);
   info["cuda_archs"] = archs;
   info["torch_version"] = APT_TORCH_VERSION;
   info["cpu_capability"] = at::get_cpu_capability();
   return info;
 }
 
-// The plan of a layer on a GPU with these properties, without one: for tests, and to see what a shape gets.
+// Plan a layer on a GPU with these properties, without one: for tests, and to see what a shape gets.
 void bind_plan(py::module& m) {
   using Route = LinearPlan::Route;
   py::class_<LinearPlan>(m, "LinearPlan")
@@ -115,20 +115,20 @@ void bind_plan(py::module& m) {
       "How apt_linear of this shape is computed on a GPU with these properties (default: an H100 or H200).");
 }
 
-void bind_listener(py::module& m) {
-  py::class_<Listener, std::shared_ptr<Listener>>(m, "Listener",
-                                                  "What salience hears at one place of a model.")
+void bind_salience_hook(py::module& m) {
+  py::class_<SalienceHook, std::shared_ptr<SalienceHook>>(m, "Listener",
+                                                          "What salience hears at one place of a model.")
       .def(py::init<bool>(), py::arg("is_signed") = false)
-      .def("hear", &Listener::hear, py::arg("h"), py::arg("tokens") = py::none(),
+      .def("hear", &SalienceHook::record, py::arg("h"), py::arg("tokens") = py::none(),
            py::arg("position") = py::none(), py::call_guard<py::gil_scoped_release>())
-      .def_property_readonly("heard", &Listener::heard)
-      .def("sums", &Listener::sums, py::call_guard<py::gil_scoped_release>())
-      .def("forget", &Listener::forget, py::call_guard<py::gil_scoped_release>());
+      .def_property_readonly("heard", &SalienceHook::has_gradients)
+      .def("sums", &SalienceHook::sums, py::call_guard<py::gil_scoped_release>())
+      .def("forget", &SalienceHook::reset, py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace
 
-// The first three have kernels. The others reach the same door, which refuses their layout in words.
+// The first three have kernels. The others reach the same checks, which refuse their layout in words.
 constexpr c10::DispatchKey kBackends[] = {c10::DispatchKey::CPU,
                                           c10::DispatchKey::CUDA,
                                           c10::DispatchKey::Meta,
@@ -161,10 +161,10 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
     }(function);
   });
   bind_plan(m);
-  bind_listener(m);
-  m.def("next_moment", &next_moment,
+  bind_salience_hook(m);
+  m.def("next_moment", &autograd_sequence,
         "(thread, sequence number) that the next autograd node made here will have.");
-  m.def("node_moment", &node_moment,
+  m.def("node_moment", &node_sequence,
         "(thread, sequence number) of the autograd node that runs here, or None.");
   m.def("channel_sums", &channel_sums, py::arg("values"), py::arg("tokens"), py::arg("is_signed"),
         py::call_guard<py::gil_scoped_release>(),

@@ -1,4 +1,4 @@
-// Worded predicates. Every message names the argument, what was expected and what came.
+// Check arguments. Every message names the argument, what was expected and what came.
 // TORCH_CHECK_VALUE raises ValueError, TORCH_CHECK_TYPE TypeError, TORCH_CHECK RuntimeError.
 #pragma once
 
@@ -21,8 +21,8 @@ inline bool is_compute_dtype(at::ScalarType t) {
   return t == at::kDouble || t == at::kFloat || t == at::kHalf || t == at::kBFloat16;
 }
 
-// Numbers become text here and not in a stream: a SymInt's own operator<< lives in another library, and a C++
-// runtime linked into this one would hand it a stream it cannot use (seen with a static libstdc++).
+// Make text of numbers here and not in a stream: a SymInt's own operator<< lives in another library, and a
+// C++ runtime linked into this one would hand it a stream it cannot use (seen with a static libstdc++).
 inline std::string text(const c10::SymInt& value) {
   auto known = value.maybe_as_int();
   return known.has_value() ? std::to_string(*known) : value.toSymNode()->str();
@@ -43,7 +43,7 @@ struct Indexed {
   }
 };
 
-// As Python spells it.
+// Name a dtype as Python spells it.
 inline const char* name_of(at::ScalarType t) {
   switch (t) {
     case at::kDouble:

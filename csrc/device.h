@@ -25,8 +25,8 @@ DType dtype_of(const at::Tensor& tensor);
 DeviceLimits limits_of(const at::Tensor& tensor);
 
 // Return true if a build for `archs`, as TORCH_CUDA_ARCH_LIST writes them ("8.0;9.0a;9.0+PTX"), runs on this
-// compute capability: by its own machine code, that of an earlier minor version, or PTX of an earlier version.
-// Also true for entries of another form (names such as "Hopper"), of which nothing is known.
+// compute capability: by its own machine code, that of an earlier minor version, or PTX of an earlier
+// version. Also true for entries of another form (names such as "Hopper"), of which nothing is known.
 bool has_code_for(const std::string& archs, int major, int minor);
 
 // Throw a RuntimeError unless it does; `gpu` is its name. Without CUDA, so that it is tested without a GPU.

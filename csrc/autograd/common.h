@@ -1,4 +1,4 @@
-// What the autograd formulas of the ops share.
+// Shared by the autograd of all ops: handles of the dispatcher, and who asks for a derivative.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -13,7 +13,7 @@
 
 namespace apt {
 
-// The dispatcher's handle, looked up once: fake tensors and tracing modes see every inner call.
+// Look up the dispatcher's handle of an op, once. Fake tensors and tracing modes see every call through it.
 template <auto function>
 auto& handle(const char* name) {
   static auto op = c10::Dispatcher::singleton()
@@ -22,7 +22,6 @@ auto& handle(const char* name) {
   return op;
 }
 
-inline Tensor or_undefined(const OptTensor& tensor) { return tensor.value_or(Tensor()); }
 inline OptTensor or_none(const Tensor& tensor) { return tensor.defined() ? OptTensor(tensor) : std::nullopt; }
 
 inline bool wants_grad(const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
@@ -33,21 +32,23 @@ inline bool is_dual(const Tensor& tensor) {
   return tensor.defined() && tensor._fw_grad(/*level=*/0).defined();
 }
 
-// Whether somebody else differentiates: forward mode (dual numbers), or a gradient transform of torch.func.
+// Return true if somebody else differentiates: forward mode (dual numbers), or a gradient transform of
+// torch.func.
 inline bool is_transformed(const Tensor& tensor) {
   return is_dual(tensor) ||
          (tensor.defined() && tensor.key_set().has(c10::DispatchKey::FuncTorchGradWrapper));
 }
 inline bool is_transformed(const OptTensor& tensor) { return tensor.has_value() && is_transformed(*tensor); }
 
-// Whether shapes must be known without the values: fake tensors, meta, and modes that look at each call.
+// Return true if shapes must be known without the values: fake tensors, meta, and modes that look at each
+// call.
 inline bool is_traced(const Tensor& x, const Tensor& lora_A) {
   auto has_python = [](const Tensor& tensor) { return tensor.key_set().has(c10::DispatchKey::Python); };
   return x.is_meta() || has_python(x) || has_python(lora_A) ||
          c10::impl::TorchDispatchModeTLS::any_modes_set();
 }
 
-// A layout that is a Python subclass (jagged) would reach its own code before an op's door.
+// Refuse a layout that is a Python subclass (jagged): it would reach its own code before an op's checks.
 template <class Name>
 void check_dense(const OptTensor& tensor, const Name& name) {
   if (tensor.has_value()) check_strided(*tensor, name);
@@ -61,12 +62,6 @@ bool any_transformed(const Tensors&... tensors) {
 template <class... Tensors>
 bool any_wants_grad(const Tensors&... tensors) {
   return at::GradMode::is_enabled() && (wants_grad(tensors) || ...);
-}
-
-// A write through a raw pointer is invisible to autograd unless it is counted. Counted here and not under
-// Autograd, which inference mode leaves out.
-inline void count_write(const Tensor& tensor) {
-  if (!tensor.is_inference()) tensor.unsafeGetTensorImpl()->bump_version();
 }
 
 }  // namespace apt

@@ -20,7 +20,7 @@ Tensor sums_of(const Tensor& values, const OptTensor& tokens, const OptTensor& p
 
 }  // namespace
 
-bool Listener::hear(const Tensor& h, const OptTensor& tokens, const OptTensor& position) {
+bool SalienceHook::record(const Tensor& h, const OptTensor& tokens, const OptTensor& position) {
   const bool counts = tokens.has_value() && tokens->sizes() == h.sizes().slice(0, h.dim() - 1);
   if (!at::GradMode::is_enabled() || !h.requires_grad() || !is_new(h)) return counts;
   const OptTensor counted = counts ? tokens : std::nullopt;
@@ -36,7 +36,7 @@ bool Listener::hear(const Tensor& h, const OptTensor& tokens, const OptTensor& p
   return counts;
 }
 
-bool Listener::is_new(const Tensor& h) {
+bool SalienceHook::is_new(const Tensor& h) {
   const void* node = torch::autograd::impl::gradient_edge(h).function.get();
   const bool is_repeated = static_cast<bool>(torch::autograd::get_current_node());  // in a backward
   const std::lock_guard lock(mutex_);
@@ -48,23 +48,23 @@ bool Listener::is_new(const Tensor& h) {
   return true;
 }
 
-void Listener::add(std::vector<Tensor> found) {
+void SalienceHook::add(std::vector<Tensor> found) {
   const at::NoGradGuard constants;
   const std::lock_guard lock(mutex_);
   sums_ = sums_.empty() ? std::move(found) : at::_foreach_add(sums_, found);
 }
 
-std::vector<Tensor> Listener::sums() const {
+std::vector<Tensor> SalienceHook::sums() const {
   const std::lock_guard lock(mutex_);
   return sums_;
 }
 
-bool Listener::heard() const {
+bool SalienceHook::has_gradients() const {
   const std::lock_guard lock(mutex_);
   return !sums_.empty();
 }
 
-void Listener::forget() {
+void SalienceHook::reset() {
   const std::lock_guard lock(mutex_);
   sums_.clear();
 }

@@ -8,10 +8,10 @@
 
 namespace apt::cpu {
 
-// Where each channel of a result row comes from, found once a call. An index of kept channels ascends and then
-// is negative: its row is the source's, compressed by `bits`. A position counts up from 0 with negative ones
-// between: its row is the source's, expanded by `bits`. Both take one instruction a vector where the CPU has
-// it. Else runs of neighbours are copied (heads, blocks of neurons), or each channel is looked up.
+// Where each channel of a result row comes from, found once a call. An index of kept channels ascends and
+// then is negative: its row is the source's, compressed by `bits`. A position counts up from 0 with negative
+// ones between: its row is the source's, expanded by `bits`. Both take one instruction a vector where the CPU
+// has it. Else runs of neighbours are copied (heads, blocks of neurons), or each channel is looked up.
 struct ChannelMoves {
   ChannelMoves(const int32_t* given, int64_t count, int64_t limit, int64_t word_bytes);
 

@@ -8,8 +8,8 @@ namespace apt {
 
 using at::Tensor;
 
-// The sum of |values| (or of values) [..., channels] over the tokens [...] that count: [channels], in float32
-// (float64 for float64). What the others hold is not read. For salience; no op: it has no gradient.
+// Sum |values| (or values) [..., channels] over the tokens [...] that count: [channels], in float32 (float64
+// for float64). What the others hold is not read. For salience; no op: it has no gradient.
 Tensor channel_sums(const Tensor& values, const std::optional<Tensor>& tokens, bool is_signed);
 
 }  // namespace apt

@@ -1,98 +1,54 @@
 #include "compact_linear.h"
 
-#include <ATen/ATen.h>
-
 #include <algorithm>
 #include <string>
 #include <utility>
 
-#include "../autograd/composite.h"
 #include "../checks.h"
 #include "../device.h"
-#include "../op_table.h"
-#include "../operands.h"
-#include "../routes/gather_scatter.h"
 #include "../routes/linear.h"
+#include "../routes/low_rank_passes.h"
+#include "../routes/padded.h"
 #include "../routes/resize_factors.h"
+#include "apt_linear.h"
 
 namespace apt {
 namespace {
 
-// One side of the layer as the arithmetic sees it.
-struct Side : KeptSide {
-  bool whole;    // nothing is pruned, and nothing is moved
-  bool compact;  // the operand is [.., width] already
-
-  bool moves() const { return !compact && !whole; }  // between full size and kept lanes, in this op
-};
-
-struct Sides {
-  int64_t kept_in, kept_out;
-  Side in, out;
-};
-
-Sides sides_of(const CompactLayer& layer) {
-  constexpr int64_t kMost = (int64_t{1} << 30) - 1;
-  int64_t K = layer.lora_A.size(1), N = layer.lora_B.size(0);
-  // A transform wraps it, and has no memory of its own.
-  int64_t word =
-      layer.kept.has_storage() ? *layer.kept.const_data_ptr<int64_t>() : layer.kept.item<int64_t>();
-  int64_t kept_in = word & kMost, kept_out = word >> 30 & kMost;
-  bool soft_in = (word >> 60 & 1) != 0, soft_out = (word >> 61 & 1) != 0;
-  TORCH_CHECK_VALUE(word >= 0 && kept_in <= K && kept_out <= N, "kept must say at most K=", text(K),
-                    " and N=", text(N), " lanes, got ", text(kept_in), " and ", text(kept_out));
-  auto side = [](const Tensor& index, const Tensor& position, const OptTensor& mask, bool soft, int64_t size,
-                 int64_t kept, bool compact) {
-    return Side{
-        {index, position, soft ? mask : std::nullopt, size, kept_width(kept, size)}, kept == size, compact};
-  };
-  Sides sides{
-      kept_in, kept_out,
-      side(layer.index_in, layer.position_in, layer.mask_in, soft_in, K, kept_in, layer.compact_in),
-      side(layer.index_out, layer.position_out, layer.mask_out, soft_out, N, kept_out, layer.compact_out)};
-  for (auto [one, name] : {std::pair(&sides.in, "index_in"), std::pair(&sides.out, "index_out")}) {
-    int64_t entries = one->index.size(0);
-    TORCH_CHECK_VALUE(one->compact ? entries == one->width : entries >= one->width, name, " must have ",
-                      one->compact ? "" : "at least ", text(one->width), " entries, got ", text(entries));
-  }
-  int64_t needed = sides.in.width * sides.out.width;
-  TORCH_CHECK_VALUE(!layer.packed.has_value() || layer.packed->numel() >= needed,
-                    "packed must hold at least ", text(needed), " values, got ",
-                    text(layer.packed.has_value() ? layer.packed->numel() : 0));
-  return sides;
+// Whole 16 bytes of channels, as the products want them. A side that keeps all is left as it is.
+int64_t kept_width(int64_t kept, int64_t size) {
+  return kept == size ? size : kept <= 8 ? 8 : (kept + 7) / 8 * 8;
 }
 
-// The kept lanes of a mask or bias.
+// Return the kept channels of a mask or bias.
 OptTensor kept_vector(const OptTensor& vector, const Side& side) {
-  if (!vector.has_value() || side.whole) return vector;
+  if (!vector.has_value() || side.keeps_all) return vector;
   return gathered(vector->unsqueeze(0), side.index, side.width).squeeze(0);
 }
 
-// The factors of the dense layer that is left, both made in one launch. `rank` may be padded.
+// The factors of the dense layer that is left. `rank` may be padded.
 struct InnerFactors {
-  Remade A, B;
+  ResizedFactor A, B;
 };
 
-InnerFactors inner_factors(const CompactLayer& layer, const Sides& sides, int64_t rank) {
-  auto lanes_of = [](const Side& side) { return side.whole ? std::nullopt : OptTensor(side.index); };
-  return {{.from = layer.lora_A, .rows = rank, .columns = sides.in.width, .column_index = lanes_of(sides.in)},
-          {.from = layer.lora_B, .rows = sides.out.width, .columns = rank, .row_index = lanes_of(sides.out)}};
+InnerFactors inner_factors(const CompactOperands& o, const Sides& sides, int64_t rank) {
+  auto index_of = [](const Side& side) { return side.keeps_all ? std::nullopt : OptTensor(side.index); };
+  return {{.from = o.lora_A, .rows = rank, .columns = sides.in.width, .column_index = index_of(sides.in)},
+          {.from = o.lora_B, .rows = sides.out.width, .columns = rank, .row_index = index_of(sides.out)}};
 }
 
 // The dense layer that is left, without its factors. Where a side moves, its mask acts on the way.
-Layer inner_layer(const CompactLayer& layer, const Sides& sides) {
+Layer inner_layer(const CompactOperands& o, const Sides& sides) {
   const Side &in = sides.in, &out = sides.out;
   Layer inner;
-  if (layer.packed.has_value()) {
-    inner.weight = layer.packed->narrow(0, 0, out.width * in.width).view({out.width, in.width});
-  }
+  if (o.weight.has_value()) inner.weight = used_weight(*o.weight, sides).view({out.width, in.width});
   if (!in.moves()) inner.mask_in = kept_vector(in.mask, in);
   if (!out.moves()) inner.mask_out = kept_vector(out.mask, out);
-  inner.scaling = layer.scaling;
+  inner.scaling = o.scaling;
   return inner;
 }
 
-// The passes of 16-bit types on CUDA gather and scatter on the way (low_rank_passes.cpp), where they take this layer.
+// The passes of 16-bit types on CUDA gather and scatter on the way, where they take this layer.
 struct Passes {
   LinearPlan plan;
   KeptSides kept;
@@ -100,13 +56,49 @@ struct Passes {
   int64_t rank;  // that the products are made with: padded where the library would be slow
 };
 
-Passes passes_for(const Tensor& x, int64_t tokens, const CompactLayer& layer, const Sides& sides) {
-  const int64_t R = layer.lora_A.size(0);
+Passes passes_for(const Tensor& x, int64_t tokens, const CompactOperands& o, const Sides& sides) {
+  const int64_t R = o.lora_A.size(0);
   LinearPlan plan = launch_plan({tokens, sides.out.width, sides.in.width, R, dtype_of(x)}, limits_of(x));
-  KeptSides kept{sides.in.moves() ? &sides.in : nullptr, sides.out.moves() ? &sides.out : nullptr,
-                 layer.lora_A, layer.lora_B};
-  return {plan, kept, layer.packed.has_value() && passes_fit(x, plan, kept),
-          plan.padded ? padded_rank(R) : R};
+  KeptSides kept{sides.in.moves() ? &sides.in : nullptr, sides.out.moves() ? &sides.out : nullptr, o.lora_A,
+                 o.lora_B};
+  return {plan, kept, o.weight.has_value() && passes_fit(x, plan, kept), plan.padded ? padded_rank(R) : R};
+}
+
+c10::SymInt out_channels(const CompactOperands& o) {
+  return o.compact_out ? o.index_out.sym_size(0) : o.lora_B.sym_size(0);
+}
+
+}  // namespace
+
+Sides sides_of(const CompactOperands& o) {
+  constexpr int64_t kMost = (int64_t{1} << 30) - 1;
+  const int64_t K = o.lora_A.size(1), N = o.lora_B.size(0);
+  // A transform wraps `kept`, which then has no memory of its own.
+  const int64_t word = o.kept.has_storage() ? *o.kept.const_data_ptr<int64_t>() : o.kept.item<int64_t>();
+  const int64_t kept_in = word & kMost, kept_out = word >> 30 & kMost;
+  const bool fractions_in = (word >> 60 & 1) != 0, fractions_out = (word >> 61 & 1) != 0;
+  TORCH_CHECK_VALUE(word >= 0 && kept_in <= K && kept_out <= N, "kept must say at most K=", text(K),
+                    " and N=", text(N), " lanes, got ", text(kept_in), " and ", text(kept_out));
+  auto side = [](const Tensor& index, const Tensor& position, const OptTensor& mask, bool has_fractions,
+                 int64_t size, int64_t kept, bool compact) {
+    const KeptSide moved{index, position, has_fractions ? mask : std::nullopt, size, kept_width(kept, size)};
+    return Side{moved, kept, kept == size, compact};
+  };
+  Sides sides{side(o.index_in, o.position_in, o.mask_in, fractions_in, K, kept_in, o.compact_in),
+              side(o.index_out, o.position_out, o.mask_out, fractions_out, N, kept_out, o.compact_out)};
+  for (auto [one, name] : {std::pair(&sides.in, "index_in"), std::pair(&sides.out, "index_out")}) {
+    const int64_t entries = one->index.size(0);
+    TORCH_CHECK_VALUE(one->compact ? entries == one->width : entries >= one->width, name, " must have ",
+                      one->compact ? "" : "at least ", text(one->width), " entries, got ", text(entries));
+  }
+  const int64_t needed = sides.in.width * sides.out.width;
+  TORCH_CHECK_VALUE(!o.weight.has_value() || o.weight->numel() >= needed, "packed must hold at least ",
+                    text(needed), " values, got ", text(o.weight.has_value() ? o.weight->numel() : 0));
+  return sides;
+}
+
+Tensor used_weight(const Tensor& packed, const Sides& sides) {
+  return packed.narrow(0, 0, sides.in.width * sides.out.width);
 }
 
 void check_width(const Tensor& x, const char* name, bool compact, const Side& side) {
@@ -114,221 +106,157 @@ void check_width(const Tensor& x, const char* name, bool compact, const Side& si
                     " channels, the kept lanes in whole 16 bytes, got ", text(x.size(-1)));
 }
 
-c10::SymInt out_channels(const CompactLayer& layer) {
-  return layer.compact_out ? layer.index_out.sym_size(0) : layer.lora_B.sym_size(0);
-}
-
-CompactLayer layer_of(const OptTensor& packed, const OptTensor& bias, const Tensor& lora_A,
-                      const Tensor& lora_B, const OptTensor& mask_in, const OptTensor& mask_out,
-                      const Tensor& index_in, const Tensor& index_out, const Tensor& position_in,
-                      const Tensor& position_out, const Tensor& kept, double scaling, bool compact_in,
-                      bool compact_out) {
-  return {packed,    bias,        lora_A,       lora_B, mask_in, mask_out,   index_in,
-          index_out, position_in, position_out, kept,   scaling, compact_in, compact_out};
-}
-
-}  // namespace
-
-OptTensor used_part(const CompactLayer& layer) {
-  bool sized = layer.packed.has_value() && layer.packed->dim() == 1 && layer.lora_A.dim() == 2 &&
-               layer.lora_B.dim() == 2 && layer.index_in.dim() == 1 && layer.index_out.dim() == 1 &&
-               layer.kept.is_cpu() && layer.kept.scalar_type() == at::kLong && layer.kept.dim() == 0;
-  if (!sized) return layer.packed;  // the op says what is wrong
-  Sides sides = sides_of(layer);
-  return layer.packed->narrow(0, 0, sides.in.width * sides.out.width);
-}
-
-void check_compact(const Tensor& x, const CompactLayer& layer, bool gathered) {
-  for (auto [tensor, name] :
-       {std::pair(&x, "x"), std::pair(&layer.lora_A, "lora_A"), std::pair(&layer.lora_B, "lora_B")}) {
-    check_strided(*tensor, name);
-    check_floating(*tensor, name);
-    check_same_device(*tensor, name, x, "x");
-  }
-  TORCH_CHECK_VALUE(x.dim() >= 1, "x must have shape [..., K], got a 0-dimensional tensor");
-  const Tensor &A = layer.lora_A, &B = layer.lora_B;
-  TORCH_CHECK_VALUE(A.dim() == 2, "lora_A must have shape [R, K], got ", text(A.sym_sizes()));
-  TORCH_CHECK_VALUE(B.dim() == 2, "lora_B must have shape [N, R], got ", text(B.sym_sizes()));
-  check_dtype_of_x(x, layer.packed, "weight", A, B);
-  check_dtype_or_float32(A, "lora_A", x.scalar_type(), /*over_any=*/false);
-  check_dtype_or_float32(B, "lora_B", x.scalar_type(), /*over_any=*/false);
-  c10::SymInt N = B.sym_size(0), K = A.sym_size(1);
-  TORCH_CHECK_VALUE(layer.compact_in || gathered || x.sym_size(-1) == K,
-                    "x must have shape [..., K=", text(K), "] to fit lora_A, got ", text(x.sym_sizes()));
+void check_compact(const Tensor& x, const CompactOperands& o) {
+  check_factors(x, o);
+  const Tensor &A = o.lora_A, &B = o.lora_B;
+  check_dtype_of_x(x, o.weight, "weight", A, B);
+  check_factor_dtypes(x, o);
+  const c10::SymInt N = B.sym_size(0), K = A.sym_size(1);
+  TORCH_CHECK_VALUE(o.compact_in || o.gathered || x.sym_size(-1) == K, "x must have shape [..., K=", text(K),
+                    "] to fit lora_A, got ", text(x.sym_sizes()));
   check_matrix(B, "lora_B", "N", N, "R", A.sym_size(0), [&] { return sized("lora_A", A); });
+  const c10::SymInt values = o.weight.has_value() ? o.weight->sym_numel() : 0;
   for (auto [vector, name, size_name, size] :
-       {std::tuple(layer.packed, "packed", "values",
-                   layer.packed.has_value() ? layer.packed->sym_numel() : 0),
-        std::tuple(layer.bias, "bias", "N", N)}) {
-    if (!vector.has_value()) continue;
-    check_strided(*vector, name);
-    check_same_dtype(*vector, name, x, "x");
-    check_same_device(*vector, name, x, "x");
-    check_vector(*vector, name, size_name, size);
+       {std::tuple(&o.weight, "packed", "values", &values), std::tuple(&o.bias, "bias", "N", &N)}) {
+    if (!vector->has_value()) continue;
+    check_strided(**vector, name);
+    check_same_dtype(**vector, name, x, "x");
+    check_same_device(**vector, name, x, "x");
+    check_vector(**vector, name, size_name, *size);
   }
-  TORCH_CHECK_VALUE(!layer.packed.has_value() || layer.packed->is_contiguous(), "packed must be contiguous");
-  check_mask(layer.mask_in, "mask_in", "K", K, x, "x");
-  check_mask(layer.mask_out, "mask_out", "N", N, x, "x");
+  TORCH_CHECK_VALUE(!o.weight.has_value() || o.weight->is_contiguous(), "packed must be contiguous");
+  check_mask(o.mask_in, "mask_in", "K", K, x, "x");
+  check_mask(o.mask_out, "mask_out", "N", N, x, "x");
   for (auto [vector, name, size_name, size] :
-       {std::tuple(&layer.index_in, "index_in", "entries", layer.index_in.sym_numel()),
-        std::tuple(&layer.index_out, "index_out", "entries", layer.index_out.sym_numel()),
-        std::tuple(&layer.position_in, "position_in", "K", K),
-        std::tuple(&layer.position_out, "position_out", "N", N)}) {
+       {std::tuple(&o.index_in, "index_in", "entries", o.index_in.sym_numel()),
+        std::tuple(&o.index_out, "index_out", "entries", o.index_out.sym_numel()),
+        std::tuple(&o.position_in, "position_in", "K", K),
+        std::tuple(&o.position_out, "position_out", "N", N)}) {
     check_strided(*vector, name);
     check_same_device(*vector, name, x, "x");
     check_vector(*vector, name, size_name, size);
     TORCH_CHECK_TYPE(vector->scalar_type() == at::kInt && vector->is_contiguous(), name,
                      " must be contiguous and int32, got ", name_of(vector->scalar_type()));
   }
-  TORCH_CHECK_TYPE(layer.kept.dim() == 0 && layer.kept.scalar_type() == at::kLong,
-                   "kept must be an int64 tensor without dimensions, got ", name_of(layer.kept.scalar_type()),
-                   " of shape ", text(layer.kept.sym_sizes()));
-  TORCH_CHECK_VALUE(layer.kept.is_cpu() || x.is_meta(), "kept must be on the CPU, got ",
-                    layer.kept.device().str());
+  TORCH_CHECK_TYPE(o.kept.dim() == 0 && o.kept.scalar_type() == at::kLong,
+                   "kept must be an int64 tensor without dimensions, got ", name_of(o.kept.scalar_type()),
+                   " of shape ", text(o.kept.sym_sizes()));
+  TORCH_CHECK_VALUE(o.kept.is_cpu() || x.is_meta(), "kept must be on the CPU, got ", o.kept.device().str());
 }
 
-CompactForward compact_forward(const Tensor& x, const CompactLayer& layer) {
-  check_compact(x, layer, /*gathered=*/false);
-  Sides sides = sides_of(layer);
-  check_width(x, "x", layer.compact_in, sides.in);
-  const int64_t R = layer.lora_A.size(0);
+CompactForward compact_forward(const Tensor& x, const CompactOperands& o) {
+  check_compact(x, o);
+  Sides sides = sides_of(o);
+  check_width(x, "x", o.compact_in, sides.in);
+  const int64_t R = o.lora_A.size(0);
   if (x.numel() == 0) {
-    Tensor y = at::empty_symint(with_last(x, out_channels(layer)), x.options());
+    Tensor y = at::empty_symint(with_last(x, out_channels(o)), x.options());
     if (y.numel() == 0) return {y, at::zeros_symint(with_last(x, R), low_rank_options(x)), x, false};
   }
   Scope scope(x);
-  Tensor used = reachable(flat(x)), y, t;
-  Passes passes = passes_for(x, used.size(0), layer, sides);
-  Layer inner = inner_layer(layer, sides);
-  auto [A, B] = inner_factors(layer, sides, passes.rank);
+  Tensor used = limit_row_stride(flat(x)), y, t;
+  Passes passes = passes_for(x, used.size(0), o, sides);
+  Layer inner = inner_layer(o, sides);
+  auto [A, B] = inner_factors(o, sides, passes.rank);
   if (passes.fit && sides.out.moves()) B.from = Tensor();  // the scatter takes the full-size one
-  std::tie(inner.lora_A, inner.lora_B) = std::tuple_cat(remade(A, B));
-  if (!sides.out.moves()) inner.bias = kept_vector(layer.bias, sides.out);
+  std::tie(inner.lora_A, inner.lora_B) = std::tuple_cat(resize_factors(A, B));
+  if (!sides.out.moves()) inner.bias = kept_vector(o.bias, sides.out);
   if (passes.fit) {
-    if (sides.out.moves()) inner.bias = layer.bias;  // added while y is scattered
+    if (sides.out.moves()) inner.bias = o.bias;  // added while y is scattered
     std::tie(y, t, used) = passes_forward(used, inner, passes.plan, passes.kept);
   } else {
     if (sides.in.moves()) used = gathered(used, sides.in);
     std::tie(y, t) = linear_forward(used, inner);
     t = t.narrow(1, 0, R);
-    if (sides.out.moves()) y = scattered(y, sides.out, layer.bias);
+    if (sides.out.moves()) y = scattered(y, sides.out, o.bias);
   }
   return {y.view_symint(with_last(x, y.size(1))), t.view_symint(with_last(x, R)),
           sides.in.moves() ? used.view_symint(with_last(x, sides.in.width)) : x, sides.in.moves()};
 }
 
-std::tuple<Tensor, Tensor> compact_linear_forward(const Tensor& x, const OptTensor& packed,
-                                                  const OptTensor& bias, const Tensor& lora_A,
-                                                  const Tensor& lora_B, const OptTensor& mask_in,
-                                                  const OptTensor& mask_out, const Tensor& index_in,
-                                                  const Tensor& index_out, const Tensor& position_in,
-                                                  const Tensor& position_out, const Tensor& kept,
-                                                  double scaling, bool compact_in, bool compact_out) {
-  CompactLayer layer = layer_of(packed, bias, lora_A, lora_B, mask_in, mask_out, index_in, index_out,
-                                position_in, position_out, kept, scaling, compact_in, compact_out);
+std::tuple<Tensor, Tensor> compact_linear_forward(const Tensor& x, const CompactOperands& o) {
   if (x.is_meta()) {
-    check_compact(x, layer, /*gathered=*/false);
-    return {at::empty_symint(with_last(x, out_channels(layer)), x.options()),
-            at::empty_symint(with_last(x, lora_A.sym_size(0)), low_rank_options(x))};
+    check_compact(x, o);
+    return {at::empty_symint(with_last(x, out_channels(o)), x.options()),
+            at::empty_symint(with_last(x, o.lora_A.sym_size(0)), low_rank_options(x))};
   }
-  CompactForward done = compact_forward(x, layer);
+  CompactForward done = compact_forward(x, o);
   return {done.y, done.t.contiguous()};
 }
 
-Tensor compact_linear(const Tensor& x, const OptTensor& packed, const OptTensor& bias, const Tensor& lora_A,
-                      const Tensor& lora_B, const OptTensor& mask_in, const OptTensor& mask_out,
-                      const Tensor& index_in, const Tensor& index_out, const Tensor& position_in,
-                      const Tensor& position_out, const Tensor& kept, double scaling, bool compact_in,
-                      bool compact_out) {
-  return std::get<0>(compact_linear_forward(x, packed, bias, lora_A, lora_B, mask_in, mask_out, index_in,
-                                            index_out, position_in, position_out, kept, scaling, compact_in,
-                                            compact_out));
+Tensor compact_linear(const Tensor& x, const CompactOperands& o) {
+  return std::get<0>(compact_linear_forward(x, o));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> compact_linear_backward(
-    const Tensor& grad, const Tensor& x, const OptTensor& packed, const Tensor& lora_A, const Tensor& lora_B,
-    const Tensor& t, const OptTensor& mask_in, const OptTensor& mask_out, const Tensor& index_in,
-    const Tensor& index_out, const Tensor& position_in, const Tensor& position_out, const Tensor& kept,
-    double scaling, bool compact_in, bool compact_out, bool is_gathered, std::array<bool, 4> output_mask) {
-  CompactLayer layer = layer_of(packed, std::nullopt, lora_A, lora_B, mask_in, mask_out, index_in, index_out,
-                                position_in, position_out, kept, scaling, compact_in, compact_out);
-  check_compact(x, layer, is_gathered);
-  check_strided(grad, "grad");
-  check_same_dtype(grad, "grad", x, "x");
-  check_same_device(grad, "grad", x, "x");
-  TORCH_CHECK_VALUE(grad.sym_sizes() == c10::SymIntArrayRef(with_last(x, out_channels(layer))),
-                    "grad must have shape ", text(with_last(x, out_channels(layer))), ", got ",
-                    text(grad.sym_sizes()));
-  check_strided(t, "t");
-  check_same_device(t, "t", x, "x");
-  at::ScalarType low_rank = c10::typeMetaToScalarType(low_rank_options(x).dtype());
-  TORCH_CHECK_TYPE(t.scalar_type() == low_rank, "t must have dtype ", name_of(low_rank), ", got ",
-                   name_of(t.scalar_type()));
-  TORCH_CHECK_VALUE(t.sym_sizes() == c10::SymIntArrayRef(with_last(x, lora_A.sym_size(0))),
-                    "t must have shape ", text(with_last(x, lora_A.sym_size(0))), ", got ",
-                    text(t.sym_sizes()));
-  auto [need_x, need_A, need_B, need_bias] = output_mask;
-  c10::SymInt N = lora_B.sym_size(0), K = compact_in ? x.sym_size(-1) : lora_A.sym_size(1);
+namespace {
+
+std::array<Tensor, 4> backward(const Tensor& grad, const Tensor& x, const Tensor& t, const CompactOperands& o,
+                               const Needs& need) {
+  auto [need_x, need_A, need_B, need_bias] = need;
+  const Tensor &lora_A = o.lora_A, &lora_B = o.lora_B;
+  Sides sides = sides_of(o);
+  check_width(x, "x", o.compact_in || o.gathered, sides.in);
+  const Side &in = sides.in, &out = sides.out;
+  Scope scope(x);
+  Tensor used = limit_row_stride(flat(x)), g = limit_row_stride(flat(grad));
+  Passes passes = passes_for(x, g.size(0), o, sides);
+  const bool scatters = passes.fit && in.moves(), gathers = passes.fit && out.moves();
+  Layer inner = inner_layer(o, sides);
+  auto [A, B] = inner_factors(o, sides, passes.rank);
+  B.by_column = gathers;  // as a pass that gathers reads it; one that scatters reads all of A so
+  if (scatters) {
+    A = {.from = need_x ? lora_A : Tensor(),
+         .rows = lora_A.size(0),
+         .columns = lora_A.size(1),
+         .by_column = true};
+  }
+  std::tie(inner.lora_A, inner.lora_B) = std::tuple_cat(resize_factors(A, B));
+  if (scatters && need_x) passes.kept.lora_A = inner.lora_A;
+  if (in.moves() && !o.gathered) {
+    // Without a gradient of A only its shape is looked at.
+    used = need_A ? gathered(used, in) : used.new_empty({1}).expand({used.size(0), in.width});
+  }
+  std::array<Tensor, 4> grads;
+  if (passes.fit) {
+    grads = passes_backward(g, used, flat(t), inner, need, passes.plan, passes.kept);
+  } else {
+    if (!need_x) inner.weight.reset();  // a copy of it may be spared
+    if (out.moves()) g = gathered(g, out);
+    grads = linear_backward(g, used, low_of_rank(flat(t), passes.rank), inner, need);
+  }
+  if (need_x) {
+    if (in.moves() && !scatters) grads[0] = scattered(grads[0], in);
+    grads[0] = grads[0].view_symint(with_last(x, o.compact_in ? x.sym_size(-1) : lora_A.sym_size(1)));
+  }
+  auto places = [](const Side& side, bool placed) {
+    return side.keeps_all || placed ? std::nullopt : OptTensor(side.position);
+  };
+  const ResizedFactor dA{.from = grads[1],
+                         .rows = lora_A.size(0),
+                         .columns = lora_A.size(1),
+                         .column_index = places(in, scatters)};
+  const ResizedFactor dB{
+      .from = grads[2], .rows = lora_B.size(0), .columns = lora_B.size(1), .row_index = places(out, gathers)};
+  std::tie(grads[1], grads[2]) = std::tuple_cat(resize_factors(dA, dB));
+  if (need_bias && !out.keeps_all)
+    grads[3] = gathered(grads[3].unsqueeze(0), out.position, out.size).squeeze(0);
+  return grads;
+}
+
+}  // namespace
+
+Gradients compact_linear_backward(const Tensor& grad, const Tensor& x, const Tensor& t,
+                                  const CompactOperands& o, const Needs& need) {
+  check_compact(x, o);
+  check_grad_and_t(grad, t, x, out_channels(o), o.lora_A.sym_size(0));
   std::array<Tensor, 4> out;
   if (x.is_meta()) {
-    if (need_x) out[0] = at::empty_symint(with_last(x, K), x.options());
-    if (need_A) out[1] = at::empty_symint(lora_A.sym_sizes(), lora_A.options());
-    if (need_B) out[2] = at::empty_symint(lora_B.sym_sizes(), lora_B.options());
-    if (need_bias) out[3] = at::empty_symint({N}, x.options());
+    const auto sizes = with_last(x, o.compact_in ? x.sym_size(-1) : o.lora_A.sym_size(1));
+    out = empty_gradients(x, sizes, o, o.lora_B.sym_size(0), need);
   } else {
-    Sides sides = sides_of(layer);
-    check_width(x, "x", compact_in || is_gathered, sides.in);
-    const Side &in_side = sides.in, &out_side = sides.out;
-    Scope scope(x);
-    Tensor used = reachable(flat(x)), g = reachable(flat(grad));
-    Passes passes = passes_for(x, g.size(0), layer, sides);
-    const bool scatters = passes.fit && in_side.moves(), gathers = passes.fit && out_side.moves();
-    Layer inner = inner_layer(layer, sides);
-    auto [A, B] = inner_factors(layer, sides, passes.rank);
-    B.by_column = gathers;  // as a pass that gathers reads it; one that scatters reads all of A so
-    if (scatters) {
-      A = {.from = need_x ? lora_A : Tensor(),
-           .rows = lora_A.size(0),
-           .columns = lora_A.size(1),
-           .by_column = true};
-    }
-    std::tie(inner.lora_A, inner.lora_B) = std::tuple_cat(remade(A, B));
-    if (scatters && need_x) passes.kept.lora_A = inner.lora_A;
-    if (in_side.moves() && !is_gathered) {
-      // Without a gradient of A only its shape is looked at.
-      used = need_A ? gathered(used, in_side) : used.new_empty({1}).expand({used.size(0), in_side.width});
-    }
-    if (passes.fit) {
-      out = passes_backward(g, used, flat(t), inner, output_mask, passes.plan, passes.kept);
-    } else {
-      if (!need_x) inner.weight.reset();  // a copy of it may be spared
-      if (out_side.moves()) g = gathered(g, out_side);
-      out = linear_backward(g, used, low_of_rank(flat(t), passes.rank), inner, output_mask);
-    }
-    if (need_x) {
-      if (in_side.moves() && !scatters) out[0] = scattered(out[0], in_side);
-      out[0] = out[0].view_symint(with_last(x, K));
-    }
-    auto places = [](const Side& side, bool placed) {
-      return side.whole || placed ? std::nullopt : OptTensor(side.position);
-    };
-    const Remade dA{.from = out[1],
-                    .rows = lora_A.size(0),
-                    .columns = lora_A.size(1),
-                    .column_index = places(in_side, scatters)},
-        dB{.from = out[2],
-           .rows = lora_B.size(0),
-           .columns = lora_B.size(1),
-           .row_index = places(out_side, gathers)};
-    std::tie(out[1], out[2]) = std::tuple_cat(remade(dA, dB));
-    if (need_bias && !out_side.whole) {
-      out[3] = gathered(out[3].unsqueeze(0), out_side.position, out_side.size).squeeze(0);
-    }
+    out = backward(grad, x, t, o, need);
   }
-  for (Tensor& gradient : out) {
-    if (!gradient.defined()) gradient = at::empty({0}, x.options());
-  }
-  return {out[0], out[1], out[2], out[3]};
+  return gradients_of(out, x);
 }
 
 void pack_kept_(const Tensor& packed, const Tensor& weight, const Tensor& index_in, const Tensor& index_out,
@@ -350,10 +278,17 @@ void pack_kept_(const Tensor& packed, const Tensor& weight, const Tensor& index_
   TORCH_CHECK_VALUE(packed.dim() == 1 && packed.is_contiguous(),
                     "packed must be a contiguous vector, got shape ", text(packed.sym_sizes()));
   if (packed.is_meta()) return;
-  CompactLayer layer{};
-  layer.packed = packed, layer.kept = kept, layer.index_in = index_in, layer.index_out = index_out;
-  layer.lora_A = weight.narrow(0, 0, 0), layer.lora_B = weight.narrow(1, 0, 0);
-  Sides sides = sides_of(layer);
+  const OptTensor buffer(packed);
+  const Tensor no_rows = weight.narrow(0, 0, 0), no_columns = weight.narrow(1, 0, 0), unused;
+  Sides sides = sides_of({{buffer, kNone, no_rows, no_columns, kNone, kNone},
+                          index_in,
+                          index_out,
+                          unused,
+                          unused,
+                          kept,
+                          1.,
+                          false,
+                          false});
   if (sides.in.width * sides.out.width == 0) return;
   Scope scope(packed);
   GatherArgs args{};
@@ -365,31 +300,6 @@ void pack_kept_(const Tensor& packed, const Tensor& weight, const Tensor& index_
   args.gathered = packed.mutable_data_ptr();
   args.dtype = dtype_of(packed);
   kernels_for(packed).gather(args, current_stream(packed));
-}
-
-Tensor composite_compact(const Tensor& x, const CompactLayer& layer) {
-  check_compact(x, layer, /*gathered=*/false);
-  Sides sides = sides_of(layer);
-  check_width(x, "x", layer.compact_in, sides.in);
-  const Side &in = sides.in, &out = sides.out;
-  auto lanes_of = [](const Side& side, int64_t kept) { return side.index.narrow(0, 0, kept).to(at::kLong); };
-  Tensor kept_in = lanes_of(in, sides.kept_in), kept_out = lanes_of(out, sides.kept_out);
-  auto of = [](const OptTensor& vector, const Tensor& kept) {
-    return vector.has_value() ? OptTensor(vector->index_select(0, kept)) : std::nullopt;
-  };
-  OptTensor weight;
-  if (layer.packed.has_value()) {
-    weight = layer.packed->narrow(0, 0, out.width * in.width).view({out.width, in.width});
-    weight = weight->narrow(0, 0, sides.kept_out).narrow(1, 0, sides.kept_in);
-  }
-  Tensor used = layer.compact_in ? x.narrow(-1, 0, sides.kept_in) : x.index_select(-1, kept_in);
-  Tensor y = composite_linear(used, weight, of(layer.bias, kept_out), layer.lora_A.index_select(1, kept_in),
-                              layer.lora_B.index_select(0, kept_out), of(in.mask, kept_in),
-                              of(out.mask, kept_out), layer.scaling);
-  if (layer.compact_out) return at::constant_pad_nd(y, {0, out.width - sides.kept_out});
-  auto shape = y.sym_sizes().vec();
-  shape.back() = out.size;
-  return y.new_zeros_symint(shape).index_copy(-1, kept_out, y);
 }
 
 }  // namespace apt

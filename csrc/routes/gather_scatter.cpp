@@ -7,10 +7,10 @@
 namespace apt {
 namespace {
 
-// A staged pass reads masks in float32 (autocast brings them in 16 bits) at an aligned address.
+// Bring a mask into the form that a pass reads: staged ones read float32 (autocast brings 16 bits), aligned.
 OptTensor held_mask(const OptTensor& mask, bool staged) {
   if (!mask.has_value()) return std::nullopt;
-  return staged ? aligned_vector(mask, at::kFloat) : OptTensor(mask->contiguous());
+  return staged ? aligned_contiguous(mask, at::kFloat) : OptTensor(mask->contiguous());
 }
 
 Tensor gather(const Tensor& matrix, const Tensor& index, int64_t width, const OptTensor& mask, bool staged,
@@ -70,6 +70,28 @@ Tensor scattered(const Tensor& values, const KeptSide& side, const OptTensor& bi
   }
   kernels_for(out).scatter(args, current_stream(out));
   return out;
+}
+
+bool can_stage(const Tensor& x, int64_t columns) {
+  bool sixteen = x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
+  return sixteen && x.is_cuda() && columns % 8 == 0 && limits_of(x).shared_bytes >= kStagedBytes;
+}
+
+Tensor aligned_rows(const Tensor& matrix) {
+  auto is_aligned = [](const Tensor& m) { return reinterpret_cast<uintptr_t>(m.const_data_ptr()) % 16 == 0; };
+  bool dense = matrix.stride(1) == 1 && matrix.stride(0) % 8 == 0 && matrix.stride(0) >= matrix.size(1);
+  if (dense && is_aligned(matrix)) return matrix;
+  Tensor copy = matrix.contiguous();
+  return is_aligned(copy) ? copy : copy.clone();
+}
+
+Tensor aligned_contiguous(const Tensor& tensor, at::ScalarType dtype) {
+  Tensor out = tensor.to(dtype).contiguous();
+  return reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 16 == 0 ? out : out.clone();
+}
+
+OptTensor aligned_contiguous(const OptTensor& tensor, at::ScalarType dtype) {
+  return tensor.has_value() ? OptTensor(aligned_contiguous(*tensor, dtype)) : std::nullopt;
 }
 
 }  // namespace apt

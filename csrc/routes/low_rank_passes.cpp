@@ -1,46 +1,11 @@
-// apt_linear of 16-bit types on CUDA: the library's dense product, and around it passes of our own at the
-// speed of memory (cuda/low_rank.cu, cuda/token_sums.cu). What a mask on the output side decides is the
-// order:
-//
-//   no mask   low-rank part into the output first, then the dense product on top (beta = 1): the output is
-//             written once
-//   a mask    dense product first, then low-rank part, bias and mask in one pass over the output
-//
-// A compacted layer (compact_linear.cpp) goes the same way with other ends: x's kept lanes are gathered while the
-// low-rank product is made of them, and what the dense product gives is scattered, with the low-rank part,
-// into the output.
-//
-// Saved for the backward are x and t [M, R], never a masked copy of x. Workspace: that copy during a call,
-// and partial sums of the factors' gradients, at most (M / 64) R (N + K) floats.
+#include "low_rank_passes.h"
+
 #include <ATen/ATen.h>
 
 #include "../device.h"
-#include "gather_scatter.h"
-#include "linear.h"
+#include "mask_channels.h"
 
 namespace apt {
-
-// Rows of whole 16 bytes at aligned addresses, copied only if need be.
-Tensor aligned_rows(const Tensor& matrix) {
-  auto is_aligned = [](const Tensor& m) { return reinterpret_cast<uintptr_t>(m.const_data_ptr()) % 16 == 0; };
-  bool dense = matrix.stride(1) == 1 && matrix.stride(0) % 8 == 0 && matrix.stride(0) >= matrix.size(1);
-  if (dense && is_aligned(matrix)) return matrix;
-  Tensor copy = matrix.contiguous();
-  return is_aligned(copy) ? copy : copy.clone();
-}
-
-namespace {
-
-Tensor contiguous_factor(const Tensor& factor, at::ScalarType dtype) {
-  Tensor out = factor.to(dtype).contiguous();
-  return reinterpret_cast<uintptr_t>(out.const_data_ptr()) % 16 == 0 ? out : out.clone();
-}
-
-}  // namespace
-
-OptTensor aligned_vector(const OptTensor& vector, at::ScalarType dtype) {
-  return vector.has_value() ? OptTensor(contiguous_factor(*vector, dtype)) : std::nullopt;
-}
 
 namespace {
 
@@ -125,7 +90,7 @@ Result run(const Direction& d, bool need_out) {
   return result;
 }
 
-// Partial sums over tokens of x[m, c] low[m, r]; the job that adds them up into `grad`.
+// Sum x[m, c] low[m, r] over spans of tokens. Return the job that adds these partial sums up.
 FactorGrad sum_tokens(const Tensor& x, const Tensor& low, Tensor& partial, int64_t span) {
   int64_t M = x.size(0), C = x.size(1), R = low.size(1), spans = (M + span - 1) / span;
   partial = at::empty({spans, R, C}, x.options().dtype(at::kFloat));
@@ -145,8 +110,8 @@ FactorGrad sum_tokens(const Tensor& x, const Tensor& low, Tensor& partial, int64
   return job;
 }
 
-// The factor with which the gradient of x leaves. A pass that scatters it wants the full-size one by channel;
-// where it is not asked for, A gives its sizes alone.
+// The factor with which the gradient of x leaves. A pass that scatters it wants the full-size one by channel.
+// Where that gradient is not asked for, only the sizes of A are read.
 struct UpFactor {
   Tensor factor;
   bool by_channel;
@@ -159,11 +124,6 @@ UpFactor up_factor(const Layer& layer, const KeptSides& kept, bool need_x) {
 
 }  // namespace
 
-bool can_stage(const Tensor& x, int64_t columns) {
-  bool sixteen = x.scalar_type() == at::kHalf || x.scalar_type() == at::kBFloat16;
-  return sixteen && x.is_cuda() && columns % 8 == 0 && limits_of(x).shared_bytes >= kStagedBytes;
-}
-
 bool passes_fit(const Tensor& x, const LinearPlan& plan, const KeptSides& kept) {
   auto fits = [&](const KeptSide* side) { return side == nullptr || can_stage(x, side->size); };
   return plan.route == LinearPlan::Route::kPasses && !plan.padded && fits(kept.in) && fits(kept.out);
@@ -174,11 +134,11 @@ std::tuple<Tensor, Tensor, Tensor> passes_forward(const Tensor& x, const Layer& 
   at::ScalarType dtype = x.scalar_type();
   OptTensor matrix = layer.weight.has_value() ? OptTensor(layer.weight->t()) : std::nullopt;
   Result result =
-      run({aligned_rows(x), matrix, contiguous_factor(layer.lora_A, dtype),
-           contiguous_factor(kept.out != nullptr ? kept.lora_B : layer.lora_B, dtype),
-           /*down_by_channel=*/false, /*up_by_channel=*/true, aligned_vector(layer.mask_in, at::kFloat),
-           aligned_vector(layer.mask_out, at::kFloat), aligned_vector(layer.bias, dtype), layer.scaling,
-           layer.keep_low, plan.rows, plan.up_splits_N, kept.in, kept.out},
+      run({aligned_rows(x), matrix, aligned_contiguous(layer.lora_A, dtype),
+           aligned_contiguous(kept.out != nullptr ? kept.lora_B : layer.lora_B, dtype),
+           /*down_by_channel=*/false, /*up_by_channel=*/true, aligned_contiguous(layer.mask_in, at::kFloat),
+           aligned_contiguous(layer.mask_out, at::kFloat), aligned_contiguous(layer.bias, dtype),
+           layer.scaling, layer.keep_low, plan.rows, plan.up_splits_N, kept.in, kept.out},
           /*need_out=*/true);
   return {result.out, result.low, result.masked};
 }
@@ -189,8 +149,8 @@ std::array<Tensor, 4> passes_backward(const Tensor& grad, const Tensor& x, const
   auto [need_x, need_A, need_B, need_bias] = need;
   at::ScalarType dtype = x.scalar_type();
   Tensor g = aligned_rows(grad), low = t.contiguous();
-  OptTensor mask_in = aligned_vector(layer.mask_in, at::kFloat),
-            mask_out = aligned_vector(layer.mask_out, at::kFloat);
+  OptTensor mask_in = aligned_contiguous(layer.mask_in, at::kFloat),
+            mask_out = aligned_contiguous(layer.mask_out, at::kFloat);
   std::array<Tensor, 4> out;
   FactorGradPair pair;
   int jobs = 0;
@@ -209,7 +169,7 @@ std::array<Tensor, 4> passes_backward(const Tensor& grad, const Tensor& x, const
     add_job(out[2], kept.out != nullptr ? kept.lora_B : layer.lora_B, kept.out, wide, low, partial_B,
             plan.span_N, mask_out, true);
   };
-  // First the pass from g's first token to its last, then the one that goes back: it finds g's end in the L2
+  // First the pass from g's first token to its last, then the one that goes back and finds g's end in the L2
   // cache.
   if (need_B && kept.out == nullptr) add_B(g);
   if (need_x || need_A || kept.out != nullptr) {
@@ -217,20 +177,20 @@ std::array<Tensor, 4> passes_backward(const Tensor& grad, const Tensor& x, const
     Tensor down = kept.out != nullptr ? layer.lora_B.t() : layer.lora_B;
     const UpFactor up = up_factor(layer, kept, need_x);
     Result result =
-        run({g, layer.weight, contiguous_factor(down, dtype), contiguous_factor(up.factor, dtype),
+        run({g, layer.weight, aligned_contiguous(down, dtype), aligned_contiguous(up.factor, dtype),
              /*down_by_channel=*/kept.out == nullptr, up.by_channel, mask_out, mask_in, std::nullopt,
              layer.scaling, /*keep_low=*/true, plan.rows, plan.up_splits_K, kept.out, kept.in},
             need_x);
     out[0] = result.out;
     if (!result.masked.is_same(g)) masked_g = result.masked;
     if (need_B && kept.out != nullptr) add_B(masked_g);
-    // From the unmasked x: the mask acts on the sums, so a NaN in a pruned lane ends in a pruned column.
+    // From the unmasked x: the mask acts on the sums, so a NaN in a pruned channel ends in a pruned column.
     if (need_A)
       add_job(out[1], kept.in != nullptr ? kept.lora_A : layer.lora_A, kept.in, aligned_rows(x), result.low,
               partial_A, plan.span_K, mask_in, false);
   }
   if (jobs > 0) kernels_for(x).add_spans(pair, current_stream(x));
-  if (need_bias) out[3] = (masked_g.defined() ? masked_g : lanes(grad, mask_out, 1, false)).sum(0);
+  if (need_bias) out[3] = (masked_g.defined() ? masked_g : mask_channels(grad, mask_out, 1, false)).sum(0);
   return out;
 }
 

@@ -14,19 +14,19 @@ bool has_passes(const LinearProblem& p, const DeviceLimits& device) {
          p.R <= kMaxRank;
 }
 
-// A block owns whole rows: 32 of them where then three quarters of the multiprocessors have so many blocks.
+// Give a block 32 whole rows where then three quarters of the multiprocessors have so many blocks, else 16.
 int rows_of(int64_t M, int64_t blocks_each, const DeviceLimits& device) {
   return divided(M, 32) * 4 >= device.multiprocessors * 3 * blocks_each ? 32 : 16;
 }
 
-// Of the low-rank pass: blocks of 32 read the factor half as often, which counts where rows are long; two
-// blocks that take turns with reading and writing count for more (docs/performance.md).
+// The rows of a block of the low-rank pass. 32 read the factor half as often, which counts where rows are
+// long. Two blocks that take turns with reading and writing count for more (docs/performance.md).
 int rows_of_pass(const LinearProblem& p, const DeviceLimits& device) {
   constexpr int64_t kLong = 4096;
   return std::max(p.N, p.K) >= kLong ? rows_of(p.M, 2, device) : 16;
 }
 
-// Of the up pass alone the columns can be cut too, until there are two blocks for each multiprocessor.
+// Cut the columns of the up pass too, until there are two blocks for each multiprocessor.
 int splits_of_up(int64_t M, int rows, int64_t columns, const DeviceLimits& device) {
   int64_t blocks = divided(M, rows);
   return static_cast<int>(std::clamp<int64_t>(2 * device.multiprocessors / blocks, 1,

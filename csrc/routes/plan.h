@@ -1,5 +1,5 @@
-// Which route a layer's arithmetic takes and how its launches are cut: a pure function of shape and device,
-// so that it can be read, printed and tested without a GPU.
+// Choose the route of a layer's arithmetic and cut its launches. A pure function of shape and device, so that
+// it can be read, printed and tested without a GPU.
 #pragma once
 
 #include <cstdint>
@@ -37,15 +37,14 @@ struct LinearPlan {
 
 LinearPlan launch_plan(const LinearProblem& problem, const DeviceLimits& device);
 
-// A width, and the rank, of a layer that is padded: the next multiple of 8, but ranks of our own passes as
-// they are.
+// Pad a width, or a rank, to the next multiple of 8. Ranks of our own passes stay as they are.
 int64_t padded_width(int64_t size);
 int64_t padded_rank(int64_t R);
 
-// The merge of a weight [N, K]: an up pass over its rows, where the factors have its 16-bit dtype.
+// Plan the merge of a weight [N, K]: an up pass over its rows, where the factors have its 16-bit dtype.
 MergePlan merge_plan(const LinearProblem& problem, const DeviceLimits& device);
 
-// Into how many spans of tokens sums over them [M, C] -> [C] are cut, so that every multiprocessor has work.
+// Cut sums over tokens [M, C] -> [C] into so many spans that every multiprocessor has work.
 int64_t channel_sum_spans(int64_t M, int64_t C, const DeviceLimits& device);
 
 }  // namespace apt

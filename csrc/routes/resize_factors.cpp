@@ -7,7 +7,7 @@
 namespace apt {
 namespace {
 
-bool is_there(const Remade& job) {
+bool is_unchanged(const ResizedFactor& job) {
   const Tensor& from = job.from;
   if (!from.defined()) return true;
   const bool as_it_is = from.size(0) == job.rows && from.size(1) == job.columns &&
@@ -17,13 +17,13 @@ bool is_there(const Remade& job) {
 
 }  // namespace
 
-std::array<Tensor, 2> remade(const Remade& first, const Remade& second) {
+std::array<Tensor, 2> resize_factors(const ResizedFactor& first, const ResizedFactor& second) {
   std::array<Tensor, 2> out{first.from, second.from}, masks;
   FactorCopies copies{};
-  const Remade* jobs[2] = {&first, &second};
+  const ResizedFactor* jobs[2] = {&first, &second};
   for (int i = 0; i < 2; ++i) {
-    const Remade& job = *jobs[i];
-    if (is_there(job)) continue;
+    const ResizedFactor& job = *jobs[i];
+    if (is_unchanged(job)) continue;
     const Tensor& from = job.from;
     out[i] = job.by_column ? at::empty({job.columns, job.rows}, from.options()).t()
                            : at::empty({job.rows, job.columns}, from.options());
@@ -41,7 +41,7 @@ std::array<Tensor, 2> remade(const Remade& first, const Remade& second) {
     copy.mask_of_rows = job.mask_dim == 0, copy.select_only = job.select_only;
     copy.dtype = dtype_of(from);
   }
-  for (const Remade* job : jobs) {
+  for (const ResizedFactor* job : jobs) {
     if (!job->from.defined()) continue;
     if (copies.job[0].dst != nullptr || copies.job[1].dst != nullptr)
       kernels_for(job->from).copy_factors(copies, current_stream(job->from));
