@@ -2,20 +2,17 @@
 // TORCH_CHECK_VALUE raises ValueError, TORCH_CHECK_TYPE TypeError, TORCH_CHECK RuntimeError.
 #pragma once
 
-#include <ATen/core/Tensor.h>
 #include <c10/core/GradMode.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
-namespace apt {
+#include "tensor.h"
 
-using at::Tensor;
-using OptTensor = std::optional<Tensor>;
+namespace apt {
 
 inline bool is_compute_dtype(at::ScalarType t) {
   return t == at::kDouble || t == at::kFloat || t == at::kHalf || t == at::kBFloat16;

@@ -5,16 +5,12 @@
 #include <ATen/autocast_mode.h>
 #include <c10/core/DeviceGuard.h>
 
-#include <array>
 #include <limits>
-#include <optional>
-#include <tuple>
 #include <vector>
 
-namespace apt {
+#include "tensor.h"
 
-using at::Tensor;
-using OptTensor = std::optional<Tensor>;
+namespace apt {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;  // of x, lora_A, lora_B and the bias
 using Needs = std::array<bool, 4>;                             // which of these are asked for

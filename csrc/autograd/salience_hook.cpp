@@ -10,8 +10,6 @@
 namespace apt {
 namespace {
 
-using OptTensor = std::optional<Tensor>;
-
 Tensor sums_of(const Tensor& values, const OptTensor& tokens, const OptTensor& position, bool is_signed) {
   Tensor sums = channel_sums(values, tokens, is_signed);
   if (!position.has_value() || sums.numel() == position->numel()) return sums;

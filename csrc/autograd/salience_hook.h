@@ -1,16 +1,13 @@
 // Record what salience is made of at one place of a model.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <vector>
 
-namespace apt {
+#include "../tensor.h"
 
-using at::Tensor;
+namespace apt {
 
 // Sums over tokens, [channels] each, of |h|, of |dL/dh| and, if asked for, of h with its sign. An activation
 // counts when its gradient arrives, and only its sums wait for it.
@@ -23,7 +20,7 @@ class SalienceHook : public std::enable_shared_from_this<SalienceHook> {
   //   tokens    [...] bool: those that count. Where the shape is another, all do, and false comes back.
   //   position  [all channels] int32: where in h a channel lies; below 0: not there, a zero. For neighbours
   //             that hand over kept channels alone.
-  bool record(const Tensor& h, const std::optional<Tensor>& tokens, const std::optional<Tensor>& position);
+  bool record(const Tensor& h, const OptTensor& tokens, const OptTensor& position);
 
   // Return the sums since the last reset, of all activations whose gradient has come; empty if none has.
   std::vector<Tensor> sums() const;

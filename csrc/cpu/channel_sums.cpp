@@ -28,7 +28,6 @@ APT_INLINE void add_rows_body(const T* const* rows, int64_t count, Wide<T>* __re
   }
 }
 
-// target_clones takes no templates, so each type gets its overload.
 #define APT_ADD_ROWS(T)                                                                             \
   APT_CLONES void add_rows(T, const T* const* rows, int64_t count, Wide<T>* sums, int64_t channels, \
                            bool is_signed) {                                                        \
@@ -38,10 +37,7 @@ APT_INLINE void add_rows_body(const T* const* rows, int64_t count, Wide<T>* __re
       add_rows_body<T, false>(rows, count, sums, channels);                                         \
     }                                                                                               \
   }
-APT_ADD_ROWS(double)
-APT_ADD_ROWS(float)
-APT_ADD_ROWS(at::Half)
-APT_ADD_ROWS(BFloat16Bits)
+APT_EACH_TYPE(APT_ADD_ROWS)
 #undef APT_ADD_ROWS
 
 // Add the rows from `first` to `last` whose token counts to `sums`.

@@ -17,6 +17,9 @@
 #define APT_CLONES
 #endif
 
+// Define something for each type: target_clones takes no templates, so each type gets its overload.
+#define APT_EACH_TYPE(define) define(double) define(float) define(at::Half) define(BFloat16Bits)
+
 namespace apt::cpu {
 
 template <class Body>

@@ -19,15 +19,11 @@ APT_INLINE void scale_row_body(const T* src, T* dst, const Wide<T>* factor, int6
   }
 }
 
-// target_clones takes no templates, so each type gets its overload.
 #define APT_SCALE_ROW(T)                                                                                    \
   APT_CLONES void scale_row(const T* src, T* dst, const Wide<T>* factor, int64_t count, bool select_only) { \
     scale_row_body(src, dst, factor, count, select_only);                                                   \
   }
-APT_SCALE_ROW(double)
-APT_SCALE_ROW(float)
-APT_SCALE_ROW(at::Half)
-APT_SCALE_ROW(BFloat16Bits)
+APT_EACH_TYPE(APT_SCALE_ROW)
 #undef APT_SCALE_ROW
 
 }  // namespace

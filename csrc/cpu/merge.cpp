@@ -51,17 +51,13 @@ APT_INLINE bool merge_row_body(T* weight, const Wide<T>* delta, const Wide<T>* m
   return bad == 0;
 }
 
-// target_clones takes no templates, so each type gets its overload.
 #define APT_MERGE_ROW(T)                                                                               \
   APT_CLONES bool merge_row(T* weight, const Wide<T>* delta, const Wide<T>* mask_in, Wide<T> mask_out, \
                             int64_t count, int64_t stride, bool write) {                               \
     return stride == 1 ? merge_row_body(weight, delta, mask_in, mask_out, count, 1, write)             \
                        : merge_row_body(weight, delta, mask_in, mask_out, count, stride, write);       \
   }
-APT_MERGE_ROW(double)
-APT_MERGE_ROW(float)
-APT_MERGE_ROW(at::Half)
-APT_MERGE_ROW(BFloat16Bits)
+APT_EACH_TYPE(APT_MERGE_ROW)
 #undef APT_MERGE_ROW
 
 at::ScalarType scalar_type_of(DType dtype) {

@@ -116,7 +116,6 @@ APT_INLINE void scale_body(const T* src, T* dst, const Wide<T>* factor, const Wi
   }
 }
 
-// target_clones takes no templates, so each type gets its overload.
 #define APT_PICKS(T)                                                                                       \
   APT_CLONES void pick(const T* src, T* dst, const int32_t* index, int64_t count) {                        \
     pick_body(src, dst, index, count);                                                                     \
@@ -128,10 +127,7 @@ APT_INLINE void scale_body(const T* src, T* dst, const Wide<T>* factor, const Wi
   APT_CLONES void scale(const T* src, T* dst, const Wide<T>* factor, const Wide<T>* bias, int64_t count) { \
     scale_body(src, dst, factor, bias, count);                                                             \
   }
-APT_PICKS(double)
-APT_PICKS(float)
-APT_PICKS(at::Half)
-APT_PICKS(BFloat16Bits)
+APT_EACH_TYPE(APT_PICKS)
 #undef APT_PICKS
 
 }  // namespace
@@ -215,10 +211,7 @@ void move_row(const ChannelMoves& moves, const T* src, T* dst, T* scratch, const
 
 #define APT_MOVE_ROW(T) \
   template void move_row(const ChannelMoves&, const T*, T*, T*, const Wide<T>*, const Wide<T>*);
-APT_MOVE_ROW(double)
-APT_MOVE_ROW(float)
-APT_MOVE_ROW(at::Half)
-APT_MOVE_ROW(BFloat16Bits)
+APT_EACH_TYPE(APT_MOVE_ROW)
 #undef APT_MOVE_ROW
 
 }  // namespace apt::cpu

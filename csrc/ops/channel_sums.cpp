@@ -11,13 +11,13 @@
 
 namespace apt {
 
-Tensor channel_sums(const Tensor& values, const std::optional<Tensor>& tokens, bool is_signed) {
+Tensor channel_sums(const Tensor& values, const OptTensor& tokens, bool is_signed) {
   const auto device = values.device();
   TORCH_CHECK_VALUE(
       (device.is_cpu() || device.is_cuda()) && values.dim() >= 2 && values.layout() == at::kStrided,
       "values must be a dense tensor [..., channels] on the CPU or a GPU, got ",
       name_of(values.scalar_type()), " on ", device.str(), " of shape ", text(values.sym_sizes()));
-  std::optional<Tensor> counted;
+  OptTensor counted;
   if (tokens.has_value()) {
     const auto leading = values.sizes().slice(0, values.dim() - 1);
     TORCH_CHECK_VALUE(

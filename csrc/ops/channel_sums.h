@@ -1,15 +1,11 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
+#include "../tensor.h"
 
 namespace apt {
 
-using at::Tensor;
-
 // Sum |values| (or values) [..., channels] over the tokens [...] that count: [channels], in float32 (float64
 // for float64). What the others hold is not read. For salience; no op: it has no gradient.
-Tensor channel_sums(const Tensor& values, const std::optional<Tensor>& tokens, bool is_signed);
+Tensor channel_sums(const Tensor& values, const OptTensor& tokens, bool is_signed);
 
 }  // namespace apt

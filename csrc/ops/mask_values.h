@@ -2,17 +2,15 @@
 // else. Masks are vectors of float32 on the CPU; others are refused.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
+#include "../tensor.h"
 
 namespace apt {
 
 // Return true if every entry is 1; true for none.
-bool all_ones(const std::optional<at::Tensor>& first, const std::optional<at::Tensor>& second);
+bool all_ones(const OptTensor& first, const OptTensor& second);
 
 // Return true if both pairs hold equal values.
-bool same_masks(const at::Tensor& first, const at::Tensor& first_before, const at::Tensor& second,
-                const at::Tensor& second_before);
+bool same_masks(const Tensor& first, const Tensor& first_before, const Tensor& second,
+                const Tensor& second_before);
 
 }  // namespace apt

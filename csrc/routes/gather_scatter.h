@@ -1,14 +1,9 @@
 // Gather the kept channels of a side from a full-size matrix, and scatter them back into one.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
+#include "../tensor.h"
 
 namespace apt {
-
-using at::Tensor;
-using OptTensor = std::optional<Tensor>;
 
 // One side of a compacted layer whose operand is full-size.
 struct KeptSide {

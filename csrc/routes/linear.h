@@ -2,16 +2,9 @@
 // route.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <array>
-#include <optional>
-#include <tuple>
+#include "../tensor.h"
 
 namespace apt {
-
-using at::Tensor;
-using OptTensor = std::optional<Tensor>;
 
 // What forward and backward have in common. x's dtype is the compute dtype.
 struct Layer {

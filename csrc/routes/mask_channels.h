@@ -1,13 +1,8 @@
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <optional>
+#include "../tensor.h"
 
 namespace apt {
-
-using at::Tensor;
-using OptTensor = std::optional<Tensor>;
 
 // Scale matrix [rows, cols] by a mask along `dim` (0: one value a row), zeros selected. select_only:
 // fractions do not scale. Without a mask the matrix itself comes back.

@@ -1,15 +1,9 @@
 // Copy LoRA factors or their gradients to padded, gathered or transposed layouts, two per launch.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
-#include <array>
-#include <optional>
+#include "../tensor.h"
 
 namespace apt {
-
-using at::Tensor;
-using OptTensor = std::optional<Tensor>;
 
 // A matrix [rows, columns] made of another. Its row i and column j are row row_index[i] and column
 // column_index[j] of the other (int32, contiguous; none: i and j), and zero where those are negative or the
