@@ -238,8 +238,9 @@ def pack(tmp_path_factory):
 @pytest.fixture
 def place(pack, tmp_path, monkeypatch):
     """Quick cells of it, whose rounds of the clock last no time."""
+    from apt_ext.tools.checkout.evidence.cell import Place
+
     from apt_ext.tools import measuring
-    from apt_ext.tools.results.cell import Place
 
     monkeypatch.setattr(measuring, "_ROUND", 0.0)
     return Place(pack, tmp_path / "cells", "cpu", "here", quick=True)

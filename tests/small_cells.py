@@ -3,11 +3,11 @@
 import json
 
 import torch
+from apt_ext.tools.checkout.evidence import cell, packing, tasks
+from apt_ext.tools.checkout.evidence.cell import Cell
 from families import FAMILIES
 
 from apt_ext.tools.cli import main
-from apt_ext.tools.results import cell, packing, tasks
-from apt_ext.tools.results.cell import Cell
 
 
 def packed(directory):

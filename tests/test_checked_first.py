@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from apt_ext.tools.checkout.evidence import packing, runner
 from families import FAMILIES
 from small_source import command, letters
 
@@ -11,7 +12,6 @@ from apt_ext.tools import data, demo, shrinking
 from apt_ext.tools.cli import main
 from apt_ext.tools.data import Review
 from apt_ext.tools.models import transformers_offline
-from apt_ext.tools.results import packing, runner
 
 transformers = pytest.importorskip("transformers")
 

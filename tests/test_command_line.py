@@ -17,7 +17,7 @@ import torch
 from command_server import Server
 from families import FAMILIES
 
-from apt_ext.tools import cli, demo, messages, processes
+from apt_ext.tools import checkout, cli, demo, messages, processes
 from apt_ext.tools.cli import main
 from apt_ext.tools.data import Missing
 
@@ -260,6 +260,15 @@ def test_arguments_that_are_none_are_one_line_and_status_2(words, capsys):
 def test_arguments_that_cannot_be_meant_are_one_line_and_status_2(words, capsys):
     assert main(words) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [[], ["--task", "movies", "--jobs", "2"], ["--help"], ["more", "words"]], ids=" ".join)
+def test_results_of_an_installed_package_says_that_it_needs_a_checkout(words, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(checkout, "BENCHMARKS", tmp_path)
+    assert main(["results", *words]) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith("apt-ext: results: expected a checkout of the repository") and said.err.count("\n") == 1
+    assert "python -m pip install -e ." in said.err and not said.out
 
 
 # -- what the library says ---------------------------------------------------------------------------------------------

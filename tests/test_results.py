@@ -10,16 +10,16 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
+from apt_ext.tools.checkout.evidence import cell, packing, report, runner, tasks, training
+from apt_ext.tools.checkout.evidence.cell import Cell, Place
+from apt_ext.tools.checkout.evidence.quantised import widened
+from apt_ext.tools.checkout.evidence.rows import rows_of
+from apt_ext.tools.checkout.evidence.tasks import TASKS, load_data, load_model
 from families import FAMILIES
 from small_cells import command, made, trial_of, written
 
 from apt_ext import APTConfig, adapters, get_apt_model
 from apt_ext.tools.data import Missing
-from apt_ext.tools.results import cell, packing, report, runner, tasks, training
-from apt_ext.tools.results.cell import Cell, Place
-from apt_ext.tools.results.quantised import widened
-from apt_ext.tools.results.rows import rows_of
-from apt_ext.tools.results.tasks import TASKS, load_data, load_model
 
 pytest.importorskip("transformers")
 CPU = torch.device("cpu")

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from apt_ext.tools.checkout.evidence import cell, report, runner, training
+from apt_ext.tools.checkout.evidence.cell import Cell, Place
+from apt_ext.tools.checkout.evidence.command import cells_of
+from apt_ext.tools.checkout.evidence.tasks import TASKS
 from small_cells import command, made, trial_of, written
 
 from apt_ext.tools.cli import main
 from apt_ext.tools.data import Missing, joined
-from apt_ext.tools.results import cell, report, runner, training
-from apt_ext.tools.results.cell import Cell, Place
-from apt_ext.tools.results.command import cells_of
-from apt_ext.tools.results.tasks import TASKS
 
 pytest.importorskip("transformers")
 

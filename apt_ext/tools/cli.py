@@ -13,19 +13,20 @@ import sys
 import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import NoReturn, TextIO
 
 from .._version import __version__
 from ..config import KINDS, APTConfig
 from ..method.planner import plan
+from . import checkout
 from .data import ARCHIVE, Missing, Misuse
 from .demo import QUICK_STEPS, STEPS, CheckFailed, demo
 from .messages import say, warnings_on_stderr
 from .models import empty_model, package_file
 from .places import directory_for, directory_of, replace_json
 from .processes import stopped_by_signals
-from .results.command import add_command as add_results
 from .shrinking import Settings, shrink_model, shrink_random, table
 
 _CLOSED_PIPE = 141  # as a shell says that a program ended by SIGPIPE
@@ -151,6 +152,14 @@ def _shrink(options: argparse.Namespace) -> None:
         replace_json(options.json, kept)
 
 
+def _results(options: argparse.Namespace) -> None:
+    """Refuse what only benchmarks/evidence can do."""
+    raise Missing(
+        "results: expected a checkout of the repository, which has benchmarks/evidence, got an installed package; "
+        "run it after this in a checkout: python -m pip install -e ."
+    )
+
+
 def _matching(given: str) -> list[Path]:
     """The files of a name or pattern, in order; the name itself where there is none, for whoever reads it to say so."""
     return [Path(path) for path in sorted(glob.glob(given))] or [Path(given)]
@@ -242,9 +251,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--recover", type=_steps, default=0, help="fine-tuning steps after the cut (%(default)s)")
     command.add_argument("--seed", type=_seed, default=0, help="of adapters and batches (%(default)s)")
     command.set_defaults(run=_shrink)
-    add_results(commands)
+    if checkout.has_evidence():
+        import_module(f"{checkout.__name__}.evidence.command").add_command(commands)
     for each in commands.choices.values():
         each.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=_DEBUG)
+    if not checkout.has_evidence():
+        # No word begins with this prefix: all of them, --help too, are taken as they are.
+        command = commands.add_parser("results", help="only from a checkout of the repository", add_help=False, prefix_chars="\0")
+        command.add_argument("words", nargs="*")
+        command.set_defaults(run=_results)
     return parser
 
 

@@ -114,6 +114,8 @@ isolated() {
   pip install --find-links "$work/decoy" "$tree"
   works "$(torch_version)"
   ! grep -q "torch-99" "$log"
+  [ ! -e "$site/benchmarks" ]
+  fails "results: expected a checkout of the repository" "$venv/bin/apt-ext" results --task movies
 }
 
 direct() {
@@ -126,6 +128,7 @@ editable() {
   borrow
   pip install -e "$tree"
   works "$(torch_version)" "$tree"
+  "$venv/bin/apt-ext" results --help >>"$log"
   pip uninstall -y apt_ext
   rm -f "$tree"/apt_ext/*.so "$tree"/apt_ext/_built_for.py
 }

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from ..data import ARCHIVE, Missing, Misuse, joined
-from ..measuring import commit_here
+from apt_ext.tools.data import ARCHIVE, Missing, Misuse, joined
+from apt_ext.tools.measuring import commit_here
+
 from .cell import Cell, Place
 from .packing import Sources, prepare
 from .report import write_report

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 import apt_ext
+from apt_ext.tools.data import Missing
+from apt_ext.tools.measuring import in_turn
+from apt_ext.tools.models import transformers_offline
+from apt_ext.tools.places import replace_json
+from apt_ext.tools.processes import peak_memory, restart_peak
 
-from ..data import Missing
-from ..measuring import in_turn
-from ..models import transformers_offline
-from ..places import replace_json
-from ..processes import peak_memory, restart_peak
 from .rows import Row, rows_of
 from .tasks import TASKS, Data, Task, load_data, load_model
 from .training import (

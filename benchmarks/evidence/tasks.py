@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...common.modes import evaluating
-from ..data import Batch, Example, Missing, sorted_batches, training_batches
-from ..models import transformers_offline
+from apt_ext.common.modes import evaluating
+from apt_ext.tools.data import Batch, Example, Missing, sorted_batches, training_batches
+from apt_ext.tools.models import transformers_offline
+
 from .quantised import dequantised
 
 PARTS = ("train", "validation", "test")

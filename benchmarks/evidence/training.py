@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import apt_ext
+from apt_ext.method import Distiller, block_scores, within_density
+from apt_ext.tools.data import Batch
+from apt_ext.tools.training import adamw, update
 
-from ...method import Distiller, block_scores, within_density
-from ..data import Batch
-from ..training import adamw, update
 from .rows import Row
 from .tasks import Data, Task
 

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from ..data import Missing, joined
-from ..places import directory_of
-from ..report import figure_class
+from apt_ext.tools.data import Missing, joined
+from apt_ext.tools.places import directory_of
+from apt_ext.tools.report import figure_class
+
 from .cell import TRIAL_SEED, on_cpu, read
 from .rows import rows_of
 from .tasks import TASKS, Task

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ..data import Missing
-from ..models import transformers_offline
-from ..places import directory_for
-from ..processes import end_workers, submit, worker_pool
+from apt_ext.tools.data import Missing
+from apt_ext.tools.models import transformers_offline
+from apt_ext.tools.places import directory_for
+from apt_ext.tools.processes import end_workers, submit, worker_pool
+
 from .cell import Cell, Place, read, run_cell, trials
 from .rows import rows_of
 from .tasks import TASKS, Task, check_pack

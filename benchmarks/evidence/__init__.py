@@ -1,5 +1,7 @@
 """`apt-ext results`: what the method does on real data, cell by cell, and the tables made of the cells.
 
+The command line imports it as apt_ext.tools.checkout.evidence.
+
 tasks    what is learned: models, data, sizes
 packing  models and data of the tasks, gathered from installed packages into one directory
 rows     what is trained, and how it is pruned
