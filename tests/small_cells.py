@@ -1,10 +1,10 @@
-"""A tiny pack, and files of cells, for the tests of apt-ext results."""
+"""A tiny pack, and cells, for the tests of apt-ext results."""
 
 import json
 
 import torch
-from apt_ext.tools.checkout.evidence import cell, packing, tasks
-from apt_ext.tools.checkout.evidence.cell import Cell
+from apt_ext.tools.checkout.evidence import packing, store, tasks
+from apt_ext.tools.checkout.evidence.store import Cell
 from families import FAMILIES
 
 from apt_ext.tools.cli import main
@@ -46,7 +46,7 @@ def command(place, *more):
 
 def made(row, seed, test, density=None, **more):
     return {
-        "format": cell.FORMAT,
+        "format": store.FORMAT,
         "task": "movies",
         "row": row,
         "seed": seed,
@@ -69,7 +69,7 @@ def made(row, seed, test, density=None, **more):
 
 
 def trial_of(one, score=80.0):
-    """What is in the file of a trial."""
+    """What is in the line of a trial."""
     more = {"task": one.task, "trial": True, "config": {"rate": one.rate}, "scores": {"validation": score}}
     return made(one.row, one.seed, score, one.density, **more)
 
@@ -78,5 +78,5 @@ def written(folder, *results):
     folder.mkdir()
     for result in results:
         one = Cell("movies", result["row"], result["seed"], result["density"], result["config"]["rate"] if result["trial"] else None)
-        cell.write(folder / f"{one.name}.json", result)
+        store.write(folder, one, result)
     return folder

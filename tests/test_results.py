@@ -10,10 +10,11 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
-from apt_ext.tools.checkout.evidence import cell, packing, report, runner, tasks, training
-from apt_ext.tools.checkout.evidence.cell import Cell, Place
+from apt_ext.tools.checkout.evidence import cell, packing, report, runner, store, tasks, training
+from apt_ext.tools.checkout.evidence.cell import Place
 from apt_ext.tools.checkout.evidence.quantised import widened
 from apt_ext.tools.checkout.evidence.rows import rows_of
+from apt_ext.tools.checkout.evidence.store import Cell
 from apt_ext.tools.checkout.evidence.tasks import TASKS, load_data, load_model
 from families import FAMILIES
 from small_cells import command, made, trial_of, written
@@ -26,12 +27,12 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("task", "density"), [("movies", 0.4), ("shakespeare", 0.5)])
-def test_every_row_is_a_file_with_all_that_was_asked_for(place, task, density, capsys, monkeypatch):
+def test_every_row_is_a_line_with_all_that_was_asked_for(place, task, density, capsys, monkeypatch):
     monkeypatch.setattr(cell, "_warm_up", lambda *_: None)  # test_results_misuse.py looks at it
     more = ["--task", task, "--densities", f"{100 * density:g}", "--seed", "3", "--row", ",".join(rows_of(TASKS[task]))]
     assert command(place, *more) == 0, capsys.readouterr().err
     for name, row in rows_of(TASKS[task]).items():
-        result = cell.read(place.file(Cell(task, name, 3, density if row.pruned else None)))
+        result = store.read(place.output, Cell(task, name, 3, density if row.pruned else None))
         assert result["task"] == task and result["row"] == name and result["seed"] == 3 and result["commit"]
         assert result["steps"] == TASKS[task].quick().steps == result["history"][-1]["step"]
         assert {"validation", "test"} < result["scores"].keys() and all(math.isfinite(score) for score in result["scores"].values())
@@ -46,9 +47,9 @@ def test_every_row_is_a_file_with_all_that_was_asked_for(place, task, density, c
             before, after = result["adapter_parameters"]
             assert (after > before) == (row.growth > 1) or row.once
         assert result["scores"]["masked validation"] == pytest.approx(result["scores"]["validation"], rel=1e-4)
-    times = {file: file.stat().st_mtime_ns for file in place.output.glob("*.json")}
-    assert command(place, *more) == 0
-    assert times == {file: file.stat().st_mtime_ns for file in place.output.glob("*.json")}  # nothing is done twice
+    times = {file: file.stat().st_mtime_ns for file in place.output.glob("*.jsonl")}
+    assert list(times) == [store.file_of(place.output, task)] and command(place, *more) == 0
+    assert times == {file: file.stat().st_mtime_ns for file in place.output.glob("*.jsonl")}  # nothing is done twice
 
 
 def test_a_cell_is_the_same_twice(place, tmp_path):
@@ -57,7 +58,7 @@ def test_a_cell_is_the_same_twice(place, tmp_path):
     results = []
     for where in (place, again):
         assert runner.run_cells(where, [one]) == []
-        results.append(cell.read(where.file(one)))
+        results.append(store.read(where.output, one))
     assert results[0]["scores"] == results[1]["scores"] and results[0]["kept"] == results[1]["kept"]
     assert results[0]["alone"] and "inference" in results[0] and not results[1]["alone"] and "inference" not in results[1]
 
@@ -69,7 +70,7 @@ def test_several_processes_do_the_same_and_keep_no_times(place, tmp_path):
     again = Place(place.pack, tmp_path / "again", "cpu", "here", quick=True)
     assert runner.run_cells(again, cells) == []
     for one in cells:
-        together, alone = cell.read(place.file(one)), cell.read(again.file(one))
+        together, alone = store.read(place.output, one), store.read(again.output, one)
         assert together["scores"]["test"] == pytest.approx(alone["scores"]["test"]) and together["kept"] == alone["kept"]
         assert not together["alone"] and alone["alone"] and "inference" not in together
 
@@ -105,7 +106,8 @@ def test_a_cell_that_fails_is_said_and_the_others_go_on(place, monkeypatch, caps
     monkeypatch.setattr(runner, "run_cell", breaks)
     assert command(place, "--task", "movies", "--row", "random,magnitude", "--densities", "40") == 1
     assert "movies.random.40.seed-0: failed: RuntimeError: out of luck" in capsys.readouterr().err
-    assert sorted(file.name for file in place.output.glob("*.*")) == ["movies.magnitude.40.seed-0.json"]  # and no half of one
+    (file,) = place.output.glob("*.*")  # and nothing aside
+    assert [line.cell for line in store.lines(file)] == ["movies.magnitude.40.seed-0"]
 
 
 def test_when_time_is_up_nothing_is_started(place):
@@ -127,7 +129,7 @@ def test_the_rate_is_that_of_the_better_trial(pack, tmp_path):
         with pytest.raises(Missing, match="trial has to come before"):
             cell.chosen_rate(place, Cell(name, "lora", 0))
         for one, score in zip(tried, (90.0, 80.0), strict=True):
-            cell.write(place.file(one), trial_of(one, score))
+            store.write(place.output, one, trial_of(one, score))
         assert cell.chosen_rate(place, Cell(name, "lora", 0)) == task.rates[best]  # accuracy, perplexity
 
 
@@ -149,7 +151,7 @@ def test_trials_come_first_and_those_of_the_teachers_row_before_its_pupils(pack,
     assert {(one.row, one.rate) for one in first} == {("full", 5e-5), ("full", 2e-4), ("lora", 5e-4), ("lora", 1e-3)}
     assert {(one.row, one.density) for one in second} == {("apt-lora", 0.4)} and third == cells
     assert all(one.seed == cell.TRIAL_SEED for one in first + second)
-    cell.write(place.file(first[0]), trial_of(first[0]))
+    store.write(place.output, first[0], trial_of(first[0]))
     assert first[0] not in runner.stages(place, cells)[0]
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from apt_ext.tools.checkout.evidence import cell, report, runner, training
-from apt_ext.tools.checkout.evidence.cell import Cell, Place
+from apt_ext.tools.checkout.evidence import cell, report, runner, store, training
+from apt_ext.tools.checkout.evidence.cell import Place
 from apt_ext.tools.checkout.evidence.command import cells_of
+from apt_ext.tools.checkout.evidence.store import Cell
 from apt_ext.tools.checkout.evidence.tasks import TASKS
 from small_cells import command, made, trial_of, written
 
@@ -39,6 +40,12 @@ def kept(tmp_path):
 # -- files that are no cells -------------------------------------------------------------------------------------------
 
 
+def put(file, index, text):
+    """Put `text` in the place of a line."""
+    lines = file.read_bytes().splitlines()
+    file.write_bytes(b"".join(line + b"\n" for line in [*lines[:index], text, *lines[index + 1 :]]))
+
+
 def without(result, *keys):
     inner = result
     for key in keys[:-1]:
@@ -48,9 +55,8 @@ def without(result, *keys):
 
 
 DAMAGES = {
-    "cut off": (lambda text: text[: len(text) // 2], "a file that cannot be read"),
-    "empty": (lambda text: "", "a file that cannot be read"),
-    "no text": (lambda text: b"\xff\xfe", "a file that cannot be read"),
+    "cut off": (lambda text: text[: len(text) // 2], "a line that cannot be read"),
+    "no text": (lambda text: b"\xff\xfe", "a line that cannot be read"),
     "no object": (lambda text: "[]", "expected a cell of format 1"),
     "nothing in it": (lambda text: "{}", "expected a cell of format 1"),
     "another format": (lambda text: '{"format": 0}', "expected a cell of format 1"),
@@ -59,52 +65,61 @@ DAMAGES = {
     "text for a number": (lambda text: text.replace('"test": 80.0', '"test": "80"'), "without its scores"),
     "history": (lambda text: json.dumps(without(json.loads(text), "history", 0, "seconds")), "without its history"),
     "inference": (lambda text: json.dumps({**json.loads(text), "inference": {"speedup": 1.0}}), "without its inference"),
-    "another seed": (lambda text: text.replace('"seed": 0', '"seed": 5'), "the cell that the file's name says, got movies.lora.seed-5"),
+    "another seed": (
+        lambda text: text.replace('"seed": 0', '"seed": 5'),
+        "the cell that the line and the file name, got movies.lora.seed-5",
+    ),
     "another row": (lambda text: text.replace('"row": "lora"', '"row": "best"'), "a task and a row of this version, got movies, best"),
 }
 
 
 @pytest.mark.parametrize(("damage", "words"), DAMAGES.values(), ids=DAMAGES)
 def test_a_damaged_cell_is_named_and_the_report_stays(cells, kept, capsys, damage, words):
-    file = cells / "movies.lora.seed-0.json"
-    content = damage(file.read_text())
-    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    file = store.file_of(cells, "movies")
+    before = file.read_text().splitlines()
+    content = damage(before[1])
+    put(file, 1, content if isinstance(content, bytes) else content.encode())
     assert reported(cells, kept) == 1
     said = capsys.readouterr().err
-    assert str(file) in said and words in said and "seed-1" not in said and kept.read_text() == "as it was"
+    assert f"{file}:2: " in said and words in said and f"{file}:3" not in said and kept.read_text() == "as it was"
     with pytest.raises(Missing):
-        cell.read(file)
+        store.lines(file)[1].result()
 
 
 def test_a_stray_file_is_named(cells, kept, capsys):
-    (cells / "notes.json").write_text("{}")
-    assert reported(cells, kept) == 1 and "notes.json" in capsys.readouterr().err and kept.read_text() == "as it was"
+    (cells / "cells-notes.jsonl").write_text("{}\n")
+    assert reported(cells, kept) == 1 and "cells-notes.jsonl:1: " in capsys.readouterr().err and kept.read_text() == "as it was"
 
 
 def test_a_file_that_is_not_there_is_no_error(tmp_path):
-    assert cell.read(tmp_path / "movies.lora.seed-0.json") is None
+    assert store.read(tmp_path, Cell("movies", "lora", 0)) is None
 
 
 def test_the_cells_that_are_kept_are_whole():
-    for found in report.load_cells(Path(__file__).parents[1] / "benchmarks/results/cells").values():
+    for found in report.load_cells(Path(__file__).parents[1] / "benchmarks/results").values():
         assert found.task.name == "shakespeare" or found.found
 
 
-@pytest.mark.parametrize("content", ["{", "{}", None])
+@pytest.mark.parametrize("content", [", {", "}", None])
 def test_a_running_command_makes_a_damaged_or_quick_cell_anew_and_says_so(pack, tmp_path, monkeypatch, capsys, content):
     place = Place(pack, tmp_path / "cells", "cpu", "here")
     one = Cell("movies", "lora", 0)
     for trial in cell.trials(one.of()[0], "lora"):
-        cell.write(place.file(trial), trial_of(trial))
-    cell.write(place.file(one), made("lora", 0, 80.0, quick=True))
+        store.write(place.output, trial, trial_of(trial))
+    store.write(place.output, one, made("lora", 0, 80.0, quick=True))
+    file = store.file_of(place.output, "movies")
     if content is not None:
-        place.file(one).write_text(content)
+        put(file, 0, b'{"cell": "movies.lora.seed-0"' + content.encode())
     ran = []
     monkeypatch.setattr(runner, "_tried", lambda where, one: ran.append(one) or made("lora", 0, 80.0, measure="m", seconds={"total": 1.0}))
     assert runner.run_cells(place, [one]) == [] and ran == [one]
     said = capsys.readouterr().err
-    assert f"{place.file(one)}: " in said and "it is made anew" in said and ("a quick run" in said) == (content is None)
-    cell.write(place.file(one), made("lora", 0, 80.0))
+    assert (
+        (f"{file}:1: " in said or f"{one.name}: in {place.output} of" in said)
+        and "it is made anew" in said
+        and ("a quick run" in said) == (content is None)
+    )
+    store.write(place.output, one, made("lora", 0, 80.0))
     assert runner.run_cells(place, [one]) == [] and ran == [one] and "anew" not in capsys.readouterr().err
 
 
@@ -229,13 +244,12 @@ def test_bools_are_no_numbers_nested_files_no_cells_and_a_score_of_0_no_divisor(
     cells = written(tmp_path / "cells", made("lora", 0, 0.0), made("apt", 0, 77.0, 0.4))
     report.write_report(cells, tmp_path / "r.md")
     assert "nan %" in (tmp_path / "r.md").read_text()
-    file = cells / "movies.lora.seed-0.json"
     for key, value in {"warmed": "no", "cudnn_attention": 1, "seed": True}.items():
-        file.write_text(json.dumps(made("lora", 0, 80.0) | {key: value}))
+        store.write(cells, Cell("movies", "lora", 0), made("lora", 0, 80.0) | {key: value})
         with pytest.raises(Missing, match=f"without its {key}"):
             report.write_report(cells, tmp_path / "r.md")
-    file.write_text("[" * 100_000)
-    with pytest.raises(Missing, match="a file that cannot be read"):
+    put(store.file_of(cells, "movies"), 1, b"[" * 100_000)
+    with pytest.raises(Missing, match="a line that cannot be read"):
         report.write_report(cells, tmp_path / "r.md")
     with pytest.raises(Missing, match="expected a directory with cells, got the file"):
         report.write_report(tmp_path / "r.md", tmp_path / "other.md")
@@ -253,7 +267,7 @@ def test_nan_is_the_worst_of_two_trials_in_either_order(tmp_path, pack):
     one, other = cell.trials(task, "lora")
     for first, second in ((float("nan"), 30.0), (30.0, float("nan"))):
         for trial, score in ((one, first), (other, second)):
-            cell.write(place.file(trial), trial_of(trial, score))
+            store.write(place.output, trial, trial_of(trial, score))
         assert cell.chosen_rate(place, Cell("shakespeare", "lora", 0)) == (one if first == 30.0 else other).rate
 
 

@@ -5,7 +5,8 @@ The command line imports it as apt_ext.tools.checkout.evidence.
 tasks    what is learned: models, data, sizes
 packing  models and data of the tasks, gathered from installed packages into one directory
 rows     what is trained, and how it is pruned
-cell     one task, one row, one seed, one density: trained, measured, written as one JSON file
+cell     one task, one row, one seed, one density: trained, measured, written as one line of a file of its task
+store    the lines of cells-<task>.jsonl, one a cell: read, checked, replaced
 runner   many cells, in one or several processes
 report   tables and plots of the cells that are there
 """

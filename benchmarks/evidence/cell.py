@@ -1,4 +1,4 @@
-"""One cell: one task, one row, one seed and, where it is pruned, one density. Trained, measured, and written as one JSON file.
+"""One cell: one task, one row, one seed and, where it is pruned, one density. Trained, measured, and written as one line.
 
 A trial is a cell on one learning rate that reads validation alone; the best of a row's trials says the rate of all its cells.
 """
@@ -26,7 +26,8 @@ from apt_ext.tools.places import replace_json
 from apt_ext.tools.processes import peak_memory, restart_peak
 
 from .rows import Row, rows_of
-from .tasks import TASKS, Data, Task, load_data, load_model
+from .store import FORMAT, Cell, read, write
+from .tasks import Data, Task, load_data, load_model
 from .training import (
     ALPHA,
     DISTILLED,
@@ -41,27 +42,6 @@ from .training import (
 )
 
 TRIAL_SEED = 1000
-FORMAT = 1
-
-
-@dataclass(frozen=True)
-class Cell:
-    """`density` None: the row is not pruned. `rate`: that of a trial, None in a cell proper."""
-
-    task: str
-    row: str
-    seed: int
-    density: float | None = None
-    rate: float | None = None
-
-    @property
-    def name(self) -> str:
-        """Of the file, without its end."""
-        parts = [self.task, self.row, *([] if self.density is None else [f"{100 * self.density:g}"])]
-        return ".".join([*parts, f"trial-{self.rate:g}" if self.rate is not None else f"seed-{self.seed}"])
-
-    def of(self) -> tuple[Task, Row]:
-        return TASKS[self.task], rows_of(TASKS[self.task])[self.row]
 
 
 @dataclass(frozen=True)
@@ -79,28 +59,25 @@ class Place:
     alone: bool = True
     quick: bool = False
 
-    def file(self, cell: Cell) -> Path:
-        return self.output / f"{cell.name}.json"
-
     def task(self, cell: Cell) -> Task:
         task = cell.of()[0]
         return task.quick() if self.quick else task
 
 
 def run_cell(place: Place, cell: Cell) -> dict[str, Any]:
-    """Train and measure one cell and write its file, whole or not at all; returns what is in it. Missing in words."""
+    """Train and measure one cell and write its line, whole or not at all; returns what is in it. Missing in words."""
     started = time.perf_counter()
     with attention_without_plans():
         result, small = _trained_and_scored(place, cell)
     if place.alone and cell.of()[1].pruned and cell.rate is None:
         result["inference"] = _inference(place, place.task(cell), small, torch.device(place.device))
     result["seconds"]["total"] = time.perf_counter() - started
-    write(place.file(cell), result)
+    write(place.output, cell, result)
     return result
 
 
 def _trained_and_scored(place: Place, cell: Cell) -> tuple[dict[str, Any], Any]:
-    """What the cell's file holds, but for the inference's times; the cut model."""
+    """What the cell's line holds, but for the inference's times; the cut model."""
     task, row, device = place.task(cell), cell.of()[1], torch.device(place.device)
     rate = cell.rate if cell.rate is not None else chosen_rate(place, cell)
     data = load_data(place.pack, task, device, place.quick)
@@ -165,7 +142,7 @@ def chosen_rate(place: Place, cell: Cell) -> float:
     if len(rates) == 1:
         return rates[0]
     for trial in trials(task, cell.row):
-        found = read(place.file(trial))
+        found = read(place.output, trial)
         if found is None:
             raise Missing(f"{trial.name}: this trial has to come before {cell.name}")
         score = found["scores"]["validation"]
@@ -181,78 +158,6 @@ def trials(task: Task, row: str) -> list[Cell]:
     density = task.densities[0] if found.pruned else None
     rates = found.rates(task)
     return [Cell(task.name, row, TRIAL_SEED, density, rate) for rate in rates] if len(rates) > 1 else []
-
-
-def read(path: Path) -> dict[str, Any] | None:
-    """A cell's file; None where there is none. Missing in words where the file of that name is no such cell, whole."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise Missing(f"{path}: expected a cell, got a file that cannot be read: {error}") from error
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise Missing(f"{path}: expected a cell of format {FORMAT}, got another file")
-    lacking = _lacking(found, _TRIED if found.get("trial") is True else _FINISHED)
-    if lacking:
-        raise Missing(f"{path}: expected a whole cell, got one without its {lacking}")
-    if found["task"] not in TASKS or found["row"] not in rows_of(TASKS[found["task"]]):
-        raise Missing(f"{path}: expected a task and a row of this version, got {found['task']}, {found['row']}")
-    pruned, density = rows_of(TASKS[found["task"]])[found["row"]].pruned, found["density"]
-    if pruned != (density is not None) or (density is not None and not 0 < density < 1):
-        expected = "a density between 0 and 1" if pruned else "no density"
-        raise Missing(f"{path}: expected {expected} in a cell of {found['row']}, got {density}")
-    one = Cell(found["task"], found["row"], found["seed"], found["density"], found["config"]["rate"] if found["trial"] else None)
-    if f"{one.name}.json" != path.name:
-        raise Missing(f"{path}: expected the cell that the file's name says, got {one.name}")
-    return found
-
-
-_NUMBER = (int, float)
-_TRIED: dict[str, Any] = {
-    "task": str,
-    "row": str,
-    "seed": int,
-    "density": (float, type(None)),
-    "trial": bool,
-    "quick": bool,
-    "commit": str,
-    "versions": {"torch": str},
-    "device": str,
-    "precision": str,
-    "alone": bool,
-    "config": {"rate": float},
-    "scores": {"validation": _NUMBER},
-    "kept": {"weights": _NUMBER},
-    "history": [{"seconds": _NUMBER, "validation": _NUMBER}],
-    "seconds": {"training": _NUMBER},
-    "peak_memory_bytes": int,
-}
-_FINISHED = {**_TRIED, "scores": {"validation": _NUMBER, "test": _NUMBER}}
-_OPTIONAL = {
-    "inference": {"speedup": _NUMBER, "batch": int, "length": int, "dtype": str},
-    "warmed": bool,
-    "cudnn_attention": bool,
-}
-
-
-def _lacking(found: dict[str, Any], shape: dict[str, Any]) -> str | None:
-    """The first key that is not there, or not of its kind."""
-    for key, kind in {**shape, **{key: kind for key, kind in _OPTIONAL.items() if key in found}}.items():
-        value = found.get(key, ...)
-        nested = next(iter(kind)) if isinstance(kind, list) else kind
-        expected = type(kind) if isinstance(kind, (dict, list)) else kind
-        if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):  # to Python a bool is a number
-            return key
-        for part in value if isinstance(kind, list) else [value]:
-            if isinstance(nested, dict) and (not isinstance(part, dict) or _lacking(part, nested)):
-                return key
-    return None
-
-
-def write(path: Path, result: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_json(path, result)
 
 
 def on_cpu(result: dict[str, Any]) -> bool:
@@ -319,7 +224,7 @@ def _teacher_seconds(directory: Path) -> float | None:
 def _keep_teacher(place: Place, lora: Cell, rate: float, trained: Trained) -> None:
     directory = _teacher_directory(place, lora, rate)
     trained.model.save_pretrained(directory)
-    write(directory / "seconds.json", trained.clock.seconds)
+    replace_json(directory / "seconds.json", trained.clock.seconds)
 
 
 # -- time and memory ---------------------------------------------------------------------------------------------------

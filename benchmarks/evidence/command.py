@@ -13,11 +13,12 @@ import torch
 from apt_ext.tools.data import ARCHIVE, Missing, Misuse, joined
 from apt_ext.tools.measuring import commit_here
 
-from .cell import Cell, Place
+from .cell import Place
 from .packing import Sources, prepare
 from .report import write_report
 from .rows import row_names, rows_of
 from .runner import run_cells, wanted
+from .store import Cell
 from .tasks import TASKS
 
 _PACK, _VARIABLE = Path(".data/results"), "APT_RESULTS_DATA"
@@ -29,9 +30,9 @@ def add_command(commands: Any) -> None:
     command = commands.add_parser(
         "results",
         help="train cells of the evidence on real data, and make its tables",
-        description="With --task: train the cells that are not there yet (with the trials that choose their learning rate), each into one "
-        "JSON file. Without: make tables and plots of the cells that are there. With --prepare: gather models and data into a directory, "
-        "after which nothing else has to be installed.",
+        description="With --task: train the cells that are not there yet (with the trials that choose their learning rate), "
+        "each into a line of cells-TASK.jsonl. Without: make tables and plots of the cells that are there. With --prepare: "
+        "gather models and data into a directory, after which nothing else has to be installed.",
     )
     several = "several with commas, or all"
     command.add_argument("--task", "--tasks", metavar="T", help=f"{', '.join(TASKS)}; {several}")
@@ -44,7 +45,7 @@ def add_command(commands: Any) -> None:
     command.add_argument("--minutes", type=float, metavar="M", help="start no cell that would not be done after so many minutes")
     command.add_argument("--device", choices=("cuda", "cpu"), help="(cuda where there is one)")
     command.add_argument("--data", type=Path, metavar="DIR", help=f"what --prepare made ({_PACK}, or ${_VARIABLE})")
-    command.add_argument("--output", type=Path, default=Path("benchmarks/results/cells"), metavar="DIR", help="the cells (%(default)s)")
+    command.add_argument("--output", type=Path, default=Path("benchmarks/results"), metavar="DIR", help="the cells (%(default)s)")
     command.add_argument("--report", type=Path, default=Path("docs/results.md"), metavar="FILE", help="the tables (%(default)s)")
     command.add_argument("--commit", metavar="TEXT", help="what is measured, where git does not know")
     command.add_argument("--quick", action="store_true", help="a few steps on a few texts: shows that it runs; kept out of the tables")

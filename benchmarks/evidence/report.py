@@ -11,22 +11,23 @@ from typing import Any
 
 import torch
 
-from apt_ext.tools.data import Missing, joined
-from apt_ext.tools.places import directory_of
+from apt_ext.tools.data import Missing
+from apt_ext.tools.places import directory_of, replace_file
 from apt_ext.tools.report import figure_class
 
-from .cell import TRIAL_SEED, on_cpu, read
+from .cell import TRIAL_SEED, on_cpu
 from .rows import rows_of
+from .store import Result, load
 from .tasks import TASKS, Task
 
-Result = dict[str, Any]
 Line = tuple[str, float | None]  # of the tables: row and density
 _NONE = "missing"
 _DRAWS, _OF_DENSE = 10_000, 0.97
 
 _HEAD = """# Results on real data
 
-Made by `apt-ext results` from the files in `{folder}`; each has its commit, configuration, scores, times and widths. Do not edit.
+Made by `apt-ext results` from the lines of `{folder}/cells-*.jsonl`; each has its commit, configuration, scores, times \
+and widths. Do not edit.
 
 ## How to read them
 
@@ -96,7 +97,7 @@ class Cells:
 def write_report(folder: Path, report: Path) -> list[str]:
     """Write the Markdown file and a picture beside it for each task with cells; returns what could not be made, in a sentence each.
 
-    Missing, and nothing is written, where there are no cells or a file among them is none.
+    Missing, and nothing is written, where there are no cells or a line among them is none.
     """
     said: list[str] = []
     if folder.is_file():
@@ -116,29 +117,21 @@ def write_report(folder: Path, report: Path) -> list[str]:
                     said.append(str(error))
         parts.append(_aims(every))
         parts.append(_making(every))
-        report.write_text("\n".join(parts), encoding="utf-8")
+        replace_file(report, "\n".join(parts).encode())
     return said
 
 
 def load_cells(folder: Path) -> dict[str, Cells]:
-    """{task: its cells}, of every task; quick cells are left out. Missing names the files that are no cells."""
+    """{task: its cells}, of every task; quick cells are left out. Missing names the lines that are no cells."""
     every = {name: Cells(task) for name, task in TASKS.items()}
-    damaged: list[str] = []
-    for file in sorted(folder.glob("*.json")):
-        try:
-            result = read(file)
-        except Missing as error:
-            damaged.append(str(error))
-            continue
-        if result is None or result["quick"]:
+    for result in load(folder):
+        if result["quick"]:
             continue
         of_task = every[result["task"]]
         if result["trial"]:
             of_task.trials.append(result)
         else:
             of_task.found.setdefault((result["row"], result["density"]), {})[result["seed"]] = result
-    if damaged:
-        raise Missing(joined(damaged))
     return every
 
 

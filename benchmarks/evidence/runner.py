@@ -9,6 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from apt_ext.tools.models import transformers_offline
 from apt_ext.tools.places import directory_for
 from apt_ext.tools.processes import end_workers, submit, worker_pool
 
-from .cell import Cell, Place, read, run_cell, trials
+from .cell import Place, run_cell, trials
 from .rows import rows_of
+from .store import Cell, file_of, lines, read
 from .tasks import TASKS, Task, check_pack
 
 _number = 0  # of this worker process
@@ -58,16 +60,23 @@ def stages(place: Place, cells: Sequence[Cell]) -> list[list[Cell]]:
 
 
 def _there(place: Place, cell: Cell) -> bool:
-    """Whether the cell's file is there, whole; of one that cannot stand for it, a line says that it is made anew."""
+    """Return whether the cell is there, whole. Say of one that cannot stand for it that it is made anew."""
     try:
-        found = read(place.file(cell))
+        found = read(place.output, cell)
     except Missing as error:
         tqdm.write(f"{error}; it is made anew", file=sys.stderr)
         return False
     if found is not None and found["quick"] and not place.quick:
-        tqdm.write(f"{place.file(cell)}: of a quick run; it is made anew", file=sys.stderr)
+        tqdm.write(f"{cell.name}: in {place.output} of a quick run; it is made anew", file=sys.stderr)
         return False
     return found is not None
+
+
+def _say_nameless(path: Path) -> None:
+    """Say which lines of a file of cells name none: the report will refuse them, and nothing replaces them."""
+    for line in lines(path):
+        if line.cell is None:
+            tqdm.write(f"{line.place}: expected a cell, got a line that names none; it stays there", file=sys.stderr)
 
 
 def run_cells(place: Place, cells: Sequence[Cell], jobs: int = 1, minutes: float | None = None) -> list[str]:
@@ -89,6 +98,7 @@ def run_cells(place: Place, cells: Sequence[Cell], jobs: int = 1, minutes: float
         work = stages(place, cells)
         for task in dict.fromkeys(cell.task for stage in work for cell in stage):
             check_pack(place.pack, TASKS[task])
+            _say_nameless(file_of(place.output, task))
         with _Workers(jobs) as workers, tqdm(total=sum(map(len, work)), desc="cells", unit="cell", smoothing=0) as bar:
             for stage in work:
                 runs = _in_turn(place, stage, late) if jobs == 1 else workers.run(replace(place, alone=False), stage, late)
