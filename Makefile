@@ -3,7 +3,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 DEMO_ARGS ?=
-TEST_ARGS ?= -m "not slow"
+TEST_ARGS ?= -m "not slow and not evidence"
 # Processes that test at once, a thread each; 0 tests in one process with all threads, as a GPU wants it.
 TEST_JOBS ?= auto
 

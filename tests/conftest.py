@@ -229,7 +229,7 @@ def loaded_here(monkeypatch):
 
 @pytest.fixture(scope="module")
 def pack(tmp_path_factory):
-    """What apt-ext results learns from, tiny, as tests/small_cells.py packs it."""
+    """What apt-ext results learns from, tiny, as tests/evidence/small_cells.py packs it."""
     from small_cells import packed
 
     return packed(tmp_path_factory.mktemp("pack"))

