@@ -49,10 +49,13 @@ def check_export(option: str, directory: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file aside and put it in its place in one step."""
+    """Write a file aside, have it on the disk, and put it in its place in one step."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_bytes(content)
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
         aside.replace(path)
     except BaseException:
         aside.unlink(missing_ok=True)
