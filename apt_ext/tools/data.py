@@ -93,16 +93,23 @@ def load_reviews(archive: Path) -> list[Review]:
         raise Missing(f"{archive} is not the source distribution of vaderSentiment 3.3.2: {error}") from error
 
 
-def _member(archive: bytes, name: str) -> bytes:
-    """The content of the regular file of that name in a .tar.gz, whatever its folder."""
+def members(archive: bytes, end: str) -> Iterator[tuple[str, bytes]]:
+    """Yield the path and the content of each regular file in a .tar.gz whose path ends so. Everything stays in memory."""
     with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as files:
         for entry in files:
-            if entry.isreg() and entry.name.rpartition("/")[2] == name:
+            if entry.isreg() and entry.name.endswith(end):
                 if entry.size > _MOST_BYTES:
-                    raise ValueError(f"{name} has {entry.size} bytes, expected at most {_MOST_BYTES}")
+                    raise ValueError(f"{entry.name} has {entry.size} bytes, expected at most {_MOST_BYTES}")
                 stream = files.extractfile(entry)
                 assert stream is not None  # noqa: S101  # only other kinds of entries have none
-                return stream.read()
+                yield entry.name, stream.read()
+
+
+def _member(archive: bytes, name: str) -> bytes:
+    """Return the content of the regular file of that name in a .tar.gz, whatever its folder."""
+    for path, content in members(archive, name):
+        if path.rpartition("/")[2] == name:
+            return content
     raise ValueError(f"it holds no {name}")
 
 

