@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-BLOCK = 32
 BYTES = {"Q4_1": 20, "Q8_0": 34}  # of one block: a half scale, for Q4_1 a half minimum, then the integers
 
 

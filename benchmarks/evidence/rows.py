@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from .tasks import TASKS, Task
 
@@ -44,27 +45,27 @@ class Row:
         return task.whole if self.whole else task.rates
 
 
-_APT = {"gradual": True, "growth": 4.0}
+_apt = partial(Row, gradual=True, growth=4.0)
 _ENCODER_ROWS = {
     "full": Row("full fine-tuning", whole=True),
     "lora": Row("dense LoRA"),
     "oneshot": Row("LoRA, one-shot prune, recovery", once="salience", at=0.5),
     "magnitude": Row("LoRA, magnitude prune, recovery", once="magnitude", at=0.5),
     "random": Row("LoRA, random prune, recovery", once="random", at=0.5),
-    "apt": Row("APT", **_APT),  # type: ignore[arg-type]
+    "apt": _apt("APT"),
     "apt-start": Row("APT, pruned at the start only", once="salience", growth=4.0),
     "apt-nogrowth": Row("APT without growth", gradual=True),
-    "apt-self": Row("APT, self-distilled", teacher="self", **_APT),  # type: ignore[arg-type]
-    "apt-lora": Row("APT with a LoRA teacher", teacher="lora", **_APT),  # type: ignore[arg-type]
-    "apt-wide": Row("APT, full-size until the end", compact=False, extra=True, **_APT),  # type: ignore[arg-type]
+    "apt-self": _apt("APT, self-distilled", teacher="self"),
+    "apt-lora": _apt("APT with a LoRA teacher", teacher="lora"),
+    "apt-wide": _apt("APT, full-size until the end", compact=False, extra=True),
 }
 _DECODER_ROWS = {
     "lora": Row("dense LoRA"),
     "oneshot": Row("one-shot prune, then LoRA", once="salience"),
     "oneshot-kurtosis": Row("one-shot prune with kurtosis, then LoRA", once="salience", kurtosis=1.0),
-    "apt": Row("APT", **_APT),  # type: ignore[arg-type]
-    "apt-kurtosis": Row("APT with kurtosis", kurtosis=1.0, **_APT),  # type: ignore[arg-type]
-    "apt-wide": Row("APT, full-size until the end", compact=False, extra=True, **_APT),  # type: ignore[arg-type]
+    "apt": _apt("APT"),
+    "apt-kurtosis": _apt("APT with kurtosis", kurtosis=1.0),
+    "apt-wide": _apt("APT, full-size until the end", compact=False, extra=True),
 }
 
 

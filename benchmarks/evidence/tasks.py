@@ -166,9 +166,7 @@ def load_data(pack: Path, task: Task, device: torch.device, quick: bool = False)
 def load_model(pack: Path, task: Task, device: torch.device) -> Any:
     """The pretrained model in float32; a classifier's head is drawn from torch's generator."""
     transformers = transformers_offline()
-    directory = pack / task.model
-    if not (directory / "config.json").is_file():
-        raise Missing(f"data: expected {task.model}/config.json in {pack}; run: apt-ext results --prepare {pack}")
+    directory = _model_directory(pack, task)
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
     if task.classes:
         config.num_labels = task.classes
@@ -197,13 +195,23 @@ def _state(pack: Path, model: str) -> dict[str, Tensor]:
 def check_pack(pack: Path, task: Task) -> None:
     """Missing in words where a packed directory lacks what the task needs, or holds it damaged."""
     _packed(pack, f"{task.name}.safetensors")
-    if not (pack / task.model / "config.json").is_file():
-        raise Missing(f"data: expected {task.model}/config.json in {pack}; run: apt-ext results --prepare {pack}")
+    _model_directory(pack, task)
     weights = [name for name in _listed(pack) if name.startswith(f"{task.model}/") and name.endswith(".safetensors")]
     if not weights:
-        raise Missing(f"data: expected {task.model}/*.safetensors in {pack}; run: apt-ext results --prepare {pack}")
+        raise _unprepared(pack, f"expected {task.model}/*.safetensors in {pack}")
     for name in weights:
         _packed(pack, name)
+
+
+def _model_directory(pack: Path, task: Task) -> Path:
+    directory = pack / task.model
+    if not (directory / "config.json").is_file():
+        raise _unprepared(pack, f"expected {task.model}/config.json in {pack}")
+    return directory
+
+
+def _unprepared(pack: Path, said: str) -> Missing:
+    return Missing(f"data: {said}; run: apt-ext results --prepare {pack}")
 
 
 def _read(pack: Path, name: str) -> dict[str, Tensor]:
@@ -217,10 +225,10 @@ def _packed(pack: Path, name: str) -> bytes:
     """One packed file, which must be the one that its list names."""
     listed = _listed(pack)
     if name not in listed or not (pack / name).is_file():
-        raise Missing(f"data: expected {name} in {pack}; run: apt-ext results --prepare {pack}")
+        raise _unprepared(pack, f"expected {name} in {pack}")
     content = (pack / name).read_bytes()
     if hashlib.sha256(content).hexdigest() != listed[name]:
-        raise Missing(f"data: {pack / name} is not the file that {PACK} lists; run: apt-ext results --prepare {pack}")
+        raise _unprepared(pack, f"{pack / name} is not the file that {PACK} lists")
     return content
 
 
@@ -229,5 +237,5 @@ def _listed(pack: Path) -> dict[str, str]:
     try:
         files = json.loads((pack / PACK).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Missing(f"data: expected a packed directory at {pack} ({error}); run: apt-ext results --prepare {pack}") from error
+        raise _unprepared(pack, f"expected a packed directory at {pack} ({error})") from error
     return {str(name): str(digest) for name, digest in files.items()}

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import apt_ext
 from apt_ext.method import Distiller, block_scores, within_density
 from apt_ext.tools.data import Batch
+from apt_ext.tools.phases import adapter_parameter_count
 from apt_ext.tools.training import adamw, update
 
 from .rows import Row
@@ -78,7 +79,7 @@ def train(
         clock.stop()
         return Trained(stock, clock, {}, (0, 0), {})
     model = apt_ext.get_apt_model(stock, adapter_config(task, density))
-    before, counts = _adapter_parameters(model), {name: block.count for name, block in model.blocks.items()}
+    before, counts = adapter_parameter_count(model), {name: block.count for name, block in model.blocks.items()}
     batches = data.training(seed)
     clock.run()
     first = int(row.at * task.steps) if row.once else 0
@@ -113,7 +114,7 @@ def train(
         model,
         clock,
         {name: adapter.rank for name, adapter in apt_ext.adapters(model) if adapter.rank},
-        (before, _adapter_parameters(model)),
+        (before, adapter_parameter_count(model)),
         {kind: [counts[name] for name, block in model.blocks.items() if block.kind == kind] for kind in kinds},
     )
 
@@ -225,7 +226,3 @@ def magnitudes(model: apt_ext.APTModel, kinds: list[str]) -> dict[str, Tensor]:
             total += weight.sum(0 if side.side == "in" else 1).cpu().view(block.count, -1).sum(1)
         scores[name] = total
     return scores
-
-
-def _adapter_parameters(model: apt_ext.APTModel) -> int:
-    return sum(adapter.get_parameter_count() for _, adapter in apt_ext.adapters(model))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
@@ -255,6 +257,16 @@ def test_texts_are_split_once_and_for_all_and_none_is_in_two_parts():
     texts = [text for part in tasks.PARTS for text, _ in split[part]]
     assert len(texts) == len(set(texts)) == 2000 and [len(split[part]) for part in tasks.PARTS] == [1275, 225, 500]
     assert dict(row for part in split.values() for row in part)["text 7"] == 2 and packing._split("bbc", rows[::-1][1:]) == split
+
+
+def test_plays_are_the_modern_texts_in_the_order_of_their_names(tmp_path):
+    archive = tmp_path / "plays.tar.gz"
+    with tarfile.open(archive, "w:gz") as files:
+        for name, text in (("s/b_gut.txt", b"second \xff"), ("s/readme.txt", b"no play"), ("s/a_gut.txt", b"first")):
+            entry = tarfile.TarInfo(name)
+            entry.size = len(text)
+            files.addfile(entry, io.BytesIO(text))
+    assert packing._plays(archive) == "first\nsecond \ufffd"
 
 
 def test_glosses_are_read_with_their_class(tmp_path):
