@@ -1,6 +1,7 @@
-"""One cell: one task, one row, one seed and, where it is pruned, one density. Trained, measured, and written as one line.
+"""Train and measure one cell, and write it as one line.
 
-A trial is a cell on one learning rate that reads validation alone; the best of a row's trials says the rate of all its cells.
+A cell is one task, one row, one seed and, where the row is pruned, one density. A trial is a cell on one learning
+rate that reads validation alone. The best of a row's trials says the rate of all its cells.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ TRIAL_SEED = 1000
 
 @dataclass(frozen=True)
 class Place:
-    """Where cells come from and go to, and how they are run.
+    """Say where cells come from and go to, and how they are run.
 
     alone  no other cell runs beside: only then times mean something
     commit what is measured: a git commit, or the package's version
@@ -65,7 +66,7 @@ class Place:
 
 
 def run_cell(place: Place, cell: Cell) -> dict[str, Any]:
-    """Train and measure one cell and write its line, whole or not at all; returns what is in it. Missing in words."""
+    """Train and measure one cell, write its line and return what is in it. Missing in words."""
     started = time.perf_counter()
     with attention_without_plans():
         result, small = _trained_and_scored(place, cell)
@@ -77,7 +78,7 @@ def run_cell(place: Place, cell: Cell) -> dict[str, Any]:
 
 
 def _trained_and_scored(place: Place, cell: Cell) -> tuple[dict[str, Any], Any]:
-    """What the cell's line holds, but for the inference's times; the cut model."""
+    """Return what the cell's line holds, but for the inference's times, and the cut model."""
     task, row, device = place.task(cell), cell.of()[1], torch.device(place.device)
     rate = cell.rate if cell.rate is not None else chosen_rate(place, cell)
     data = load_data(place.pack, task, device, place.quick)
@@ -136,7 +137,7 @@ def _trained_and_scored(place: Place, cell: Cell) -> tuple[dict[str, Any], Any]:
 
 
 def chosen_rate(place: Place, cell: Cell) -> float:
-    """The learning rate of the row's best trial; of a row with one rate, that. Missing where a trial is."""
+    """Return the learning rate of the row's best trial, or its only rate. Missing where a trial is."""
     task, row = place.task(cell), cell.of()[1]
     rates, best = row.rates(task), None
     if len(rates) == 1:
@@ -153,7 +154,7 @@ def chosen_rate(place: Place, cell: Cell) -> float:
 
 
 def trials(task: Task, row: str) -> list[Cell]:
-    """A row's trials, one for each of its rates, at the task's first density."""
+    """Return a row's trials, one for each of its rates, at the task's first density."""
     found = rows_of(task)[row]
     density = task.densities[0] if found.pruned else None
     rates = found.rates(task)
@@ -161,12 +162,12 @@ def trials(task: Task, row: str) -> list[Cell]:
 
 
 def on_cpu(result: dict[str, Any]) -> bool:
-    """Whether a cell ran on a CPU: of those its device says the threads."""
+    """Return whether a cell ran on a CPU, whose device says the threads."""
     return bool(result["device"].endswith(" threads"))
 
 
 def layer_weights(model: Any) -> int:
-    """Entries of all Parameters within the layers of a stock model: no embeddings, no pooler, no head."""
+    """Count the entries of all Parameters within a stock model's layers: no embeddings, pooler or head."""
     layers = next(module for name, module in model.named_modules() if name.rpartition(".")[2] in ("layer", "layers"))
     return sum(parameter.numel() for parameter in layers.parameters())
 
@@ -189,11 +190,14 @@ def _config(task: Task, row: Row, cell: Cell, rate: float) -> dict[str, Any]:
     }
 
 
-# -- a dense LoRA as teacher -------------------------------------------------------------------------------------------
+# -- a dense LoRA as teacher ---------------------------------------------------------------------------------
 
 
 def _teacher(place: Place, lora: Cell, data: Data) -> tuple[Any, float]:
-    """(the finished dense LoRA of this seed, the seconds of its training): what the cell or trial left, or else trained now."""
+    """Return the finished dense LoRA of this seed and the seconds of its training.
+
+    It is what the cell or trial left, or else trained now.
+    """
     task, row = place.task(lora), lora.of()[1]
     rate = chosen_rate(place, lora)
     directory = _teacher_directory(place, lora, rate)
@@ -214,7 +218,7 @@ def _teacher_directory(place: Place, lora: Cell, rate: float) -> Path:
 
 
 def _teacher_seconds(directory: Path) -> float | None:
-    """What _keep_teacher wrote last; None where there is no teacher, whole."""
+    """Return what _keep_teacher wrote last, or None where there is no whole teacher."""
     try:
         return float(json.loads((directory / "seconds.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -227,11 +231,11 @@ def _keep_teacher(place: Place, lora: Cell, rate: float, trained: Trained) -> No
     replace_json(directory / "seconds.json", trained.clock.seconds)
 
 
-# -- time and memory ---------------------------------------------------------------------------------------------------
+# -- time and memory -----------------------------------------------------------------------------------------
 
 
 def _warm_up(place: Place, cell: Cell, rate: float, data: Data, teacher: Any = None) -> None:
-    """The row in a few steps on a model that is thrown away: the first use of a kernel in a process is no row's time.
+    """Train a few steps on a model that is thrown away: no row's time holds the first use of a kernel.
 
     Whatever random state it leaves, the caller sets its own afterwards.
     """
@@ -244,7 +248,7 @@ def _warm_up(place: Place, cell: Cell, rate: float, data: Data, teacher: Any = N
 
 
 def _inference(place: Place, task: Task, small: Any, device: torch.device) -> dict[str, Any]:
-    """Sequences a second of the small model and of the dense stock one, in turn; every token counts."""
+    """Time the small model and the dense stock one in turn. Every token counts."""
     torch.manual_seed(0)
     dense = load_model(place.pack, task, device)
     batch, length = (1024, 64) if device.type == "cuda" else (32, 64)
@@ -269,7 +273,7 @@ def _inference(place: Place, task: Task, small: Any, device: torch.device) -> di
 
 
 def _forget_peak(device: torch.device) -> int:
-    """From now on the peak counts anew; the bytes in use now."""
+    """Let the peak count anew, and return the bytes in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)

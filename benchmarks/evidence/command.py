@@ -1,4 +1,4 @@
-"""The options of `apt-ext results`."""
+"""Read the options of `apt-ext results`."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _results(options: argparse.Namespace) -> None:
 
 
 def cells_of(options: argparse.Namespace) -> list[Cell]:
-    """The cells that the options name; Missing in words where one names none."""
+    """Return the cells that the options name. Misuse in words where one names none."""
     tasks = [TASKS[name] for name in _named("task", options.task, list(TASKS))]
     names = None if options.row == "all" else _named("row", options.row, row_names())
     if names is not None and not any(name in rows_of(task) for name in names for task in tasks):

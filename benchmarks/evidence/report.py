@@ -1,4 +1,4 @@
-"""Tables and plots of the cells that are there, as one Markdown file. What is not there is printed as missing."""
+"""Write tables and plots of the cells as one Markdown file. A cell that is not there is missing in words."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ and widths. Do not edit.
 
 @dataclass
 class Cells:
-    """The results of one task: {(row, density): {seed: result}}."""
+    """Hold the results of one task: {(row, density): {seed: result}}."""
 
     task: Task
     found: dict[Line, dict[int, Result]] = field(default_factory=dict)
@@ -68,12 +68,12 @@ class Cells:
         return {seed: result["scores"]["test"] for seed, result in sorted(self.of(row, density).items())}
 
     def shares(self, row: str, density: float | None = None) -> list[float]:
-        """Of the dense LoRA's test score, by seed."""
+        """Return the test scores as shares of the dense LoRA's, by seed."""
         tests, dense = self.tests(row, density), self.tests("lora")
         return [share_of(self.task, tests[seed], dense[seed]) for seed in tests if seed in dense]
 
     def lines(self) -> list[Line]:
-        """Each line of the tables; extra rows and densities where there are cells of them."""
+        """Return each line of the tables, with extra rows and densities where there are cells of them."""
         found: list[Line] = []
         rows = rows_of(self.task)
         others = {density for _, density in self.found if density is not None} - {*self.task.densities}
@@ -85,7 +85,10 @@ class Cells:
         return found
 
     def alone(self) -> dict[str, dict[Line, list[Result]]]:
-        """{machine and precision: {line: its results, by seed}} of the cells that had their machine for themselves, most lines first."""
+        """Return {machine and precision: {line: its results, by seed}}, the machine with most lines first.
+
+        Only cells count that had their machine for themselves.
+        """
         found: dict[str, dict[Line, list[Result]]] = {}
         for line in self.lines():
             for _, result in sorted(self.of(*line).items()):
@@ -95,9 +98,10 @@ class Cells:
 
 
 def write_report(folder: Path, report: Path) -> list[str]:
-    """Write the Markdown file and a picture beside it for each task with cells; returns what could not be made, in a sentence each.
+    """Write the Markdown file, and beside it a picture for each task with cells.
 
-    Missing, and nothing is written, where there are no cells or a line among them is none.
+    Return what could not be made, in a sentence each. Where there are no cells, or a line among them is none,
+    raise Missing and write nothing.
     """
     said: list[str] = []
     if folder.is_file():
@@ -122,7 +126,7 @@ def write_report(folder: Path, report: Path) -> list[str]:
 
 
 def load_cells(folder: Path) -> dict[str, Cells]:
-    """{task: its cells}, of every task; quick cells are left out. Missing names the lines that are no cells."""
+    """Return {task: its cells} without quick ones. Missing names the lines that are no cells."""
     every = {name: Cells(task) for name, task in TASKS.items()}
     for result in load(folder):
         if result["quick"]:
@@ -135,11 +139,14 @@ def load_cells(folder: Path) -> dict[str, Cells]:
     return every
 
 
-# -- numbers -----------------------------------------------------------------------------------------------------------
+# -- numbers -------------------------------------------------------------------------------------------------
 
 
 def paired(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, float, float] | None:
-    """(mean difference, and the ends of its 95 % bootstrap interval) over the seeds that both have; None with fewer than two."""
+    """Return the mean difference and the ends of its 95 % bootstrap interval, over the seeds that both have.
+
+    With fewer than two such seeds return None.
+    """
     differences = torch.tensor([ours[seed] - theirs[seed] for seed in ours if seed in theirs], dtype=torch.float64)
     if len(differences) < 2:
         return None
@@ -150,19 +157,19 @@ def paired(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, flo
 
 
 def _machine(result: Result) -> str:
-    """What a cell's times hold for."""
+    """Name what a cell's times hold for."""
     attention = ", cuDNN's attention" if not on_cpu(result) and result.get("cudnn_attention", True) else ""
     return f"{result['device']}, {result['precision']}{attention}"
 
 
 def share_of(task: Task, score: float, dense: float) -> float:
-    """A score as a share of the dense one; of perplexities, the other way round, so that more is better."""
+    """Return a score as a share of the dense one. Perplexities are turned round, so that more is better."""
     share, of = (score, dense) if task.classes else (dense, score)
     return share / of if of else math.nan
 
 
 def time_to(task: Task, result: Result, dense: float) -> float | None:
-    """The training seconds until validation first was 97 % of `dense`, while training; None where it never was."""
+    """Return the training seconds until validation first was 97 % of `dense`, or None where it never was."""
     return next((entry["seconds"] for entry in result["history"] if share_of(task, entry["validation"], dense) >= _OF_DENSE), None)
 
 
@@ -185,7 +192,7 @@ def _difference(ours: dict[int, float], theirs: dict[int, float]) -> str:
     return f"{both[0]:+.1f}" if both else _NONE
 
 
-# -- tables ------------------------------------------------------------------------------------------------------------
+# -- tables --------------------------------------------------------------------------------------------------
 
 
 def _section(cells: Cells) -> str:
@@ -215,7 +222,10 @@ def _section(cells: Cells) -> str:
 
 
 def _times(cells: Cells) -> str:
-    """Seconds and bytes of the cells that ran alone, a table for each kind of machine; the rows that have none, in a line."""
+    """Write seconds and bytes of the cells that ran alone, in a table for each kind of machine.
+
+    A line names the rows that have none.
+    """
     task = cells.task
     reference = [result["scores"]["validation"] for result in cells.of("lora").values()]
     machines = cells.alone()
@@ -258,7 +268,7 @@ def _titled(task: Task, row: str, *densities: float | None) -> str:
 
 
 def _listed(task: Task, lines: list[Line]) -> str:
-    """Lines of the tables in one, each row once with its densities."""
+    """Name lines of the tables in one, each row once with its densities."""
     shares = {row: [density for name, density in lines if name == row] for row in rows_of(task)}
     return "; ".join(_titled(task, row, *found) for row, found in shares.items() if found)
 
@@ -269,7 +279,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _aims(every: dict[str, Cells]) -> str:
-    """What was aimed at, and what came out."""
+    """Write what was aimed at, and what came out."""
     rows = []
 
     def add(task: Task, aim: str, least: float, found: Sequence[float], text: str) -> None:
@@ -286,14 +296,15 @@ def _aims(every: dict[str, Cells]) -> str:
         above = [ours[seed] - once[seed] for seed in ours if seed in once]
         add(task, "APT at 20 %: 3 points above one-shot", 3.0, above, _difference(ours, once))
         inferences = _inferences(cells.of("apt", 0.4).values())
-        for where, least, dtype in (("CUDA", 1.6, "bfloat16"), ("a CPU", 2.0, "float32")):  # the precisions that cells infer in there
+        # The precisions are those that cells infer in there.
+        for where, least, dtype in (("CUDA", 1.6, "bfloat16"), ("a CPU", 2.0, "float32")):
             ratios = [one["speedup"] for one in inferences if one["dtype"] == dtype]
             add(task, f"APT at 40 %: inference {least:g} times dense on {where}", least, ratios, _spread(ratios, "{:.2f}"))
     return "## Aims\n\n" + _table(["task", "aim", "found", "reached"], rows) + "\n"
 
 
 def _making(every: dict[str, Cells]) -> str:
-    """The commands, and which commits, seeds and machines the cells came from."""
+    """Write the commands, and which commits, seeds and machines the cells came from."""
     machines: dict[str, list[Result]] = {}
     for result in (result for cells in every.values() for found in cells.found.values() for result in found.values()):
         machines.setdefault(f"{_machine(result)}, torch {result['versions']['torch']}", []).append(result)
@@ -312,11 +323,14 @@ def _making(every: dict[str, Cells]) -> str:
     return "\n".join(["## How these were made\n", "```", *commands, "```\n", table, "", *said])
 
 
-# -- pictures ----------------------------------------------------------------------------------------------------------
+# -- pictures ------------------------------------------------------------------------------------------------
 
 
 def _plot(cells: Cells, path: Path) -> str:
-    """Test score against kept weights and, where cells ran alone, validation against training time of their first seed; what it shows."""
+    """Draw test score against kept weights, and return what the picture shows.
+
+    Where cells ran alone, draw validation against training time of their first seed, too.
+    """
     task, rows = cells.task, rows_of(cells.task)
     machine, timed = next(iter(cells.alone().items()), ("", {}))
     figure = figure_class()(figsize=(11 if timed else 6, 4.2), layout="constrained")

@@ -1,4 +1,7 @@
-"""What is trained: the method, its variants, and what it is compared with. Every row has the same number of optimizer steps."""
+"""List what is trained: the method, its variants, and what it is compared with.
+
+Every row has the same number of optimizer steps.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,18 @@ from .tasks import TASKS, Task
 
 @dataclass(frozen=True)
 class Row:
-    """One way to train.
+    """Describe one way to train.
 
     title     for the tables
     whole     every weight trains, there are no adapters
-    once      what decides where pruning is one step: "salience" (summed over a few hundred samples), "magnitude" (of the weights) or
-              "random"; the pruned part is cut and training goes on with a new optimizer and schedule
+    once      what decides where pruning is one step: "salience" (summed over a few hundred samples),
+              "magnitude" (of the weights) or "random"; the pruned part is cut, and training goes on with a new
+              optimizer and schedule
     at        the share of the steps before that step
     gradual   a Controller prunes
     growth    adapter parameters at the end over those at the start
-    teacher   None, "self" (the student when pruning starts) or "lora" (a finished dense LoRA of the same seed, trained besides)
+    teacher   None, "self" (the student when pruning starts) or "lora" (a finished dense LoRA of the same seed,
+              trained besides)
     kurtosis  the weight of outliers
     compact   adapters compute on kept rows and columns only
     extra     not among the rows that "all" means
@@ -41,7 +46,7 @@ class Row:
         return self.gradual or self.once is not None
 
     def rates(self, task: Task) -> tuple[float, ...]:
-        """The peak learning rates among which validation chooses."""
+        """Return the peak learning rates among which validation chooses."""
         return task.whole if self.whole else task.rates
 
 
@@ -70,10 +75,10 @@ _DECODER_ROWS = {
 
 
 def rows_of(task: Task) -> dict[str, Row]:
-    """The task's rows, in the order of the tables."""
+    """Return the task's rows, in the order of the tables."""
     return _ENCODER_ROWS if task.classes else _DECODER_ROWS
 
 
 def row_names() -> list[str]:
-    """Of any task."""
+    """Return the names of the rows of all tasks, each once."""
     return list(dict.fromkeys(name for task in TASKS.values() for name in rows_of(task)))

@@ -1,4 +1,4 @@
-"""Many cells: which are still to do, in which order, in how many processes, and until when."""
+"""Run many cells: those that are still to do, in their order, in several processes, until a given time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ _number = 0  # of this worker process
 
 
 def wanted(tasks: Collection[Task], rows: Sequence[str] | None, seeds: Sequence[int], densities: Sequence[float] | None) -> list[Cell]:
-    """The cells of these tasks, rows (None: all but extra ones), seeds and densities (None: the task's), by seed, task and row."""
+    """Return the cells of these tasks, rows, seeds and densities, by seed, task and row.
+
+    Rows None: all but extra ones. Densities None: the task's.
+    """
     found = []
     for seed in seeds:
         for task in tasks:
@@ -43,9 +46,10 @@ def wanted(tasks: Collection[Task], rows: Sequence[str] | None, seeds: Sequence[
 
 
 def stages(place: Place, cells: Sequence[Cell]) -> list[list[Cell]]:
-    """What is not there yet of the cells and of the trials they need, in stages of which each needs the ones before.
+    """Return what is not there yet of the cells and of the trials they need, in stages.
 
-    First trials, then those of pupils and the dense LoRAs, which become their teachers, then the rest.
+    Each stage needs the ones before: first trials, then those of pupils and the dense LoRAs, which become their
+    teachers, then the rest.
     """
     tasks = {cell.task: place.task(cell) for cell in cells}
     rows = {(cell.task, cell.row): cell for cell in cells}
@@ -73,16 +77,17 @@ def _there(place: Place, cell: Cell) -> bool:
 
 
 def _say_nameless(path: Path) -> None:
-    """Say which lines of a file of cells name none: the report will refuse them, and nothing replaces them."""
+    """Say which lines name no cell: the report will refuse them, and nothing replaces them."""
     for line in lines(path):
         if line.cell is None:
             tqdm.write(f"{line.place}: expected a cell, got a line that names none; it stays there", file=sys.stderr)
 
 
 def run_cells(place: Place, cells: Sequence[Cell], jobs: int = 1, minutes: float | None = None) -> list[str]:
-    """Run what is missing of the cells, with a progress bar; returns a line for each that failed or was left for lack of time.
+    """Run what is missing of the cells, with a progress bar.
 
-    Missing where data of one or transformers is, before anything is run.
+    Return a line for each that failed or was left for lack of time. Missing, before anything is run, where
+    transformers or the data of a cell is not there.
 
     jobs     processes that run cells at the same time, spread over the GPUs; 1: this process, and only then times are kept
     minutes  no cell is started that would probably not be done by then
@@ -127,7 +132,7 @@ def _in_turn(place: Place, cells: Sequence[Cell], late: Any) -> Iterable[tuple[C
 
 
 class _Workers:
-    """Processes that run cells side by side, kept from stage to stage: what a process loads, it loads once."""
+    """Keep processes that run cells side by side from stage to stage: what a process loads, it loads once."""
 
     def __init__(self, jobs: int) -> None:
         self.jobs = jobs
@@ -178,7 +183,7 @@ class _Workers:
 
 
 def _begin(counter: Any, jobs: int) -> None:
-    """A worker starts: it takes a number, by which it chooses a GPU, and its share of the processors."""
+    """Give a worker that starts a number, by which it chooses a GPU, and its share of the processors."""
     global _number
     with counter.get_lock():
         _number = counter.value
@@ -187,7 +192,7 @@ def _begin(counter: Any, jobs: int) -> None:
 
 
 def _tried(place: Place, cell: Cell) -> dict[str, Any] | str:
-    """The cell's result, or in a line what went wrong."""
+    """Return the cell's result, or in a line what went wrong."""
     if place.device == "cuda" and not place.alone:
         torch.cuda.set_device(_number % torch.cuda.device_count())
     try:

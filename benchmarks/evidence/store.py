@@ -68,7 +68,7 @@ class Line:
         return f"{self.path}:{self.number}"
 
     def result(self) -> Result:
-        """Return what the line holds. Missing in words where that is no whole cell, or not the one that it names."""
+        """Return what the line holds. Missing where that is no whole cell, or not the one that it names."""
         try:
             found = json.loads(self.text)
         except (ValueError, RecursionError) as error:
@@ -138,7 +138,7 @@ def _again(line: Line) -> str:
 
 
 def write(folder: Path, cell: Cell, result: Result) -> None:
-    """Put a cell's line in its place among those that are there. All other lines stay as they are, damaged ones too."""
+    """Put a cell's line in its place among the others, which stay as they are, damaged ones too."""
     folder.mkdir(parents=True, exist_ok=True)
     path = file_of(folder, cell.task)
     with _locked(path):
@@ -153,7 +153,8 @@ def _locked(path: Path) -> Iterator[None]:
     """Let one process at a time into this context. Where the file system has no locks, all get in."""
     name = path.with_name(f".{path.name}.lock")
     while True:
-        lock = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)  # network file systems lock only what can be written
+        # Network file systems lock only what is open for writing.
+        lock = os.open(name, os.O_RDWR | os.O_CREAT, 0o666)
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         with suppress(FileNotFoundError):
@@ -167,7 +168,7 @@ def _locked(path: Path) -> Iterator[None]:
         os.close(lock)
 
 
-# -- what a whole cell has ---------------------------------------------------------------------------------------------
+# -- what a whole cell has -----------------------------------------------------------------------------------
 
 _NUMBER = (int, float)
 _TRIED: dict[str, Any] = {
@@ -198,12 +199,13 @@ _OPTIONAL = {
 
 
 def _lacking(found: dict[str, Any], shape: dict[str, Any]) -> str | None:
-    """The first key that is not there, or not of its kind."""
+    """Return the first key that is not there, or not of its kind."""
     for key, kind in {**shape, **{key: kind for key, kind in _OPTIONAL.items() if key in found}}.items():
         value = found.get(key, ...)
         nested = next(iter(kind)) if isinstance(kind, list) else kind
         expected = type(kind) if isinstance(kind, (dict, list)) else kind
-        if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):  # to Python a bool is a number
+        # To Python a bool is a number.
+        if not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
             return key
         for part in value if isinstance(kind, list) else [value]:
             if isinstance(nested, dict) and (not isinstance(part, dict) or _lacking(part, nested)):

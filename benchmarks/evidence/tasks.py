@@ -1,4 +1,4 @@
-"""What is learned: four tasks, the models they start from, and their data as token ids from one directory (see packing)."""
+"""Load what is learned: four tasks, their models, and their data as token ids (see packing)."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ PACK = "pack.json"
 
 @dataclass(frozen=True)
 class Task:
-    """One task. `steps` and `rates` are the budget that every row of it gets.
+    """Describe one task. `steps` and `rates` are the budget that every row of it gets.
 
     model       the directory in the pack
     classes     0: a language model, whose score is perplexity (lower is better); else accuracy in percent
-    rates       peak learning rates of which each row tries all and keeps one, by validation; `whole` for rows that train every weight
+    rates       peak learning rates of which each row tries all and keeps one, by validation
+    whole       the same for rows that train every weight
     densities   shares of the layers' weights
     scored      sequences that decide what one-shot pruning keeps
     targets     linears with an adapter; `saved` train whole
@@ -57,11 +58,11 @@ class Task:
         return "accuracy" if self.classes else "perplexity"
 
     def better(self, a: float, b: float) -> bool:
-        """Whether score `a` is better than `b`; NaN never is."""
+        """Return whether score `a` is better than `b`. NaN never is."""
         return a > b if self.classes else a < b
 
     def quick(self) -> Task:
-        """The same in a few steps, to see that it runs."""
+        """Return the same task in a few steps, to see that it runs."""
         return Task(**{**vars(self), "steps": 6, "batch": 4, "rates": self.rates[:1], "whole": self.whole[:1], "scored": 8})
 
 
@@ -92,7 +93,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Data:
-    """The three parts of a task as batches; `on` is where they are computed with."""
+    """Hold the three parts of a task as batches. `on` is the device that computes with them."""
 
     task: Task
     parts: Mapping[str, Any]
@@ -100,7 +101,7 @@ class Data:
     on: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def training(self, seed: int) -> Iterator[Batch]:
-        """Without end."""
+        """Yield batches without end."""
         if self.task.classes:
             batches = training_batches(self.parts["train"], self.pad, self.task.batch, seed)
         else:
@@ -109,7 +110,7 @@ class Data:
             yield {name: value.to(self.on, non_blocking=True) for name, value in batch.items()}
 
     def score(self, model: Any, part: str) -> float:
-        """Accuracy in percent, or perplexity, of a model in evaluation mode on one part; modes are as before."""
+        """Return a model's accuracy in percent, or its perplexity, on one part. Its modes stay."""
         with evaluating(model), torch.no_grad():
             return self._score(model, part)
 
@@ -129,7 +130,7 @@ class Data:
         return 100 * mean if self.task.classes else math.exp(mean) if mean < 700 else math.inf
 
     def held(self, part: str) -> list[Batch]:
-        """The batches of one part, once each."""
+        """Return the batches of one part, once each."""
         if self.task.classes:
             return sorted_batches(self.parts[part], self.pad, 256)
         rows = self.parts[part]
@@ -137,7 +138,7 @@ class Data:
 
 
 def _windows(rows: Tensor, size: int, seed: int) -> Iterator[Batch]:
-    """Batches of whole windows, shuffled anew each epoch."""
+    """Yield batches of whole windows, shuffled anew each epoch."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         order = torch.randperm(len(rows), generator=generator)
@@ -147,7 +148,7 @@ def _windows(rows: Tensor, size: int, seed: int) -> Iterator[Batch]:
 
 
 def load_data(pack: Path, task: Task, device: torch.device, quick: bool = False) -> Data:
-    """The task's data from a packed directory; quick: the first few of each part. Missing in words."""
+    """Load the task's data from a packed directory; quick: the first few of each part. Missing in words."""
     tensors = _read(pack, f"{task.name}.safetensors")
     parts: dict[str, Any] = {}
     for part in PARTS:
@@ -164,7 +165,7 @@ def load_data(pack: Path, task: Task, device: torch.device, quick: bool = False)
 
 
 def load_model(pack: Path, task: Task, device: torch.device) -> Any:
-    """The pretrained model in float32; a classifier's head is drawn from torch's generator."""
+    """Load the pretrained model in float32, and draw a classifier's head from torch's generator."""
     transformers = transformers_offline()
     directory = _model_directory(pack, task)
     config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
@@ -193,7 +194,7 @@ def _state(pack: Path, model: str) -> dict[str, Tensor]:
 
 
 def check_pack(pack: Path, task: Task) -> None:
-    """Missing in words where a packed directory lacks what the task needs, or holds it damaged."""
+    """Raise Missing where a packed directory lacks what the task needs, or holds it damaged."""
     _packed(pack, f"{task.name}.safetensors")
     _model_directory(pack, task)
     weights = [name for name in _listed(pack) if name.startswith(f"{task.model}/") and name.endswith(".safetensors")]
@@ -215,14 +216,14 @@ def _unprepared(pack: Path, said: str) -> Missing:
 
 
 def _read(pack: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of one packed file."""
+    """Read the tensors of one packed file."""
     from safetensors.torch import load
 
     return load(_packed(pack, name))
 
 
 def _packed(pack: Path, name: str) -> bytes:
-    """One packed file, which must be the one that its list names."""
+    """Read one packed file, which must be the one that its list names."""
     listed = _listed(pack)
     if name not in listed or not (pack / name).is_file():
         raise _unprepared(pack, f"expected {name} in {pack}")
@@ -233,7 +234,7 @@ def _packed(pack: Path, name: str) -> bytes:
 
 
 def _listed(pack: Path) -> dict[str, str]:
-    """{file: SHA-256}."""
+    """Return {file: SHA-256}."""
     try:
         files = json.loads((pack / PACK).read_text(encoding="utf-8"))["files"]
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,4 +1,4 @@
-"""How a row is trained: one loop, with what the row adds to it."""
+"""Train a row: one loop, with what the row adds to it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EVALUATIONS = 8
 
 @dataclass
 class Clock:
-    """Seconds of training, evaluations left out, and the validation score at some steps."""
+    """Count the seconds of training, evaluations left out, and keep the validation score at some steps."""
 
     data: Data
     steps: int
@@ -57,7 +57,11 @@ class Clock:
 
 @dataclass(frozen=True)
 class Trained:
-    """`model`: an APTModel, or the stock one; `kept` {kind: how many stay in each layer}."""
+    """Hold what training made.
+
+    model  an APTModel, or the stock one
+    kept   {kind: how many stay in each layer}
+    """
 
     model: Any
     clock: Clock
@@ -69,7 +73,7 @@ class Trained:
 def train(
     task: Task, row: Row, stock: Any, data: Data, density: float, rate: float, seed: int, teacher: nn.Module | None = None
 ) -> Trained:
-    """Train `stock` (which becomes part of the result) for task.steps as the row says, at this peak learning rate."""
+    """Train `stock`, which becomes part of the result, as the row says. `rate` is the peak learning rate."""
     clock = Clock(data, task.steps)
     if row.whole:
         stock.train().requires_grad_(True)
@@ -133,7 +137,7 @@ def adapter_config(task: Task, density: float = 1.0) -> apt_ext.APTConfig:
 
 
 def autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """bfloat16 on CUDA; float32 elsewhere."""
+    """Compute in bfloat16 on CUDA, in float32 elsewhere."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
 
 
@@ -143,8 +147,9 @@ def precision(device: torch.device) -> str:
 
 @contextmanager
 def attention_without_plans() -> Iterator[None]:
-    """Without cuDNN's attention, which prepares itself anew, for longer than a step takes, for every length and number of heads it meets:
-    texts differ in length, and a cut leaves other numbers of heads in every layer.
+    """Switch off cuDNN's attention, which prepares itself anew for every length and number of heads it meets.
+
+    That takes longer than a step. Texts differ in length, and a cut leaves other numbers of heads in every layer.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -192,7 +197,7 @@ def _optimizer(parameters: list[nn.Parameter], rate: float, steps: int, device: 
 
 
 def _prune(model: apt_ext.APTModel, row: Row, data: Data, density: float, seed: int) -> dict[str, int]:
-    """Mask and cut in one step; how many stay of each block."""
+    """Mask and cut in one step, and return how many stay of each block."""
     kinds = model.apt_config.prune or []  # every row names its kinds
     if row.once == "salience":
         batches = data.training(seed + 10_000)
@@ -212,7 +217,10 @@ def _prune(model: apt_ext.APTModel, row: Row, data: Data, density: float, seed: 
 
 @torch.no_grad()
 def magnitudes(model: apt_ext.APTModel, kinds: list[str]) -> dict[str, Tensor]:
-    """{block: [count]}: the sum of |W + s B A| over the rows and columns that go with each. For models of nn.Linear."""
+    """Return {block: [count]}: the sum of |W + s B A| over the rows and columns that go with each.
+
+    Only models of nn.Linear have such sums.
+    """
     found = dict(apt_ext.adapters(model))
     scores = {}
     for name, block in model.blocks.items():

@@ -1,4 +1,4 @@
-"""What `make test` runs of the evidence: the command from end to end, the kept cells and their report, and how cells are written."""
+"""Test what `make test` runs of the evidence: the command, the kept report, and how cells are written."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def names(folder, task="movies"):
     return [line.cell for line in store.lines(store.file_of(folder, task))]
 
 
-# -- the command, and what is kept -------------------------------------------------------------------------------------
+# -- the command, and what is kept ---------------------------------------------------------------------------
 
 
 def test_the_command_trains_a_cell_and_keeps_it(place, capsys):
@@ -68,7 +68,7 @@ def test_a_kept_cell_that_is_written_again_changes_no_byte(tmp_path):
         assert (tmp_path / file.name).read_bytes() == file.read_bytes()
 
 
-# -- writing -----------------------------------------------------------------------------------------------------------
+# -- writing -------------------------------------------------------------------------------------------------
 
 
 def test_cells_are_sorted_by_name_and_replaced_in_place(tmp_path):
@@ -113,7 +113,7 @@ def test_the_lock_of_a_killed_process_stops_nobody(tmp_path):
     assert len(store.load(folder)) == 1 and not (folder / ".cells-movies.jsonl.lock").exists()
 
 
-# -- lines that are no cells -------------------------------------------------------------------------------------------
+# -- lines that are no cells ---------------------------------------------------------------------------------
 
 
 def test_a_line_that_names_no_cell_is_said_by_a_run_kept_by_a_write_and_refused_by_the_report(tmp_path, capsys):
