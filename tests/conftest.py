@@ -167,7 +167,7 @@ def dtype(request):
 @pytest.fixture(scope="session")
 def fused_is_guarded():
     """Without the guard a fused step crashes this process, so another one tries it first."""
-    program = pathlib.Path(__file__).with_name("fused_steps.py")
+    program = pathlib.Path(__file__).with_name("helpers") / "fused_steps.py"
     done = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -248,7 +248,7 @@ def place(pack, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """A checkpoint as tests/forged.py saves it."""
+    """A checkpoint as tests/helpers/forged.py saves it."""
     from forged import save_good
 
     return save_good(tmp_path_factory.mktemp("good"))
