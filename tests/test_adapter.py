@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import assert_accurate
+from problems import assert_accurate
 from small_adapter import expected, make, masks
 from torch import nn
 

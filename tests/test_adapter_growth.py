@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_accurate
 from low_rank_pair import OPTIMIZERS, bits
+from problems import assert_accurate
 from small_adapter import expected, make, masks
 from torch.optim import ASGD, LBFGS, Adafactor
 from torch.utils.checkpoint import checkpoint

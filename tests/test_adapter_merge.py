@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import assert_accurate
+from problems import assert_accurate
 from small_adapter import expected, make, masks
 from torch import nn
 

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import Problem, assert_accurate
+from problems import Problem, assert_accurate
 from small_adapter import make
 from torch.autograd import forward_ad
 

@@ -5,9 +5,9 @@ import re
 
 import pytest
 import torch
-from conftest import Problem
 from hypothesis import given
 from hypothesis import strategies as st
+from problems import Problem
 
 from apt_ext import ops, reference
 from apt_ext.adapter.packed_weight import PackedWeight

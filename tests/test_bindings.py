@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Problem
+from problems import Problem
 
 import apt_ext
 from apt_ext import _C

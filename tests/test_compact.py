@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from conftest import Problem, assert_accurate
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from problems import Problem, assert_accurate
 from test_linear import LAYOUTS, MASKS, PADDED_RANK, SHAPES, SOME, ZEROS, gradients_alone, hides_nothing, writes_no_bias
 from test_memory import banded, bits, outside
 

@@ -7,8 +7,8 @@ import warnings
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import assert_accurate
 from families import EVERY, FAMILIES, adapted, close, mask_all, outputs, some
+from problems import assert_accurate
 from small_adapter import expected
 from torch import nn
 

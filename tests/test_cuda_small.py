@@ -5,7 +5,7 @@ On a CPU it is a test like any other.
 
 import pytest
 import torch
-from conftest import Problem, make_mask
+from problems import Problem, make_mask
 from test_compact import compact_linear
 
 from apt_ext import ops, reference

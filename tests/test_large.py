@@ -4,7 +4,7 @@ import os
 
 import pytest
 import torch
-from conftest import Problem, assert_accurate
+from problems import Problem, assert_accurate
 
 from apt_ext import ops, reference
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import Problem, assert_accurate
+from problems import Problem, assert_accurate
 
 from apt_ext import ops, reference
 
@@ -308,7 +308,7 @@ def test_16_bit_never_takes_a_slow_path(dtype):
     import sys
 
     script = (
-        "import torch; from conftest import Problem; from apt_ext import ops\n"
+        "import torch; from problems import Problem; from apt_ext import ops\n"
         "p = Problem((70,), 96, 2000, 8, torch.bfloat16, masks='soft'); p.check(p.run(ops.apt_linear))\n"
         "assert not torch.ops.mkldnn._is_mkldnn_bf16_supported()\n"
     )

@@ -7,7 +7,7 @@ import os
 
 import pytest
 import torch
-from conftest import Problem, assert_accurate
+from problems import Problem, assert_accurate
 from torch import nn
 
 from apt_ext import APTAdapter, APTConfig, APTModel, adapters, get_apt_model, ops, reference, shrink

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import EPS, Problem, assert_accurate, poison
+from problems import EPS, Problem, assert_accurate, poison
 
 from apt_ext import ops, reference
 

@@ -2,7 +2,7 @@
 
 import re
 
-from test_reliability_doc import ROOT, exists
+from proofs import ROOT, exists
 
 ROWS = re.findall(r"^\| ([\d, ]+) \| (.+?) \| (.+) \|$", (ROOT / "docs/method.md").read_text(), re.M)
 

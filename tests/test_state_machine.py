@@ -10,10 +10,10 @@ import pickle
 
 import pytest
 import torch
-from conftest import EPS, assert_accurate
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from problems import EPS, assert_accurate
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

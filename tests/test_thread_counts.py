@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import DTYPES, Problem, assert_accurate
+from problems import DTYPES, Problem, assert_accurate
 from torch import nn
 
 from apt_ext import APTAdapter, ops, reference
