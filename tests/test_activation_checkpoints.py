@@ -6,19 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from checkpointing import CARRIERS, CHANGED, REENTRANT, inputs
 from small_adapter import make
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from apt_ext import APTConfig, adapter_parameters, adapters, get_apt_model
-from apt_ext.pruning.wrappers import MaskedEmbedding, MaskedLinear, MaskedNorm
-
-REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
-CHANGED = pytest.raises(RuntimeError, match="masks changed .* between a checkpointed forward and its recomputation")
-
-
-def inputs(device="cpu"):
-    return torch.randn(4, 10, dtype=torch.float64, device=device, requires_grad=True)
 
 
 @REENTRANT
@@ -102,13 +95,6 @@ def test_nested_and_in_sequence(reentrant):
     net.first.set_masks(torch.rand(10))
     with CHANGED:
         y.sum().backward()
-
-
-CARRIERS = {
-    "linear": lambda: MaskedLinear.around(nn.Linear(10, 10, dtype=torch.float64)),
-    "norm": lambda: MaskedNorm(nn.LayerNorm(10, dtype=torch.float64)),
-    "embedding": lambda: MaskedEmbedding(nn.Embedding(4, 10, dtype=torch.float64)),
-}
 
 
 @REENTRANT

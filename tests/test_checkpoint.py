@@ -6,7 +6,7 @@ import struct
 
 import pytest
 import torch
-from test_model import DOWN, QUERY, assert_same, batch, half, snapshot, tiny_bert, trained
+from tiny_bert import DOWN, QUERY, assert_same, batch, half, snapshot, tiny_bert, trained
 
 from apt_ext.config import APTConfig
 from apt_ext.model import APTModel, adapters, get_apt_model

@@ -2,26 +2,15 @@
 
 import pytest
 import torch
+from compact_op import compact_linear, operands
+from guard_bands import banded, bits, outside
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_cases import LAYOUTS, MASKS, PADDED_RANK, SHAPES, SOME, ZEROS, gradients_alone, hides_nothing, writes_no_bias
 from problems import Problem, assert_accurate
-from test_linear import LAYOUTS, MASKS, PADDED_RANK, SHAPES, SOME, ZEROS, gradients_alone, hides_nothing, writes_no_bias
-from test_memory import banded, bits, outside
 
 from apt_ext import reference
 from apt_ext.adapter.packed_weight import PackedWeight, width
-
-
-def operands(W, m_in, m_out, N, K, device):
-    """(PackedWeight, masks) of a weight [N, K] or none, masks or none."""
-    masks = [torch.ones(n, device=device) if m is None else m for m, n in ((m_in, K), (m_out, N))]
-    return PackedWeight(*masks, W), masks
-
-
-def compact_linear(x, W, bias, A, B, m_in, m_out, scaling):
-    """apt_linear's signature and function."""
-    kept, masks = operands(W, m_in, m_out, B.shape[0], A.shape[1], x.device)
-    return kept.apply(x, kept.packed, bias, A, B, masks, scaling)
 
 
 @pytest.mark.parametrize("masks", MASKS)

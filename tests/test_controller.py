@@ -6,7 +6,7 @@ import logging
 import pytest
 import torch
 from families import EVERY, FAMILIES, keep_first
-from training import SHORT, batch_for, built, train, trained
+from training import SHORT, assert_equal, batch_for, built, state_of, train, trained
 
 import apt_ext
 from apt_ext import APTConfig, Controller, Growth, Schedule, adapters, get_apt_model
@@ -178,17 +178,6 @@ def test_from_the_first_event_on_adapters_are_compacted(compact):
 
 
 # -- steps --------------------------------------------------------------------------------------------------------------------------------
-
-
-def state_of(apt):
-    """All that training changes."""
-    state = {name: value.clone() for name, value in apt.state_dict().items()}
-    return {**state, **{f"{name}.rank": torch.tensor(adapter.rank) for name, adapter in adapters(apt)}}
-
-
-def assert_equal(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    assert [name for name, value in ours.items() if not torch.equal(value, theirs[name])] == []
 
 
 def test_the_same_seed_gives_the_same_run_bitwise():

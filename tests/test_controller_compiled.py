@@ -3,8 +3,7 @@
 import pytest
 import torch
 from families import FAMILIES
-from test_controller import state_of
-from training import batch_for, built, train
+from training import batch_for, built, state_of, train
 
 from apt_ext import Controller, adapters
 

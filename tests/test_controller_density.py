@@ -6,8 +6,7 @@ import json
 import pytest
 import torch
 from families import FAMILIES, keep_first
-from test_unfinished import begun
-from training import SHORT, batch_for, built, train
+from training import SHORT, batch_for, begun, built, train
 
 from apt_ext import Controller, Schedule, adapters
 

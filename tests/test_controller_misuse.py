@@ -6,21 +6,13 @@ import gc
 import pytest
 import torch
 from families import FAMILIES
-from test_controller import assert_equal, state_of
-from test_resume import all_of
-from training import SHORT, batch_for, built, train, trained
+from training import SHORT, all_of, assert_equal, batch_for, built, hooks, state_of, train, trained
 
 import apt_ext
 from apt_ext import Controller, adapters
 
 BERT = FAMILIES["bert"]
 NAN, INF = float("nan"), float("inf")
-
-
-def hooks(apt, optimizer):
-    return [len(module._forward_pre_hooks) for module in apt.modules()], len(optimizer._optimizer_step_post_hooks)
-
-
 TABLES = {"heads": {0: 0.0, 3: 1.0}, "neurons": {0: 0.0, 20: 1.0}}
 
 

@@ -4,13 +4,12 @@ import copy
 
 import pytest
 import torch
-from families import keep_first
-from test_controller import assert_equal
-from test_controller_misuse import BERT, NAN
-from test_resume import all_of
-from training import SHORT, built, train, trained
+from families import FAMILIES, keep_first
+from training import SHORT, all_of, assert_equal, built, train, trained
 
 from apt_ext import Controller, adapters
+
+BERT, NAN = FAMILIES["bert"], float("nan")
 
 QUERY = "bert.encoder.layer.0.attention.self.query"
 

@@ -5,8 +5,8 @@ On a CPU it is a test like any other.
 
 import pytest
 import torch
+from compact_op import compact_linear
 from problems import Problem, make_mask
-from test_compact import compact_linear
 
 from apt_ext import ops, reference
 from apt_ext._C import launch_plan

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from families import FAMILIES, adapted, keep_first
-from test_oneshot import with_loss
+from families import FAMILIES, adapted, keep_first, with_loss
+from students import passed, student, taught
 from torch.nn import functional as F
 
 from apt_ext import APTConfig, adapter_parameters, adapters, get_apt_model
@@ -13,23 +13,6 @@ from apt_ext.method import Distiller, Salience, distill_weight
 from apt_ext.method.distillation import frozen_copy, nearest_layers
 
 NAMES = ["bert", "distilbert", "llama", "gpt2", "t5"]
-
-
-def student(name="bert", layers=4, **more):
-    """An APTModel with trained factors, a batch, and its family."""
-    field = {"distilbert": "n_layers", "gpt2": "n_layer", "t5": "num_layers"}.get(name, "num_hidden_layers")
-    apt = adapted(FAMILIES[name], APTConfig(r=2), **{field: layers}, **more)
-    return apt, next(with_loss(FAMILIES[name], apt)), FAMILIES[name]
-
-
-def passed(apt, distiller, batch, progress=1.0):
-    return distiller.loss(batch, apt(**batch, **distiller.asks), progress)
-
-
-def taught(distiller, batch):
-    with torch.no_grad():
-        outputs = distiller.teacher(**batch, output_hidden_states=True)
-    return [outputs.logits, *(getattr(outputs, "hidden_states", None) or outputs.decoder_hidden_states)]
 
 
 # -- 34, 35: mu, the start -------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_distillation import passed, student, taught
+from students import passed, student, taught
 from torch.nn import functional as F
 
 from apt_ext import adapter_parameters, adapters

@@ -9,8 +9,7 @@ import warnings
 
 import pytest
 import torch
-from test_model import batch, half, tiny_bert, trained
-from test_shrink import MASKS, first, masked
+from tiny_bert import MASKS, batch, first, half, masked, tiny_bert, trained
 
 from apt_ext.config import APTConfig
 from apt_ext.exporting import directories as export_module

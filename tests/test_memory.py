@@ -7,35 +7,13 @@ import os
 
 import pytest
 import torch
+from guard_bands import banded, bits, outside
 from problems import Problem, assert_accurate
 from torch import nn
 
 from apt_ext import APTAdapter, APTConfig, APTModel, adapters, get_apt_model, ops, reference, shrink
 
 # -- guard bands ---------------------------------------------------------------------------------------------------------
-
-
-def banded(tensor, layout):
-    """(a copy of `tensor` within a buffer of NaN, the buffer): the inner slice of a larger matrix, or a stretch of a longer vector."""
-    if layout == "inner slice":
-        buffer = tensor.new_full([size + 6 for size in tensor.shape], float("nan"))
-        view = buffer[tuple(slice(3, 3 + size) for size in tensor.shape)]
-    else:
-        buffer = tensor.new_full([tensor.numel() + 6], float("nan"))
-        view = buffer[3 : 3 + tensor.numel()].view(tensor.shape)
-    view.copy_(tensor)
-    return view, buffer
-
-
-def bits(tensor):
-    return tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).clone()
-
-
-def outside(view, buffer):
-    """The buffer's bits with the view's elements out of it."""
-    kept = buffer.clone()
-    kept.as_strided(view.shape, view.stride(), view.storage_offset()).zero_()
-    return bits(kept)
 
 
 SHAPES = [((5,), 7, 9, 3), ((2, 3), 16, 24, 8), ((33,), 72, 130, 17), ((1,), 1, 1, 1)]

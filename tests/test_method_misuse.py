@@ -4,9 +4,8 @@ import copy
 
 import pytest
 import torch
-from test_controller import assert_equal, state_of
-from test_controller_misuse import BERT, INF, NAN, hooks
-from training import SHORT, batch_for, built, train
+from families import FAMILIES
+from training import SHORT, assert_equal, batch_for, built, hooks, state_of, train
 
 from apt_ext import Controller, adapters
 from apt_ext.method import (
@@ -26,6 +25,9 @@ from apt_ext.method import (
     step_mask,
     within_density,
 )
+
+BERT = FAMILIES["bert"]
+NAN, INF = float("nan"), float("inf")
 
 # -- one_shot -----------------------------------------------------------------------------------------------------------------------------
 

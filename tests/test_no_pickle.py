@@ -64,7 +64,7 @@ def test_nothing_is_pickled_or_run(good, bad, watched, monkeypatch):
 
 def test_an_export_is_not_pickled_either(tmp_path, watched):
     pytest.importorskip("transformers")
-    from test_shrink import MASKS, masked
+    from tiny_bert import MASKS, masked
 
     from apt_ext.exporting.directories import export
 

@@ -4,25 +4,13 @@ import math
 
 import pytest
 import torch
-from families import EVERY, FAMILIES, keep_first
+from families import EVERY, FAMILIES, keep_first, with_loss
 
 from apt_ext import APTConfig, get_apt_model, shrink
 from apt_ext.method import block_scores, cost_of, one_shot, within_density
 from apt_ext.method.score.kurtosis import outliers
 
 KEEP = {"heads": 1, "neurons": 5, "hidden": 20}
-
-
-def with_loss(family, apt, seeds=(1, 2)):
-    """Batches with labels, for whatever head the model has."""
-    for seed in seeds:
-        inputs = family.inputs(seed)
-        if "SequenceClassification" in family.kind:
-            yield {**inputs, "labels": torch.tensor([0, 1, 2])}
-        elif family.alike:
-            yield {**inputs, "labels": inputs["decoder_input_ids"]}
-        else:
-            yield {**inputs, "labels": inputs["input_ids"]}
 
 
 @EVERY

@@ -4,9 +4,9 @@ import contextlib
 
 import pytest
 import torch
+from checkpointing import CARRIERS, CHANGED, REENTRANT, inputs
 from families import FAMILIES, adapted
 from small_adapter import make
-from test_activation_checkpoints import CARRIERS, CHANGED, REENTRANT, inputs
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint

@@ -6,8 +6,7 @@ import pytest
 import torch
 from families import FAMILIES
 from low_rank_pair import bits
-from test_controller import assert_equal, state_of
-from training import SHORT, batch_for, built, train
+from training import SHORT, all_of, assert_equal, batch_for, built, train
 
 import apt_ext
 from apt_ext import APTModel, Controller, Growth, adapters
@@ -28,18 +27,6 @@ def fresh(name, seed):
         for _, adapter in adapters(apt):
             adapter.Wa.normal_()
     return apt, optimizer, Controller(apt, optimizer, 16, **{**SHORT, **OPTIONS[name], "seed": 0})
-
-
-def all_of(apt, optimizer, controller):
-    """Parameters, masks, ranks, optimizer state, averages, generator."""
-    flat = {**state_of(apt), "generator": controller.generator.get_state()}
-    for i, state in enumerate(optimizer.state.values()):
-        flat |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
-    for name, average in controller.importance.averages.items():
-        flat[f"importance.{name}"] = average
-    for name, score in controller.scores.salience.scores.items():
-        flat[f"score.{name}"] = score
-    return flat
 
 
 def through_a_file(value):

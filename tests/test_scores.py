@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES, adapted, mask_all, some
-from test_oneshot import with_loss
+from families import FAMILIES, adapted, mask_all, some, with_loss
 
 from apt_ext.method import block_scores
 

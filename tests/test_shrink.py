@@ -5,37 +5,13 @@ import dataclasses
 import pytest
 import torch
 from families import DECODERS, EVERY, FAMILIES, adapted, close, generated, mask_all, outputs, some, streams, tolerance
-from test_model import assert_same, batch, half, snapshot, tiny_bert, trained
+from tiny_bert import ALL, MASKS, assert_same, batch, first, half, masked, snapshot, tiny_bert
 
 from apt_ext.adapter.layer import APTAdapter
 from apt_ext.config import APTConfig
 from apt_ext.exporting.shrinking import shrink
 from apt_ext.model import adapters, get_apt_model
 from apt_ext.pruning.architectures.lookup import find_blocks
-
-ALL = APTConfig(r=4)
-
-
-def masked(masks, dtype=torch.float64, config=ALL, **bert):
-    apt = trained(tiny_bert(dtype=dtype, **bert), config)
-    for name, mask in masks.items():
-        apt.set_block_mask(name, mask)
-    return apt
-
-
-def first(kept, count=48, value=1.0):
-    return (torch.arange(count) < kept).float() * value
-
-
-MASKS = {
-    "none": {},
-    "half": {"0.neurons": half(), "1.neurons": half()},
-    "fractions": {"0.neurons": half() * 0.37, "1.neurons": torch.linspace(0, 1, 48)},
-    "one survivor": {"0.neurons": first(1), "1.neurons": first(1)},
-    "empty": {"0.neurons": first(0), "1.neurons": first(0)},
-    "one layer empty": {"1.neurons": first(0)},
-    "different widths": {"0.neurons": first(17), "1.neurons": first(40, value=0.5)},
-}
 
 
 @pytest.mark.parametrize("masks", MASKS.values(), ids=MASKS)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from families import FAMILIES, adapted
 from torch import nn
-from training import SHORT, batch_for, built, train, trained
+from training import SHORT, batch_for, begun, built, train, trained
 
 import apt_ext
 from apt_ext import APTModel, Controller, export, get_apt_model, shrink
@@ -23,15 +23,6 @@ CALLS = {
     "export": lambda apt, path, **more: export(apt, path / "small", per_layer=True, **more),
     "merge_and_unload": lambda apt, path, **more: apt.merge_and_unload(**more),
 }
-
-
-def begun(name="bert", steps=7, **config):
-    """(model, Controller, optimizer) after some steps of 16, the last event being at 14."""
-    family = FAMILIES[name]
-    apt, optimizer = built(family, **config)
-    controller = Controller(apt, optimizer, 16, **SHORT)
-    train(apt, optimizer, controller, family, steps)
-    return apt, controller, optimizer
 
 
 def is_refused(apt):

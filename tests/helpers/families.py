@@ -198,3 +198,15 @@ def keep_first(apt: APTModel, **counts: int) -> APTModel:
         if block.kind in counts:
             apt.set_block_mask(name, (torch.arange(block.count) < counts[block.kind]).float())
     return apt
+
+
+def with_loss(family, apt, seeds=(1, 2)):
+    """Batches with labels, for whatever head the model has."""
+    for seed in seeds:
+        inputs = family.inputs(seed)
+        if "SequenceClassification" in family.kind:
+            yield {**inputs, "labels": torch.tensor([0, 1, 2])}
+        elif family.alike:
+            yield {**inputs, "labels": inputs["decoder_input_ids"]}
+        else:
+            yield {**inputs, "labels": inputs["input_ids"]}

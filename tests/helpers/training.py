@@ -4,7 +4,7 @@ import torch
 from families import FAMILIES
 
 import apt_ext
-from apt_ext import APTConfig, Controller, get_apt_model
+from apt_ext import APTConfig, Controller, adapters, get_apt_model
 
 SHORT = {"schedule": {"start": 2, "end": 14, "events": 3}}
 
@@ -42,3 +42,39 @@ def trained(name, log=None, **config):
     controller = Controller(apt, optimizer, 16, log=log, **SHORT)
     train(apt, optimizer, controller, FAMILIES[name], 16)
     return apt, controller, optimizer
+
+
+def state_of(apt):
+    """All that training changes."""
+    state = {name: value.clone() for name, value in apt.state_dict().items()}
+    return {**state, **{f"{name}.rank": torch.tensor(adapter.rank) for name, adapter in adapters(apt)}}
+
+
+def assert_equal(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    assert [name for name, value in ours.items() if not torch.equal(value, theirs[name])] == []
+
+
+def all_of(apt, optimizer, controller):
+    """Parameters, masks, ranks, optimizer state, averages, generator."""
+    flat = {**state_of(apt), "generator": controller.generator.get_state()}
+    for i, state in enumerate(optimizer.state.values()):
+        flat |= {f"optimizer.{i}.{key}": value for key, value in state.items()}
+    for name, average in controller.importance.averages.items():
+        flat[f"importance.{name}"] = average
+    for name, score in controller.scores.salience.scores.items():
+        flat[f"score.{name}"] = score
+    return flat
+
+
+def begun(name="bert", steps=7, **config):
+    """(model, Controller, optimizer) after some steps of 16, the last event being at 14."""
+    family = FAMILIES[name]
+    apt, optimizer = built(family, **config)
+    controller = Controller(apt, optimizer, 16, **SHORT)
+    train(apt, optimizer, controller, family, steps)
+    return apt, controller, optimizer
+
+
+def hooks(apt, optimizer):
+    return [len(module._forward_pre_hooks) for module in apt.modules()], len(optimizer._optimizer_step_post_hooks)
