@@ -6,8 +6,8 @@ cd "$(dirname "$0")/../.."
 python=${PYTHON:-python3}
 cxx=${CXX:-g++}
 # Freed memory is kept back by AddressSanitizer, so a process that leaves nothing behind grows.
-[ $# -gt 0 ] || set -- -k "not leave_nothing_behind" tests/test_{linear,merge,bindings,bad_arguments,autograd,memory,threads,cuda_small}.py \
-  tests/test_adapter*.py
+[ $# -gt 0 ] || set -- -k "not leave_nothing_behind" \
+  tests/ops/test_{linear,merge,bindings,bad_arguments,autograd,memory,threads,cuda_small}.py tests/adapter/test_adapter*.py
 
 checks=address,undefined,float-cast-overflow
 export CXX="$cxx" APT_WITH_CUDA=0

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The four tools of compute-sanitizer over the kernels in tests/test_cuda_small.py; `make cuda-sanitize` calls it.
+# The four tools of compute-sanitizer over the kernels in tests/ops/test_cuda_small.py; `make cuda-sanitize` calls it.
 # PYTHON names an interpreter with torch and a CUDA build of apt_ext, arguments choose among the tools. An error of any tool ends it.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -25,6 +25,6 @@ for tool; do
   [ "$tool" != initcheck ] || options=() chosen=(-k "not test_linear and not test_kept")
   [ "$tool" != racecheck ] || chosen=(-k "not padded and not spans and not shared")
   "$sanitizer" --tool "$tool" --error-exitcode 99 --launch-timeout 120 "${options[@]}" \
-    "$python" -m pytest -q -m cuda -p no:cacheprovider "${chosen[@]}" tests/test_cuda_small.py
+    "$python" -m pytest -q -m cuda -p no:cacheprovider "${chosen[@]}" tests/ops/test_cuda_small.py
 done
 printf '== no errors (%ss)\n' "$SECONDS"

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-CUDA = sorted((Path(__file__).resolve().parent.parent / "csrc/cuda").glob("*.cu*"))
+CUDA = sorted((Path(__file__).resolve().parents[2] / "csrc/cuda").glob("*.cu*"))
 
 
 def launches():

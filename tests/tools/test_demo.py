@@ -17,7 +17,7 @@ from apt_ext.tools import data, demo, processes, report
 from apt_ext.tools.cli import main
 from apt_ext.tools.data import Example, Missing, Review
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def packed(files: dict[str, bytes]) -> bytes:

@@ -286,7 +286,7 @@ def test_attributes_that_a_row_forgets_are_found():
 
 def test_the_documented_example(tmp_path):
     """The second block of docs/architectures.md is a whole row: hidden dimensions too."""
-    text = (pathlib.Path(__file__).parents[1] / "docs" / "architectures.md").read_text()
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "architectures.md").read_text()
     model = olmo2(norms=False, num_key_value_heads=3)
     blocks = text.split("```python\n")[1:]
     exec("from apt_ext import *\n" + blocks[1].split("```")[0], {})  # noqa: S102  # our own

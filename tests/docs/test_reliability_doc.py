@@ -20,8 +20,10 @@ def test_every_proof_ran(request):
 def test_the_check_notices():
     assert exists("make asan") and not exists("make nothing")
     assert exists("tests/install/run.sh sdist") and not exists("tests/install/run.sh uv")
-    own = "tests/test_reliability_doc.py::test_the_check_notices"
-    assert exists(own) and not any(exists(name) for name in (f"{own}s", "tests/none.py::test", "tests/test_reliability_doc.py", own[6:]))
+    own = "tests/docs/test_reliability_doc.py::test_the_check_notices"
+    assert exists(own) and not any(
+        exists(name) for name in (f"{own}s", "tests/none.py::test", "tests/docs/test_reliability_doc.py", own[6:])
+    )
     file = own.partition("::")[0]
     for outcomes, missed in (({}, True), ({own: {"skipped"}}, True), ({own: {"passed", "skipped"}}, False), ({own: {"failed"}}, False)):
         assert never_ran([(own, "")], {file}, outcomes, {""}) == [own] * missed

@@ -44,7 +44,7 @@ def failed_in_turn(tmp_path_factory):
 
     def run(*arguments):
         environment = {**os.environ, "LD_PRELOAD": str(folder / "shim.so"), "PYTHONPATH": os.pathsep.join(sys.path)}
-        script = Path(__file__).with_name("helpers") / "failing_allocations.py"
+        script = Path(__file__).parents[1] / "helpers" / "failing_allocations.py"
         done = subprocess.run([sys.executable, script, *arguments], env=environment, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)

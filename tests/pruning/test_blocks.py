@@ -342,7 +342,7 @@ class Documented(nn.Module):
 
 
 def test_the_documented_row_works(table):
-    text = (pathlib.Path(__file__).parents[1] / "docs" / "architectures.md").read_text()
+    text = (pathlib.Path(__file__).parents[2] / "docs" / "architectures.md").read_text()
     exec(text.split("```python\n")[1].split("```")[0], {})  # noqa: S102  # our own
     apt = get_apt_model(Documented().double(), APTConfig(r=2))
     assert list(apt.blocks) == ["0.neurons", "0.heads", "1.neurons", "1.heads", "hidden"]

@@ -18,7 +18,7 @@ import two_ranks
 from apt_ext import APTAdapter
 from apt_ext.distributed import agreement
 
-WORKER = pathlib.Path(__file__).with_name("helpers") / "two_ranks.py"
+WORKER = pathlib.Path(__file__).parents[1] / "helpers" / "two_ranks.py"
 
 
 def run(commands, outcome):
