@@ -7,7 +7,8 @@ from small_adapter import expected, make, outcome
 from torch.utils.checkpoint import checkpoint
 
 from apt_ext import adapters, shrink
-from apt_ext.adapter import mask
+from apt_ext.adapter import mask_change
+from apt_ext.adapter.mask import SIDES
 
 
 def inputs(device="cpu"):
@@ -57,7 +58,7 @@ def test_a_model_of_many_adapters_sees_it():
         other.set_block_mask(block, mask)
         outputs(apt, family.inputs())
         for (_, mine), (_, theirs) in zip(adapters(apt), adapters(other), strict=True):
-            for key in mask.MASKS:
+            for key in SIDES:
                 getattr(mine, key).data.copy_(getattr(theirs, key))
         want = outputs(other, family.inputs())[0]
         assert torch.equal(outputs(apt, family.inputs())[0], want)
@@ -88,7 +89,7 @@ EVENTS = {
 @pytest.mark.parametrize("event", EVENTS)
 def test_an_event_says_it(device, event, monkeypatch):
     """On the CPU as if it were a device, where no forward looks."""
-    monkeypatch.setattr(mask, "_looked_at_each_time", lambda buffer: False)
+    monkeypatch.setattr(mask_change, "is_read_by_forward", lambda buffer: False)
     adapter = make(device).eval()
     adapter.mask_in.data[4] = 0
     with pytest.warns(UserWarning, match=rf"{event} of APTAdapter\(10, 7\): mask_in was written without torch counting it"):
