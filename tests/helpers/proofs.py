@@ -1,6 +1,7 @@
 """Tests that documents name as proofs: whether they exist, and whether they ran."""
 
 import ast
+import functools
 import os
 import re
 from pathlib import Path
@@ -31,6 +32,13 @@ def rows(text):
             yield fault, promise, PROOF.findall(proofs)
 
 
+@functools.cache
+def defined(path):
+    """The functions and classes of a file."""
+    body = ast.parse((ROOT / path).read_text()).body
+    return {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
 def exists(proof):
     if proof.startswith("make "):
         return re.search(rf"^{proof[5:]}:", (ROOT / "Makefile").read_text(), re.M) is not None
@@ -40,7 +48,7 @@ def exists(proof):
     path, _, name = proof.partition("::")
     if not path.startswith("tests/") or not (ROOT / path).is_file():
         return False
-    return any(isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name for node in ast.parse((ROOT / path).read_text()).body)
+    return name in defined(path)
 
 
 def never_ran(proofs, collected, outcomes, needs):
