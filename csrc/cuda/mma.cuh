@@ -96,12 +96,6 @@ __device__ __forceinline__ void copy_ranks(T* to, const T* from, int width, bool
   }
 }
 
-// The power of two that brings `largest` to 2^15 at most: float16 ends at 65504, before many a low-rank value
-// does.
-__device__ __forceinline__ float half_divisor(float largest) {
-  return largest > 32768.f && isfinite(largest) ? exp2f(ceilf(log2f(largest / 32768.f))) : 1.f;
-}
-
 // Allow a kernel more than 48 KiB of shared memory, once a device.
 template <auto kernel>
 void allow_shared(int bytes) {

@@ -24,17 +24,8 @@ __global__ void __launch_bounds__(kThreads) apt_largest(const __grid_constant__ 
   if (largest != 0) atomicMax(args.largest, largest);  // a maximum is the same in any order
 }
 
-// The power of two, at least 1, that brings `largest` to at most 2^15; 1 for Inf and NaN, which stay what
-// they are.
-__device__ __forceinline__ float inverse_of(float largest) {
-  if (!isfinite(largest) || largest <= 32768.f) return 1.f;
-  int exponent;
-  const float part = frexpf(largest / 32768.f, &exponent);  // in [1/2, 1)
-  return ldexpf(1.f, part == 0.5f ? exponent - 1 : exponent);
-}
-
 __global__ void __launch_bounds__(kThreads) apt_to_half(const __grid_constant__ ToHalfArgs args) {
-  const float inverse = inverse_of(__uint_as_float(*args.largest)), scale = 1.f / inverse;
+  const float inverse = half_divisor(__uint_as_float(*args.largest)), scale = 1.f / inverse;
   const int64_t first = int64_t{blockIdx.x} * kThreads + threadIdx.x, stride = int64_t{gridDim.x} * kThreads;
   if (first == 0) *args.multiplier = static_cast<float>(args.scaling) * inverse;
   auto* half = static_cast<__half*>(args.half);

@@ -74,6 +74,15 @@ __device__ __forceinline__ void masks_at(W (&to)[count], const void* data, DType
   for (int j = 0; j < count; ++j) to[j] = mask_at<W>(data, dtype, i + j);
 }
 
+// Return the smallest power of two, at least 1, that brings `largest` to at most 2^15; 1 for Inf and NaN, which
+// stay what they are. float16 ends at 65504, before many a low-rank value does.
+__device__ __forceinline__ float half_divisor(float largest) {
+  const uint32_t bits = __float_as_uint(largest);
+  if (!(largest > 32768.f) || bits >= 0x7f800000u) return 1.f;
+  // Round up to a power of two: carry any fraction into the exponent, and clear it. Then divide by 2^15.
+  return __uint_as_float(((bits + 0x7fffffu) & 0x7f800000u) - (15u << 23));
+}
+
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // Kernels are queued with their launch checked; the caller has set the device.
