@@ -12,7 +12,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from ..common.checks import checked_path, error_prefix, listed
+from ..common.checks import FLOATING, checked_path, error_prefix, listed
 from ..common.names import parameters_of
 from ..config import APTConfig
 from ..pruning.architectures.lookup import task_heads
@@ -111,10 +111,21 @@ class Checkpoint:
         What is refused within this context, by us or by who loads them, becomes a ValueError that names the file.
         """
         with error_prefix(str(self._tensors.path), ValueError):
-            yield tensor_file.read(self._tensors, expected, lambda found: _judge(found, expected))
+            found = tensor_file.read(self._tensors, {name: _most_values(name, like) for name, like in expected.items()})
+            _validate(found, expected)
+            yield found
 
 
-def _judge(found: dict[str, tensor_file.Entry], expected: dict[str, Tensor]) -> None:
+def _free_dim(name: str) -> int | None:
+    """The dimension that is a rank: any that the linear allows."""
+    return {"lora_A": 0, "lora_B": 1}.get(name.rpartition(".")[2])
+
+
+def _most_values(name: str, like: Tensor) -> int:
+    return like.numel() if _free_dim(name) is None else max(like.shape) * like.shape[1 - (_free_dim(name) or 0)]
+
+
+def _validate(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     if found.keys() != expected.keys():
         missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
         raise ValueError(f"expected the tensors of this model: {len(missing)} missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}")
@@ -126,19 +137,18 @@ def _judge(found: dict[str, tensor_file.Entry], expected: dict[str, Tensor]) -> 
             "was saved after a cut fits only a base that was cut as its own was (what apt_ext.export wrote holds all and needs none)"
         )
     for name, like in expected.items():
-        dtype, shape, _ = found[name]
-        free = {"lora_A": 0, "lora_B": 1}.get(name.rpartition(".")[2])  # the dimension that is a rank: any that the linear allows
+        dtype, shape, free = found[name].dtype, list(found[name].shape), _free_dim(name)
         fits = (size <= max(like.shape) if dim == free else size == like.shape[dim] for dim, size in enumerate(shape))
         if len(shape) != like.dim() or not all(fits):
             raise ValueError(
                 f"{name}: expected shape {['rank' if dim == free else size for dim, size in enumerate(like.shape)]}, got {shape}"
             )
-        if dtype != like.dtype and not (dtype.is_floating_point and like.is_floating_point()):
+        if dtype != like.dtype and not (dtype in FLOATING and like.is_floating_point()):
             raise ValueError(f"{name}: expected dtype {like.dtype}, got {dtype}")
 
 
-def _other_widths(found: dict[str, tensor_file.Entry], expected: dict[str, Tensor]) -> Iterator[str]:
+def _other_widths(found: dict[str, Tensor], expected: dict[str, Tensor]) -> Iterator[str]:
     """The masks, which are as long as a layer is wide, of another length."""
     for name, like in expected.items():
-        if name.rpartition(".")[2] in ("mask_in", "mask_out") and found[name].shape != list(like.shape):
-            yield f"{name}: expected shape {list(like.shape)}, got {found[name].shape}"
+        if name.rpartition(".")[2] in ("mask_in", "mask_out") and found[name].shape != like.shape:
+            yield f"{name}: expected shape {list(like.shape)}, got {list(found[name].shape)}"

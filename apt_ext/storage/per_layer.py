@@ -213,15 +213,17 @@ def _load_tensors(model: nn.Module, directory: Path, files: list[atomic_dir.Seal
     """ValueError unless the files hold each of the model's tensors, a tied one under any of its names, and no other."""
     state = model.state_dict(keep_vars=True)
 
-    def judge(found: dict[str, tensor_file.Entry]) -> None:
-        wrong = [name for name, entry in found.items() if name not in state or list(state[name].shape) != entry.shape]
-        if wrong or found.keys() & tensors.keys():
-            raise ValueError(f"expected the tensors of {FILE}, each once: unknown, of another shape or twice {(wrong or list(found))[:3]}")
-
+    sizes = {name: value.numel() for name, value in state.items()}
     tensors: dict[str, Tensor] = {}
     for file in files:
         with error_prefix(str(file.path), ValueError):
-            tensors |= tensor_file.read(file, state, judge)
+            found = tensor_file.read(file, sizes)
+            wrong = [name for name, value in found.items() if name not in state or state[name].shape != value.shape]
+            if wrong or found.keys() & tensors.keys():
+                raise ValueError(
+                    f"expected the tensors of {FILE}, each once: unknown, of another shape or twice {(wrong or list(found))[:3]}"
+                )
+            tensors |= found
     came = {id(state[name]) for name in tensors}
     missing = [name for name, tensor in state.items() if id(tensor) not in came]
     with error_prefix(str(directory), ValueError):

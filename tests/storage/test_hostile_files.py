@@ -116,7 +116,7 @@ def test_a_file_that_changes_after_it_was_opened(bad, monkeypatch, change):
 
     def changed(self, count):
         calls.append(count)
-        if len(calls) == 3:  # the configuration, the length, the header
+        if len(calls) == 2:  # the configuration, then the tensors
             os.truncate(bad / TENSORS, size - 300)
             if change == "is written to":
                 os.truncate(bad / TENSORS, size)
@@ -188,13 +188,13 @@ def empty_tensors(count):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda header: header.update(empty_tensors(100_000)), "header of at most"),
+        (lambda header: header.update(empty_tensors(100_000)), "bytes that this model explains"),
         (lambda header: header.update(empty_tensors(9_000)), "9000 unknown"),
-        (lambda header: header["0.lora_A"].update(shape=[0, 2**40]), "0.lora_A: expected 0 bytes"),
-        (lambda header: header["0.lora_A"].update(shape=[2**62, 6]), "0.lora_A: expected 221360928884514619392 bytes"),
-        (lambda header: header["1.weight"].update(shape=[1] * 3000), "1.weight: expected shape"),
-        (lambda header: header["1.weight"].update(shape=None), "1.weight: expected shape"),
-        (lambda header: header["1.weight"].update(shape=[4.0, 5.0]), "1.weight: expected shape"),
+        (lambda header: header["0.lora_A"].update(shape=[0, 2**40]), "invalid shape, data type, or offset"),
+        (lambda header: header["0.lora_A"].update(shape=[2**62, 6]), "overflow"),
+        (lambda header: header["1.weight"].update(shape=[1] * 3000), "invalid shape, data type, or offset"),
+        (lambda header: header["1.weight"].update(shape=None), "invalid type: null"),
+        (lambda header: header["1.weight"].update(shape=[4.0, 5.0]), "invalid type: floating point"),
         (lambda header: header["1.weight"].update(dtype="F4"), "type"),
         (lambda header: header["1.weight"].update(dtype="I64"), "1.weight: expected dtype torch.float64, got torch.int64"),
         (lambda header: header["0.mask_in"].update(data_offsets=[0, 24]), "."),
@@ -218,8 +218,7 @@ def test_a_dtype_that_no_module_here_has(bad, dtype):
     tensors = safetensors.torch.load((bad / TENSORS).read_bytes())
     (bad / TENSORS).write_bytes(safetensors.torch.save({**tensors, "1.weight": tensors["1.weight"].to(dtype)}))
     reseal(bad)
-    known = dtype in (torch.int64, torch.bool)
-    refused(bad, TENSORS, f"1.weight: expected dtype torch.float64, got {dtype}" if known else "1.weight: expected a dtype of F64, ")
+    refused(bad, TENSORS, f"1.weight: expected dtype torch.float64, got {dtype}")
 
 
 @pytest.mark.parametrize("where", ["behind", "before"])
@@ -231,18 +230,14 @@ def test_bytes_that_belong_to_no_tensor_are_refused(bad, where):
             if "data_offsets" in entry:
                 entry["data_offsets"] = [offset + 8 for offset in entry["data_offsets"]]
     write_tensors(bad, header, data + bytes(8) if where == "behind" else bytes(8) + data)
-    refused(
-        bad,
-        TENSORS,
-        f"bytes of data for its shapes, got {len(data) + 8}" if where == "behind" else "bytes from 0 for its shape, got data_offsets [8, ",
-    )
+    refused(bad, TENSORS, "file not fully covered" if where == "behind" else "invalid offset for tensor")
 
 
 def test_bytes_of_two_tensors_are_refused(bad):
     header, data = parts((bad / TENSORS).read_bytes())
     header["0.mask_in"]["data_offsets"] = [offset - 4 for offset in header["0.mask_in"]["data_offsets"]]
     write_tensors(bad, header, data)
-    refused(bad, TENSORS, "for its shape, got data_offsets")
+    refused(bad, TENSORS, "invalid offset for tensor `0.mask_in`")
 
 
 def test_text_before_a_header_is_refused(bad):
@@ -278,7 +273,7 @@ def test_memory_and_time_are_bounded_by_what_the_model_explains(bad, file):
     error = load(bad)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert isinstance(error, ValueError) and ("at most" if file != TENSORS else "bytes of data") in str(error), error
+    assert isinstance(error, ValueError) and "at most" in str(error), error
     assert peak < 8 << 20 and time.perf_counter() - begin < 10
 
 
