@@ -28,6 +28,7 @@ lint: $(VENV)/extra-dev
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/clang-format --dry-run --Werror $(CXX_FILES)
 	$(VENV)/bin/mypy
+	$(PY) tests/lint/house.py
 	! grep -nE '#include [<"](torch|ATen|c10)/' csrc/scalar.h csrc/backend.h csrc/cuda/*.cu csrc/cuda/*.cuh
 
 format: $(VENV)/extra-dev

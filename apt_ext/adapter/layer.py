@@ -20,7 +20,6 @@ from torch.compiler import is_compiling
 from .. import ops
 from ..common.checks import checked_device, checked_mask
 from ..distributed import agreement
-from ..distributed.dtensor import is_sharded, replicated
 from ..optim.initial_state import OptimizerLike
 from ..optim.step_guard import guard, reserve
 from . import rank as growth
@@ -31,7 +30,7 @@ from .carrier import MaskCarrier
 from .compact import Packing, has_own_weight
 from .counts import sparsity_stats
 from .mask import SIDES, Mask
-from .mask_change import mask_change, settle
+from .mask_change import mask_change, mask_gradients, see_written, settle
 from .merge import Merge
 from .shared_memory import hold, join, release
 
@@ -313,13 +312,7 @@ class APTAdapter(MaskCarrier):
 
     def see_written_masks(self) -> None:
         """On the CPU somebody wrote into a mask: know what both hold now, also as the function that a backward finds."""
-        if self.packing.current is not None:
-            self.packing.change(self, {})()
-        for name in SIDES:
-            buffer = self._buffers[name]
-            assert buffer is not None
-            self.note_mask(name, Mask.of(buffer))
-        self.history.check()
+        see_written(self)
 
     def settle(self, call: str) -> None:
         """Go on with what others have written into masks and factors without torch counting it, and warn of it.
@@ -436,14 +429,7 @@ class APTAdapter(MaskCarrier):
 
     def apply_grad_mask(self) -> None:
         """Make the gradients of pruned rows and columns exactly zero (NaN included). Fractions do not scale."""
-        entries = ((self.lora_A.grad, self.mask_in, 1), (self.lora_B.grad, self.mask_out, 0))
-        held = [(grad, (mask != 0).to(torch.float32), dim) for grad, mask, dim in entries if grad is not None and not is_sharded(grad)]
-        if held:
-            grads, masks, dims = zip(*held, strict=True)
-            ops.mask_grads_(list(grads), list(masks), list(dims))
-        for grad, mask, dim in entries:
-            if grad is not None and is_sharded(grad):
-                grad.masked_fill_(replicated(mask == 0, grad).unsqueeze(1 - dim), 0.0)
+        mask_gradients(self)
 
     # -- counting ----------------------------------------------------------------------------------------------------
 

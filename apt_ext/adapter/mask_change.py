@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..common.checks import on_host
+from ..distributed.dtensor import is_sharded, replicated
 from .mask import SIDES, Mask
 
 if TYPE_CHECKING:
@@ -47,6 +49,27 @@ def _holds(adapter: APTAdapter, name: str, mask: Mask) -> bool:
         return False
     # The cheap question first: the other may wait for the device.
     return adapter.placed.is_ones(name, buffer) == mask.all_ones and torch.equal(adapter.host_mask(name), mask.values)
+
+
+def see_written(adapter: APTAdapter) -> None:
+    """Do what `APTAdapter.see_written_masks` promises."""
+    if adapter.packing.current is not None:
+        adapter.packing.change(adapter, {})()
+    for name in SIDES:
+        adapter.note_mask(name, Mask.of(adapter.get_buffer(name)))
+    adapter.history.check()
+
+
+def mask_gradients(adapter: APTAdapter) -> None:
+    """Do what `APTAdapter.apply_grad_mask` promises."""
+    entries = ((adapter.lora_A.grad, adapter.mask_in, 1), (adapter.lora_B.grad, adapter.mask_out, 0))
+    held = [(grad, (mask != 0).to(torch.float32), dim) for grad, mask, dim in entries if grad is not None and not is_sharded(grad)]
+    if held:
+        grads, masks, dims = zip(*held, strict=True)
+        ops.mask_grads_(list(grads), list(masks), list(dims))
+    for grad, mask, dim in entries:
+        if grad is not None and is_sharded(grad):
+            grad.masked_fill_(replicated(mask == 0, grad).unsqueeze(1 - dim), 0.0)
 
 
 def is_read_by_forward(buffer: Tensor) -> bool:
