@@ -196,8 +196,7 @@ class APTAdapter(MaskCarrier):
 
     def stored_shape(self) -> tuple[int, int]:
         """The shape that the base layer stores its weight in, by the masks."""
-        shape = (len(self.mask_out), len(self.mask_in))
-        return shape[::-1] if self.is_transposed else shape
+        return (len(self.mask_in), len(self.mask_out)) if self.is_transposed else (len(self.mask_out), len(self.mask_in))
 
     @property
     def Wa(self) -> Tensor:
@@ -223,8 +222,7 @@ class APTAdapter(MaskCarrier):
         merge, packing = self.merge, self.packing
         if merge.foreign:
             raise RuntimeError(f"{self.naming('forward')}: {next(iter(merge.foreign.values()))}")
-        # The registry itself: attribute access through nn.Module is slow.
-        base = self._modules["base_layer"]
+        base = self._modules["base_layer"]  # the registry itself: attribute access through nn.Module is slow
         if merge.active or self.disabled:
             if base is None:
                 raise RuntimeError("disable_adapter: this APTAdapter has no base layer to fall back on")
@@ -445,10 +443,7 @@ class APTAdapter(MaskCarrier):
         return sum(self._rank * features for factor, features in factors if factor.requires_grad)
 
     def get_sparsity_stats(self) -> dict[str, float | int]:
-        """Shares of exact zeros in the masks; weight_sparsity = 1 - kept entries of W / all (half x half is 0.75).
-
-        RuntimeError on meta, where masks have no values.
-        """
+        """Shares of exact zeros in the masks; weight_sparsity = 1 - kept entries of W / all (half x half is 0.75). RuntimeError on meta."""
         return sparsity_stats(self)
 
     def reset_parameters(self) -> None:
