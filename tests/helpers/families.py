@@ -115,9 +115,11 @@ FAMILIES = {
     "t5": _t5(feed_forward_proj="relu"),
     "t5-gated": _t5(feed_forward_proj="gated-gelu", tie_word_embeddings=False),
 }
+ONE_EACH = ("bert", "llama", "gpt2", "t5")  # an encoder, two decoders, and an encoder with its decoder
 EVERY = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
 EMPTY_HEADS = pytest.mark.skipif(torch.__version__ < "2.12", reason="the attention of torch 2.11 needs a head")
-DECODERS = pytest.mark.parametrize("family", [f for f in FAMILIES.values() if f.decoder], ids=[n for n, f in FAMILIES.items() if f.decoder])
+GENERATING = [name for name, family in FAMILIES.items() if family.decoder]
+DECODERS = pytest.mark.parametrize("family", [FAMILIES[name] for name in GENERATING], ids=GENERATING)
 
 
 def outputs(model: Any, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
