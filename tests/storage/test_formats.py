@@ -5,7 +5,8 @@ import json
 
 import pytest
 import torch
-from families import EMPTY_HEADS, EVERY, FAMILIES, adapted, close, keep_first, mask_all, outputs, some, tolerance
+from cases import crossed
+from families import EMPTY_HEADS, EVERY, FAMILIES, ONE_EACH, adapted, close, keep_first, mask_all, outputs, some, tolerance
 from safetensors.torch import load_file, save_file
 
 from apt_ext import APTConfig, export, get_apt_model, load_export, shrink
@@ -27,9 +28,12 @@ def loaded(directory):
 PAIRS = {"bert": (2, 16), "roberta": (2, 16), "distilbert": (2, 16), "gpt2": (2, 16)}
 
 
-@EVERY
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_uniform_widths_are_a_stock_directory(family, dtype, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    crossed(FAMILIES, (torch.float64, torch.float32, torch.bfloat16), daily=lambda name, dtype: dtype == torch.float64 or name in ONE_EACH),
+)
+def test_uniform_widths_are_a_stock_directory(name, dtype, tmp_path):
+    family = FAMILIES[name]
     apt = adapted(family, dtype=dtype)
     keep_first(apt, heads=2, hidden=16, neurons=7)
     if family.sizes.get("num_key_value_heads") == 1:
