@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from families import EMPTY_HEADS, EVERY, FAMILIES, adapted, keep_first
+from cases import crossed, turn
+from families import EMPTY_HEADS, EVERY, FAMILIES, ONE_EACH, adapted, keep_first
 from torch.utils.flop_counter import FlopCounterMode
 
 import apt_ext
@@ -63,12 +64,16 @@ def test_it_changes_nothing_and_needs_no_weights(family):
     assert here.dense.flops is not None and here.target.flops < here.dense.flops
 
 
+KEPT = [{"heads": 1}, {"neurons": 7}, {"hidden": 16}, {"heads": 2, "hidden": 16}, {"heads": 2, "hidden": 20}]
+
+
 @pytest.mark.usefixtures("loaded_here")
-@EVERY
 @pytest.mark.parametrize(
-    "keep", [{"heads": 1}, {"neurons": 7}, {"hidden": 16}, {"heads": 2, "hidden": 16}, {"heads": 2, "hidden": 20}], ids=str
+    ("name", "keep"),
+    crossed(FAMILIES, KEPT, daily=lambda name, keep: name in ONE_EACH or keep in (turn(name, FAMILIES, KEPT), KEPT[-1])),
 )
-def test_what_it_says_can_be_exported_can(family, keep, tmp_path):
+def test_what_it_says_can_be_exported_can(name, keep, tmp_path):
+    family = FAMILIES[name]
     if keep.get("heads", 1) > family.sizes.get("num_key_value_heads", 3):
         pytest.skip("fewer heads")
     found = plan(family.model(), APTConfig(r=2), keep=keep)
