@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 from families import FAMILIES
-from training import SHORT, all_of, assert_equal, batch_for, built, hooks, state_of, train, trained
+from training import SHORT, all_of, assert_equal, batch_for, built, finished, hooks, state_of, train
 
 import apt_ext
 from apt_ext import Controller, adapters
@@ -55,7 +55,7 @@ UNHEARD = "observe: expected a backward since the last step that reached a block
 @pytest.mark.parametrize("config", [{}, {"density": 1.0}])
 def test_observe_without_gradients_is_refused_and_the_run_goes_on_as_if_it_had_not_been(config):
     """Before any backward, and after zero_grad()."""
-    plain, expected, its = trained("bert", **config)
+    plain, expected, its = finished("bert", **config)
     apt, optimizer = built(BERT, **config)
     controller = Controller(apt, optimizer, 16, **SHORT)
     for step in range(16):
@@ -136,7 +136,7 @@ def masked(apt, controller):
 @pytest.mark.parametrize("at", [4, 5, 13])  # within a window, at the first event, at the last
 def test_a_change_that_was_refused_is_made_by_the_next_call(disturb, at):
     """And the run goes on as if nothing had been."""
-    plain, expected, its = trained("bert", max_rank=8)
+    plain, expected, its = finished("bert", max_rank=8)
     apt, optimizer = built(BERT, max_rank=8)
     controller = Controller(apt, optimizer, 16, **SHORT)
     for step in range(16):
@@ -179,7 +179,7 @@ def test_a_refused_event_is_not_lost_by_going_on(at):
 
 
 def test_an_error_of_the_log_comes_after_the_change():
-    plain, expected, its = trained("bert")
+    plain, expected, its = finished("bert")
     apt, optimizer = built(BERT)
 
     def full(line):
