@@ -72,7 +72,11 @@ def until(true, seconds=60):
 # -- signals -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [*SIGNALS, signal.SIGKILL])
+# That each signal ends a command is shown below, in this process.
+NIGHTLY = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGHUP, signal.SIGINT)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL, *NIGHTLY])
 def test_workers_end_with_the_command_that_started_them(server, tmp_path, number):
     """Those that are killed with it while they start, and one that works and finds itself alone."""
     err = tmp_path / "err"
