@@ -18,7 +18,7 @@ from .config import APTConfig, nearest
 from .distributed import agreement
 from .optim.initial_state import OptimizerLike
 from .optim.step_guard import guard
-from .pruning.architectures.lookup import Block
+from .pruning.architectures.lookup import Block, Blocks
 from .pruning.block_masks import (
     get_mask,
     merged_linear,
@@ -96,7 +96,7 @@ class APTModel(Adapted):
 
     target: Target | None = None
 
-    def __init__(self, model: nn.Module, config: APTConfig, blocks: dict[str, Block], saved: list[str]) -> None:
+    def __init__(self, model: nn.Module, config: APTConfig, blocks: Blocks, saved: list[str]) -> None:
         super().__init__()
         self._register_state_dict_hook(save_target)  # type: ignore[no-untyped-call]
         self._register_load_state_dict_pre_hook(load_target, with_module=True)  # type: ignore[no-untyped-call]
@@ -140,7 +140,7 @@ class APTModel(Adapted):
         if not isinstance(name, str):
             raise TypeError(f"name: expected a str, got {type(name).__name__}")
         if name not in self.blocks:
-            raise ValueError(missing_block(self.model, name, list(self.blocks), nearest(name, self.blocks)))
+            raise ValueError(missing_block(self.model, name, self.blocks, nearest(name, self.blocks)))
         return self.blocks[name]
 
     def cut(self, optimizer: OptimizerLike | None = None) -> APTModel:
@@ -168,7 +168,7 @@ class APTModel(Adapted):
             finally:
                 for adapter in offloaded:
                     adapter.packing.offload(adapter)
-            self.blocks = left if self.blocks else {}  # there are none after merge_and_unload
+            self.blocks = left if self.blocks else Blocks(self.blocks.row)  # there are none after merge_and_unload
             self.hidden_left = hidden_left
         return self
 
@@ -287,7 +287,7 @@ class APTModel(Adapted):
                 raise RuntimeError(f"merge_and_unload: {what} are pruned, which no full-size model computes; use apt_ext.shrink")
         found = list(adapters(self))
         narrow(self.model, check=True)
-        values = folded(self.model)
+        values = folded(self.model, self.blocks.row)
         merged_before = [adapter.merged for _, adapter in found]
         with indexed():
             try:
@@ -308,8 +308,8 @@ class APTModel(Adapted):
             for parameter, value in values:
                 parameter.copy_(value)
         narrow(self.model)
-        self.blocks = {}
-        stock_saving.restore(self.model)
+        stock_saving.restore(self.model, self.blocks.row)
+        self.blocks = Blocks(self.blocks.row)
         return self.model
 
     # -- save and load -----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..common.checks import checked_bool, checked_module, checked_path
 from ..common.modes import evaluating
 from ..model import APTModel, adapters
-from ..pruning.architectures.lookup import architecture_of
+from ..pruning.architectures.lookup import Blocks, find_blocks
 from ..pruning.sizes import Sizes
 from ..storage import atomic_dir
 from ..storage import per_layer as own_format
@@ -83,13 +83,13 @@ def export(
     check_target(target)
     small: Any = shrink(model, unfinished=True) if isinstance(model, APTModel) else model
     check_class(small)
-    written, loader = expressed(small, per_layer)
-    row = architecture_of(small)
+    blocks = find_blocks(small)
+    written, loader = expressed(small, per_layer, blocks)
     with atomic_dir.made(target.parent), atomic_dir.stage(target.parent, target.name) as beside:
         new = beside / "new"
         if loader == "apt_ext":
-            assert row is not None  # without one there is no such format
-            own_format.save(small, new, row, max_shard_size=max_shard_size)
+            assert blocks.row is not None  # without one there is no such format
+            own_format.save(small, new, blocks.row, max_shard_size=max_shard_size)
         else:
             type(written).save_pretrained(written, new, max_shard_size=max_shard_size)  # not the instance's, see `saving`
         _carry_tokenizer(tokenizer, small, new)
@@ -112,13 +112,14 @@ def check_class(model: nn.Module) -> None:
         raise ValueError(f"model: expected a class of transformers, which others can load, got {kind.__module__}.{kind.__name__}")
 
 
-def expressed(small: Any, per_layer: bool) -> tuple[Any, str]:
+def expressed(small: Any, per_layer: bool, blocks: Blocks | None = None) -> tuple[Any, str]:
     """The model under a class and config that can say its sizes, and what loads it; ValueError where there is none."""
-    row, sizes, kind = architecture_of(small), Sizes.of(small), type(small)
-    failures = stock_failures(row, small.config, sizes) or stock_trial(small, sizes)
+    blocks = find_blocks(small) if blocks is None else blocks
+    row, sizes, kind = blocks.row, Sizes.of(small, blocks), type(small)
+    failures = stock_failures(small.config, sizes) or stock_trial(small, sizes)
     if not failures:
         return small, kind.__name__
-    others = retype_failures(row, small.config, sizes)
+    others = retype_failures(small.config, sizes)
     if not others and row is not None and row.retype is not None:
         other = _retyped(small, row.retype[0])
         if other is not None:

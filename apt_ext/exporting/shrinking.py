@@ -79,7 +79,7 @@ def _shrunk(small: APTModel, gone: Removal) -> nn.Module:
     hidden = gone.kept.get("hidden")
     width = None if hidden is None else int(hidden.sum())
     with torch.no_grad():
-        values = folded(result, width)  # before the merge, which zeroes columns of a tied weight
+        values = folded(result, small.blocks.row, width)  # before the merge, which zeroes columns of a tied weight
         with indexed():
             for name, adapter in list(adapters(small)):
                 with error_prefix(name):
@@ -91,7 +91,7 @@ def _shrunk(small: APTModel, gone: Removal) -> nn.Module:
             parameter.copy_(value)
         replace_parameters(result, parameter_changes(result, gone.lanes))
         tell_modules(result, gone.lanes)
-        tell_blocks(result)
+        tell_blocks(result, small.blocks.row)
         if width is not None:
             tell_constants(result, width)
         narrow(result, check=True)
@@ -99,5 +99,5 @@ def _shrunk(small: APTModel, gone: Removal) -> nn.Module:
     report_spared(gone.spared)
     for parameter in result.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    stock_saving.restore(result)
+    stock_saving.restore(result, small.blocks.row)
     return result

@@ -21,7 +21,6 @@ from ..distributed.dtensor import is_sharded
 from ..model import APTModel, adapters
 from ..optim.initial_state import OptimizerLike, optimizers_of
 from ..optim.resize import resizable_state
-from ..pruning.architectures.lookup import architecture_of
 from ..pruning.block_masks import host_mask, missing_carriers, put_carriers, submodule, take_carriers
 from ..pruning.cost import budget_cost
 from ..pruning.cut import decodes
@@ -141,7 +140,7 @@ class Controller:
                 raise TypeError(f"log: expected a function of one line, or None, got {type(log).__name__}")
             inner, blocks = self.model.model, self.model.blocks
             if kurtosis is None:
-                row = architecture_of(inner)
+                row = blocks.row
                 kurtosis = float(row is not None and decodes(row, inner))
             kurtosis = checked_number("kurtosis", kurtosis, 0.0)
             refuse_second(self.model)

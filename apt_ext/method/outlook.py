@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..common.checks import checked_choice
 from ..config import APTConfig
 from ..exporting.directories import check_class
-from ..pruning.architectures.lookup import ARCHITECTURES, Block, architecture_of, unknown_modules
+from ..pruning.architectures.lookup import ARCHITECTURES, Block, Blocks, unknown_modules
 from ..pruning.cost import Cost
 from ..pruning.sizes import Sizes
 from ..storage.formats import allowed
@@ -31,17 +31,17 @@ def allowance(density: float, full: float) -> float:
     return density * full * _SLACK
 
 
-def pruned_blocks(model: nn.Module, blocks: Mapping[str, Block], config: APTConfig) -> dict[str, Block]:
+def pruned_blocks(model: nn.Module, blocks: Blocks, config: APTConfig) -> Blocks:
     """The blocks of the kinds in `config.prune`; none where `config.density` is 1. ValueError where there would be none to prune."""
     if config.density == 1.0:
-        return {}
+        return Blocks(blocks.row)
     prune = config.prune or []
-    found = {name: block for name, block in blocks.items() if block.kind in prune}
+    found = Blocks(blocks.row, {name: block for name, block in blocks.items() if block.kind in prune})
     if found:
         return found
     known = sorted({block.kind for block in blocks.values()})
     text = f"prune: expected kinds of blocks that the model has, {known}, got {prune}"
-    if architecture_of(model) is None:
+    if blocks.row is None:
         model_type = getattr(getattr(model, "config", None), "model_type", None)
         rows = sorted({kind for row in ARCHITECTURES for kind in row.model_types})
         text += (
@@ -51,7 +51,7 @@ def pruned_blocks(model: nn.Module, blocks: Mapping[str, Block], config: APTConf
     elif not blocks:
         text += "; after merge_and_unload() it has none"
     elif "hidden" in prune:
-        text += f"; its row does not say how these modules touch the residual stream: {', '.join(unknown_modules(model)[:4])}"
+        text += f"; its row does not say how these modules touch the residual stream: {', '.join(unknown_modules(model, blocks.row)[:4])}"
     raise ValueError(text)
 
 
@@ -83,7 +83,7 @@ class Outlook:
     """
 
     model: nn.Module
-    blocks: Mapping[str, Block]
+    blocks: Blocks
     config: APTConfig
     cost: Cost
     live: Mapping[str, Tensor]
@@ -151,7 +151,7 @@ class Outlook:
     def unwritable(self) -> list[str]:
         """Which constraints stand against an outcome that no stock class can say, in words; none: each can be exported as a stock model."""
         for counts in self.outcomes():
-            formats = allowed(self.model, Sizes.of(self.model, counts))
+            formats = allowed(self.model, Sizes.of(self.model, self.blocks, counts))
             if formats["stock"] and formats.get("retyped", formats["stock"]):
                 return formats["stock"]
         return []

@@ -14,8 +14,7 @@ from ..common.checks import checked_int, checked_module
 from ..common.names import parameters_of
 from ..config import APTConfig
 from ..pruning.architectures.lookup import (
-    Block,
-    architecture_of,
+    Blocks,
     ends_with,
     find_blocks,
     is_linear,
@@ -145,8 +144,8 @@ def _planned(
     length: int,
     notes: list[str],
 ) -> Plan:
-    found = match(model, config)
     blocks = find_blocks(model)
+    found = match(model, config, blocks)
     notes += found.notes
     if keep is None:
         most, config = _searched(model, blocks, config, notes)
@@ -154,7 +153,7 @@ def _planned(
         wanted = _checked_keep(model, blocks, keep)
         most = {name: min(wanted.get(block.kind, block.count), block.count) for name, block in blocks.items()}
     kept = {name: torch.arange(block.count, device="cpu") < most[name] for name, block in blocks.items()}
-    row = architecture_of(model)
+    row = blocks.row
     for name in never_empty(row, model, blocks) if row is not None else ():
         if blocks[name].count and not bool(kept[name].any()):
             kept[name][0] = True
@@ -188,13 +187,13 @@ def _planned(
         target=target,
         batch=batch,
         length=length,
-        exports=allowed(model, Sizes.of(model, counts)),
+        exports=allowed(model, Sizes.of(model, blocks, counts)),
         heads=_head_formats(model, blocks, counts),
         notes=notes,
     )
 
 
-def _searched(model: nn.Module, blocks: dict[str, Block], config: APTConfig, notes: list[str]) -> tuple[dict[str, int], APTConfig]:
+def _searched(model: nn.Module, blocks: Blocks, config: APTConfig, notes: list[str]) -> tuple[dict[str, int], APTConfig]:
     """How many of each block a Controller leaves where all scores are alike, and the config with the kinds that it prunes.
 
     Adds to `notes` what other scores may change.
@@ -208,19 +207,19 @@ def _searched(model: nn.Module, blocks: dict[str, Block], config: APTConfig, not
     if outlook.pruned and outlook.competing():
         shared = "kinds" if config.uniform else "layers and kinds"
         notes.append(f"{shared} compete by their scores: these are the numbers where all scores are alike")
-        failures, formats = outlook.unwritable(), allowed(model, Sizes.of(model, counts))
+        failures, formats = outlook.unwritable(), allowed(model, Sizes.of(model, blocks, counts))
         if failures and not all(formats.get(name, failures) for name in ("stock", "retyped")):
             notes.append(f"other scores may leave what no stock config can say: {'; '.join(failures)}")
     return counts, config
 
 
-def _checked_keep(model: nn.Module, blocks: dict[str, Block], keep: Mapping[str, int]) -> Mapping[str, int]:
+def _checked_keep(model: nn.Module, blocks: Blocks, keep: Mapping[str, int]) -> Mapping[str, int]:
     present = {kind: max((b.count for b in blocks.values() if b.kind == kind), default=0) for kind in KINDS}
     for kind, count in keep.items():
         if kind not in KINDS:
             raise ValueError(f"keep: expected {', '.join(KINDS)}, got {kind!r}")
         if present[kind] == 0:
-            raise ValueError(missing_block(model, kind, list(blocks), ""))
+            raise ValueError(missing_block(model, kind, blocks, ""))
         least = 1 if kind == "hidden" else 0
         if isinstance(count, bool) or not isinstance(count, int):
             raise TypeError(f"keep: expected an int for {kind}, got {type(count).__name__}")
@@ -229,12 +228,12 @@ def _checked_keep(model: nn.Module, blocks: dict[str, Block], keep: Mapping[str,
     return keep
 
 
-def _outside_blocks(model: nn.Module, blocks: dict[str, Block]) -> list[str]:
+def _outside_blocks(model: nn.Module, blocks: Blocks) -> list[str]:
     """What lies in the layers of the model's row and has linears, but belongs to no block of heads or neurons: cross-attention, for one.
 
     Named by the outermost modules of which no linear does.
     """
-    row, inside = architecture_of(model), {name for block in blocks.values() if block.kind != "hidden" for name in block.linears}
+    row, inside = blocks.row, {name for block in blocks.values() if block.kind != "hidden" for name in block.linears}
     modules = dict(model.named_modules())
     layers = [name for name in modules for one in (row.layers if row is not None else ()) if ends_with(one.pattern, name)]
     found: dict[str, None] = {}
@@ -277,7 +276,7 @@ class _Products:
     attention: list[tuple[nn.Parameter, int, int]]
 
 
-def _products(model: nn.Module, blocks: dict[str, Block], batch: int, length: int) -> _Products | None:
+def _products(model: nn.Module, blocks: Blocks, batch: int, length: int) -> _Products | None:
     """Found by a trial pass on meta, where nothing is computed; None where the model wants other inputs."""
     trial = on_meta(model)
     calls: dict[str, int] = {}
@@ -321,13 +320,13 @@ def _flops(products: _Products, changes: Changes) -> int:
 # -- formats -----------------------------------------------------------------------------------------------------------
 
 
-def _head_formats(model: nn.Module, blocks: dict[str, Block], counts: Mapping[str, int]) -> dict[int, list[str]]:
+def _head_formats(model: nn.Module, blocks: Blocks, counts: Mapping[str, int]) -> dict[int, list[str]]:
     """{heads kept in every layer: the formats that can say it}, with everything else as in `counts`."""
     most = min((block.count for block in blocks.values() if block.kind == "heads"), default=0)
     found = {}
     for count in range(1, most + 1):
         these = {name: count if blocks[name].kind == "heads" else other for name, other in counts.items()}
-        found[count] = [name for name, failures in allowed(model, Sizes.of(model, these)).items() if not failures]
+        found[count] = [name for name, failures in allowed(model, Sizes.of(model, blocks, these)).items() if not failures]
     return found
 
 

@@ -13,7 +13,7 @@ from ..adapter.layer import APTAdapter
 from ..adapter.mask import Mask
 from ..common.checks import checked_mask, listed
 from ..distributed.dtensor import is_sharded
-from .architectures.lookup import Block, Side, architecture_of, is_linear, side_width, stored, unknown_modules
+from .architectures.lookup import Block, Blocks, Side, is_linear, side_width, stored, unknown_modules
 from .wrappers import StreamCarrier, carrier_for, is_carrier
 
 
@@ -159,13 +159,13 @@ def merged_linear(adapter: APTAdapter) -> nn.Module:
     return linear
 
 
-def missing_block(model: nn.Module, name: str, known: list[str], near: str) -> str:
+def missing_block(model: nn.Module, name: str, blocks: Blocks, near: str) -> str:
     """The error for a name that is no block of the model: what there is, or what to declare, with the modules that were seen."""
-    if known and name != "hidden":
+    if blocks and name != "hidden":
         return f"name: expected a block of this model, got {name!r}{near}"
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     modules = dict(model.named_modules())
-    if architecture_of(model) is None:
+    if blocks.row is None:
         linears = {name: m for name, m in modules.items() if is_linear(stored(m)) and not name.endswith(".base_layer")}
         seen = [f"{name} [{side_width(m, 'out')}, {side_width(m, 'in')}]" for name, m in linears.items()]
         return (
@@ -175,7 +175,7 @@ def missing_block(model: nn.Module, name: str, known: list[str], near: str) -> s
         )
     if name != "hidden":
         return f"name: expected a block of this model, got {name!r}, but it has none (after merge_and_unload() none are left)"
-    unknown = unknown_modules(model)
+    unknown = unknown_modules(model, blocks.row)
     return (
         f"name: expected a block of this model, got {name!r}; the row of {model_type!r} does not say how these modules touch the residual "
         f"stream: {listed(unknown, 12) or 'all are known, but their widths differ'}"

@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import nn
 
 from ..common.checks import checked_int, checked_mapping, checked_number
-from .architectures.lookup import Block, architecture_of, ends_with, is_linear, owners, side_width
+from .architectures.lookup import Block, ends_with, is_linear, owners, row_of, side_width
 from .block_masks import host_mask
 
 Counts = Mapping[str, int]
@@ -105,7 +105,7 @@ def cost_of(model: nn.Module, blocks: Mapping[str, Block], budget: str = "parame
 
     budget  "parameters"; "memory": their bytes; "flops": of one token in a sequence of `length`, linears and attention
     """
-    row = architecture_of(model)
+    row = row_of(model, blocks)
     terms: dict[tuple[str, ...], float] = {}
 
     def add(value: float, *forms: Mapping[str | None, float]) -> None:

@@ -16,11 +16,12 @@ from ..optim.resize import Resize, resizable_state, resize_parameters
 from .architectures.lookup import (
     Architecture,
     Block,
-    architecture_of,
+    Blocks,
     ends_with,
     find_blocks,
     in_encoder,
     output_layer,
+    row_of,
     side_width,
     stored,
     weight_dim,
@@ -48,7 +49,7 @@ class Removal:
     spared: tuple[str, ...] = ()
 
 
-def removal(model: nn.Module, blocks: dict[str, Block]) -> Removal:
+def removal(model: nn.Module, blocks: Mapping[str, Block]) -> Removal:
     """What the exact zeros of the masks remove; nothing is changed.
 
     Where stock classes cannot run with nothing left one head or neuron stays, under its mask of zero. ValueError where layers would not be
@@ -61,7 +62,7 @@ def removal(model: nn.Module, blocks: dict[str, Block]) -> Removal:
     if any(mask.is_meta for mask in masks.values()):
         raise RuntimeError("model: expected masks with values, got a model on meta (apt_ext.plan says what a cut would do)")
     kept = {name: mask.cpu() != 0 for name, mask in masks.items()}
-    row = architecture_of(model)
+    row = row_of(model, blocks)
     spared = () if row is None else tuple(_spare(row, model, blocks, kept))
     if row is not None and row.alike:
         _check_alike(blocks, kept)
@@ -70,7 +71,7 @@ def removal(model: nn.Module, blocks: dict[str, Block]) -> Removal:
     return Removal(kept, lanes_for(model, blocks, kept), spared)
 
 
-def lanes_for(model: nn.Module, blocks: dict[str, Block], kept: dict[str, Tensor]) -> Lanes:
+def lanes_for(model: nn.Module, blocks: Mapping[str, Block], kept: dict[str, Tensor]) -> Lanes:
     """The channels that stay when of each block the `kept` ([count] bool) do."""
     lanes: dict[tuple[str, str], Tensor] = {}
     for name, block in blocks.items():
@@ -87,7 +88,7 @@ def lanes_for(model: nn.Module, blocks: dict[str, Block], kept: dict[str, Tensor
     return found
 
 
-def _spare(row: Architecture, model: nn.Module, blocks: dict[str, Block], kept: dict[str, Tensor]) -> Iterable[str]:
+def _spare(row: Architecture, model: nn.Module, blocks: Mapping[str, Block], kept: dict[str, Tensor]) -> Iterable[str]:
     """Let one head or neuron stay where the stock class needs one."""
     for name in never_empty(row, model, blocks):
         if blocks[name].count and not bool(kept[name].any()):
@@ -98,7 +99,7 @@ def _spare(row: Architecture, model: nn.Module, blocks: dict[str, Block], kept: 
                     yield other
 
 
-def never_empty(row: Architecture, model: nn.Module, blocks: dict[str, Block]) -> list[str]:
+def never_empty(row: Architecture, model: nn.Module, blocks: Mapping[str, Block]) -> list[str]:
     """The blocks that have to keep one: all, or the heads where a decoder's cache is asked for its length or torch needs them."""
     if row.never_empty:
         return [name for name, block in blocks.items() if block.kind != "hidden"]
@@ -120,20 +121,20 @@ def decodes(row: Architecture, model: nn.Module) -> bool:
     return row.decoder or (row.decoder is None and bool(getattr(getattr(model, "config", None), "is_decoder", False)))
 
 
-def alike(model: nn.Module, blocks: dict[str, Block]) -> list[list[str]]:
+def alike(model: nn.Module, blocks: Mapping[str, Block]) -> list[list[str]]:
     """Groups of blocks of heads of which the same have to stay in each; none where layers are free."""
-    row = architecture_of(model)
+    row = row_of(model, blocks)
     heads = [name for name, block in blocks.items() if block.kind == "heads"] if row is not None and row.alike else []
     return list({group[0]: group for group in (_same_part(name, blocks) for name in heads)}.values())
 
 
-def _same_part(name: str, blocks: dict[str, Block]) -> list[str]:
+def _same_part(name: str, blocks: Mapping[str, Block]) -> list[str]:
     """The blocks of the same part of every layer of the stack that `name` is in."""
     one = blocks[name]
     return [other for other, block in blocks.items() if (block.stack, block.part) == (one.stack, one.part)]
 
 
-def _check_alike(blocks: dict[str, Block], kept: dict[str, Tensor]) -> None:
+def _check_alike(blocks: Mapping[str, Block], kept: dict[str, Tensor]) -> None:
     for name, block in blocks.items():
         if block.kind != "heads":
             continue
@@ -204,7 +205,7 @@ def replace_parameters(model: nn.Module, changes: Changes) -> None:
         module._parameters.update({name: cut[old] for name, old in module._parameters.items() if old in cut})
 
 
-def cut_in_place(model: nn.Module, blocks: dict[str, Block], optimizer: object | None, agree: Callable[..., None]) -> dict[str, Block]:
+def cut_in_place(model: nn.Module, blocks: Blocks, optimizer: object | None, agree: Callable[..., None]) -> Blocks:
     """Remove from a model with adapters what its masks prune; returns the blocks that are left. What `APTModel.cut` promises.
 
     Every Parameter keeps its identity, and is resized with its gradient and optimizer state; the frozen ones too, so that all of it is
@@ -231,7 +232,7 @@ def cut_in_place(model: nn.Module, blocks: dict[str, Block], optimizer: object |
         change()
     tell_modules(model, gone.lanes)
     report_spared(gone.spared)
-    return tell_blocks(model)
+    return tell_blocks(model, blocks.row)
 
 
 def _mask_change(carrier: nn.Module, sides: dict[str, Tensor]) -> Callable[[], None]:
@@ -259,12 +260,8 @@ def tell_modules(model: nn.Module, lanes: Lanes) -> None:
                 base.normalized_shape = (len(kept),)
 
 
-def tell_blocks(model: nn.Module, row: Architecture | None = None) -> dict[str, Block]:
-    """Set what attention modules say about their heads, and the config where all layers agree; returns the blocks as they are now.
-
-    row  None: that of the table
-    """
-    row = row or architecture_of(model)
+def tell_blocks(model: nn.Module, row: Architecture | None) -> Blocks:
+    """Set what attention modules say about their heads, and the config where all layers agree; returns the blocks as they are now."""
     blocks = find_blocks(model, row)
     for block in blocks.values():
         if block.rule is not None and block.owner:
@@ -274,7 +271,7 @@ def tell_blocks(model: nn.Module, row: Architecture | None = None) -> dict[str, 
             for attribute in block.rule.totals:
                 setattr(owner, attribute, heads * block.size)
     for config in configs(model):
-        tell_config(config, row, blocks, widths(model, blocks))
+        tell_config(config, blocks.row, blocks, widths(model, blocks))
     return blocks
 
 
@@ -328,14 +325,13 @@ def _query_heads(model: nn.Module, block: Block) -> int:
 # -- what hidden_size scales -------------------------------------------------------------------------------------------
 
 
-def folded(model: nn.Module, width: int | None = None) -> list[tuple[nn.Parameter, Tensor]]:
+def folded(model: nn.Module, row: Architecture | None, width: int | None = None) -> list[tuple[nn.Parameter, Tensor]]:
     """New values of Parameters that take over what the hidden mask scales, and constants that stock code derives from a hidden size.
 
     An embedding is multiplied by its mask. Where the output layer shares its weight the last norm is divided by the same. With `width`, the
     hidden size to be, Gemma's embedding scale and T5's output scale of the present size go the same way. Nothing is changed here.
     RuntimeError where a value would not be finite.
     """
-    row = architecture_of(model)
     if row is None or row.stream is None:
         return []
     scales: dict[nn.Parameter, Tensor] = {}

@@ -16,7 +16,7 @@ from ..common.checks import listed
 from .architectures.lookup import (
     Architecture,
     Block,
-    architecture_of,
+    Blocks,
     find_blocks,
     find_layers,
     is_registered,
@@ -28,16 +28,16 @@ from .cut import lanes_for, parameter_changes, replace_parameters, tell_blocks, 
 from .on_meta import inputs_for, on_meta
 
 
-def check_row(model: nn.Module) -> None:
+def check_row(model: nn.Module, found: Blocks) -> None:
     """ValueError naming the Parameters, with their shapes, that the row of a stock model has to name and does not.
 
     The model is not changed. Where it cannot be run on meta, those count that lie in the module of the attention and are
     as wide as one of its sides.
     """
-    row = architecture_of(model)
+    row = found.row
     if row is None:
         return
-    blocks = {name: block for name, block in find_blocks(model).items() if block.kind != "hidden" and block.count}
+    blocks = {name: block for name, block in found.items() if block.kind != "hidden" and block.count}
     for name, block in blocks.items():
         for side in block.sides:
             width = side_width(model.get_submodule(side.module), side.side)
@@ -46,16 +46,16 @@ def check_row(model: nn.Module) -> None:
                     f"register_architecture: expected sides of {name!r} to have a multiple of {block.count * side.parts} channels, got "
                     f"{width} on the {side.side!r} side of {side.module}"
                 )
-    found = dict(_unnamed(model, row, blocks))
-    if not found and not is_registered(row):
+    unnamed = dict(_unnamed(model, row, blocks))
+    if not unnamed and not is_registered(row):
         return
-    error = _error_of_a_cut(model)
+    error = _error_of_a_cut(model, row)
     if error is None:
-        found = {name: block for name, block in found.items() if _is_certain(model, name, blocks[block])}
-        error = "each is as wide as what a cut makes narrower" if found else ""
-    likely = {name: block for name, block in found.items() if _is_likely(model, name, blocks[block])}
+        unnamed = {name: block for name, block in unnamed.items() if _is_certain(model, name, blocks[block])}
+        error = "each is as wide as what a cut makes narrower" if unnamed else ""
+    likely = {name: block for name, block in unnamed.items() if _is_likely(model, name, blocks[block])}
     if error:
-        raise ValueError(_message(model, row, likely or found, error))
+        raise ValueError(_message(model, row, likely or unnamed, error))
 
 
 def _message(model: nn.Module, row: Architecture, found: dict[str, str], error: str) -> str:
@@ -116,7 +116,7 @@ def _is_certain(model: nn.Module, name: str, block: Block) -> bool:
     return bool(block.owner) and name.startswith(f"{block.owner}.") and len(shape) == 1 and shape[0] in set(_cut_widths(model, block))
 
 
-def _error_of_a_cut(model: nn.Module) -> str | None:
+def _error_of_a_cut(model: nn.Module, row: Architecture) -> str | None:
     """What the model says when it is run with half of its heads and neurons; "" where it runs, None where it does not run uncut either."""
     try:
         twin, inputs = on_meta(model), inputs_for(model)
@@ -125,7 +125,7 @@ def _error_of_a_cut(model: nn.Module) -> str | None:
             twin(**inputs)
     except Exception:  # any model's own code, which may need values that meta has not
         return None
-    blocks = find_blocks(twin)
+    blocks = find_blocks(twin, row)
     kept = {
         name: torch.arange(block.count, device="cpu") < (block.count if block.kind == "hidden" else -(-block.count // 2))
         for name, block in blocks.items()
@@ -136,7 +136,7 @@ def _error_of_a_cut(model: nn.Module) -> str | None:
             lanes = lanes_for(twin, blocks, kept)
             replace_parameters(twin, parameter_changes(twin, lanes))
             tell_modules(twin, lanes)
-            tell_blocks(twin)
+            tell_blocks(twin, row)
             twin(**inputs)
     except Exception as error:  # the same
         return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

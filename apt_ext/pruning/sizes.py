@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .architectures.lookup import Architecture, architecture_of, find_blocks, side_width
+from .architectures.lookup import Blocks, side_width
 from .cut import widths
 
 Widths = dict[str, dict[str, int]]  # see `cutting.widths`
@@ -22,6 +22,7 @@ class Sizes:
     groups  {entry that counts heads: the one that counts the KV heads that they share}, of configs that have it
     hidden  the entry that says how many hidden dimensions there are, and how many; None: the model does not show it
     counts  {block: how many there are of it}
+    blocks  the blocks of the model that they are sizes of, as it is
     """
 
     widths: Widths
@@ -29,12 +30,12 @@ class Sizes:
     groups: dict[str, str]
     hidden: tuple[str, int | None]
     counts: dict[str, int]
+    blocks: Blocks
 
     @classmethod
-    def of(cls, model: nn.Module, counts: Mapping[str, int] | None = None, row: Architecture | None = None) -> Sizes:
-        """Those of a model as it is, or with `counts` {block: number left}; `row`: None for that of the table."""
-        row = row or architecture_of(model)
-        blocks = find_blocks(model, row)
+    def of(cls, model: nn.Module, blocks: Blocks, counts: Mapping[str, int] | None = None) -> Sizes:
+        """Those of a model as it is, or with `counts` {block: number left}."""
+        row = blocks.row
         found = widths(model, blocks, counts)
         heads = {name: block for name, block in blocks.items() if block.kind == "heads" and block.rule is not None}
         entry = "hidden_size" if row is None or row.stream is None else row.stream.width_field
@@ -50,6 +51,7 @@ class Sizes:
             {field: shared for field, shared in groups.items() if shared in found},
             (entry, hidden),
             {name: block.count for name, block in blocks.items()} if counts is None else dict(counts),
+            blocks,
         )
 
     def common(self, field: str | None) -> int | None:

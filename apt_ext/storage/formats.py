@@ -15,14 +15,14 @@ from typing import Any
 from torch import nn
 
 from ..common.checks import listed
-from ..pruning.architectures.lookup import Architecture, architecture_of
+from ..pruning.architectures.lookup import Architecture
 from ..pruning.sizes import Sizes
 from .trials import per_layer_trial, stock_trial
 
 
-def stock_failures(row: Architecture | None, config: Any, sizes: Sizes) -> list[str]:
+def stock_failures(config: Any, sizes: Sizes) -> list[str]:
     """Which constraints keep the config of the model's own class from saying these sizes, with a width that would pass."""
-    return [] if row is None else list(_failures(row, config, sizes))
+    return [] if sizes.blocks.row is None else list(_failures(sizes.blocks.row, config, sizes))
 
 
 def _failures(row: Architecture, config: Any, sizes: Sizes) -> Iterator[str]:
@@ -52,19 +52,20 @@ def allowed(model: nn.Module, sizes: Sizes) -> dict[str, list[str]]:
 
     sizes  those of the model, or those that it will have
     """
-    row, config, kind = architecture_of(model), getattr(model, "config", None), type(model)
+    row, config, kind = sizes.blocks.row, getattr(model, "config", None), type(model)
     if kind.__module__.partition(".")[0] != "transformers":
         other = [f"{kind.__module__}.{kind.__name__} is no class of transformers, which others can load"]
         return {name: other for name in ("stock", "per layer")}
-    found = {"stock": stock_failures(row, config, sizes) or stock_trial(model, sizes)}
+    found = {"stock": stock_failures(config, sizes) or stock_trial(model, sizes)}
     if row is not None and row.retype is not None:
-        found["retyped"] = retype_failures(row, config, sizes)
+        found["retyped"] = retype_failures(config, sizes)
     found["per layer"] = per_layer_trial(model, sizes) if row is not None else ["the architecture is not in the table"]
     return found
 
 
-def retype_failures(row: Architecture | None, config: Any, sizes: Sizes) -> list[str]:
+def retype_failures(config: Any, sizes: Sizes) -> list[str]:
     """Which constraints keep the row's other class from saying these sizes."""
+    row = sizes.blocks.row
     if row is None or row.retype is None:
         return ["no other class of transformers computes the same"]
     kind, forbidden = row.retype

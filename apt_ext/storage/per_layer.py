@@ -44,7 +44,7 @@ _MOST_TEXT = 1 << 20  # bytes of each JSON file
 
 def save(model: Any, directory: Path, row: Architecture, **stock: Any) -> None:
     """Write a model of this row; `stock`: further arguments of the stock `save_pretrained`."""
-    sizes = Sizes.of(model, row=row)
+    sizes = Sizes.of(model, find_blocks(model, row))
     wide = copy.copy(model)  # the same modules under another config
     wide.config = copy.deepcopy(model.config)
     entries = widest(row, sizes)
@@ -57,7 +57,7 @@ def save(model: Any, directory: Path, row: Architecture, **stock: Any) -> None:
     says = {
         "format": _FORMAT,
         "class": type(model).__name__,
-        "widths": {name: block.count for name, block in find_blocks(model, row).items()},
+        "widths": {name: block.count for name, block in sizes.blocks.items()},
         "config": {field: getattr(model.config, field) for field in entries},
         "row": row_file.written(row, model),
     }

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from ..pruning.architectures.lookup import architecture_of, find_blocks
+from ..pruning.architectures.lookup import Architecture, find_blocks
 from ..pruning.sizes import Sizes
 from .formats import stock_failures
 from .per_layer import PerLayerSaving
@@ -36,15 +36,15 @@ class Adapted(Protocol):
         """Write the adapters."""
 
 
-def restore(model: nn.Module) -> None:
+def restore(model: nn.Module, row: Architecture | None) -> None:
     """Give a model without adapters the stock saving, or the format per layer where no stock config says its widths."""
     for name in _ATTRIBUTES:
         vars(model).pop(name, None)
-    row, config = architecture_of(model), getattr(model, "config", None)
+    config = getattr(model, "config", None)
     if row is None or not callable(getattr(model, "save_pretrained", None)):
         return
-    sizes = Sizes.of(model)
-    if stock_failures(row, config, sizes) or stock_trial(model, sizes):
+    sizes = Sizes.of(model, find_blocks(model, row))
+    if stock_failures(config, sizes) or stock_trial(model, sizes):
         vars(model)["save_pretrained"] = PerLayerSaving(model, row)
 
 

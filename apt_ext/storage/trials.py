@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..common.checks import listed
-from ..pruning.architectures.lookup import architecture_of, find_blocks, is_registered
+from ..pruning.architectures.lookup import is_registered
 from ..pruning.cut import lanes_for, left, parameter_changes, tell_config
 from ..pruning.sizes import Sizes
 from .per_layer import shaped, widest
@@ -22,12 +22,12 @@ from .per_layer import shaped, widest
 
 def stock_trial(model: nn.Module, sizes: Sizes) -> list[str]:
     """What the model's own class makes otherwise than it is needed where its config says `sizes`, in words; nothing: it fits."""
-    if not _wanted(model, sizes):
+    if not _wanted(sizes):
         return []
 
     def made() -> nn.Module:
         config = copy.deepcopy(model.config)
-        tell_config(config, architecture_of(model), find_blocks(model), sizes.widths)
+        tell_config(config, sizes.blocks.row, sizes.blocks, sizes.widths)
         kind: Any = type(model)
         twin: nn.Module = kind(config)
         return twin
@@ -37,8 +37,8 @@ def stock_trial(model: nn.Module, sizes: Sizes) -> list[str]:
 
 def per_layer_trial(model: nn.Module, sizes: Sizes) -> list[str]:
     """The same of what `load_export` makes."""
-    row = architecture_of(model)
-    if row is None or not _wanted(model, sizes):
+    row = sizes.blocks.row
+    if row is None or not _wanted(sizes):
         return []
 
     def made() -> nn.Module:
@@ -51,8 +51,8 @@ def per_layer_trial(model: nn.Module, sizes: Sizes) -> list[str]:
     return list(_differences(model, sizes, made))
 
 
-def _wanted(model: nn.Module, sizes: Sizes) -> bool:
-    row = architecture_of(model)
+def _wanted(sizes: Sizes) -> bool:
+    row = sizes.blocks.row
     empty = any(width == 0 for found in sizes.widths.values() for width in found.values())
     return row is not None and (is_registered(row) or empty)
 
@@ -70,7 +70,7 @@ def _differences(model: nn.Module, sizes: Sizes, made: Any) -> Iterator[str]:
         return
     except Exception:  # a class's own code, which may need values that meta has not: the export will show it
         return
-    blocks = find_blocks(model)
+    blocks = sizes.blocks
     kept = {name: torch.arange(block.count, device="cpu") < sizes.counts[name] for name, block in blocks.items()}
     changes = parameter_changes(model, lanes_for(model, blocks, kept))
     theirs = dict(twin.named_parameters(remove_duplicate=False))

@@ -15,8 +15,7 @@ from ..common.checks import checked_module, error_prefix, linear_shape, listed
 from ..common.names import covered, parameters_of
 from ..config import APTConfig, ends_with, select
 from ..pruning.architectures.lookup import (
-    Block,
-    architecture_of,
+    Blocks,
     find_blocks,
     is_linear,
     output_layer,
@@ -67,7 +66,7 @@ class Built:
     """
 
     model: nn.Module
-    blocks: dict[str, Block]
+    blocks: Blocks
     saved: list[str]
 
 
@@ -79,8 +78,8 @@ def build(model: nn.Module, config: APTConfig, saved: Callable[[nn.Module], list
     """
     inner = unwrap(checked_module("model", model))
     try:
-        found = match(inner.module, config, saved(inner.module))
         blocks = find_blocks(inner.module)
+        found = match(inner.module, config, blocks, saved(inner.module))
         with _all_as_it_was(inner.module, found, blocks):
             _wrap(inner.module, config, found, blocks)
             yield Built(inner.module, blocks, found.saved)
@@ -94,7 +93,7 @@ def build(model: nn.Module, config: APTConfig, saved: Callable[[nn.Module], list
 
 
 @contextmanager
-def _all_as_it_was(model: nn.Module, found: Match, blocks: dict[str, Block]) -> Iterator[None]:
+def _all_as_it_was(model: nn.Module, found: Match, blocks: Blocks) -> Iterator[None]:
     """Within this context whatever raises takes wrappers away and puts modules and requires_grad back."""
     modules = dict(model.named_modules())
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -109,7 +108,7 @@ def _all_as_it_was(model: nn.Module, found: Match, blocks: dict[str, Block]) -> 
         raise
 
 
-def _wrap(model: nn.Module, config: APTConfig, found: Match, blocks: dict[str, Block]) -> None:
+def _wrap(model: nn.Module, config: APTConfig, found: Match, blocks: Blocks) -> None:
     touched = {linear for block in blocks.values() if block.kind != "hidden" for linear in block.linears}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -160,7 +159,7 @@ class Match:
     notes: list[str]
 
 
-def match(model: nn.Module, config: APTConfig, saved: list[str] | None = None) -> Match:
+def match(model: nn.Module, config: APTConfig, blocks: Blocks, saved: list[str] | None = None) -> Match:
     """What `config` means in this model, which is not changed; raises what `get_apt_model` does.
 
     saved  what a checkpoint holds whole; None: what the configuration and the report of `from_pretrained` say
@@ -191,9 +190,9 @@ def match(model: nn.Module, config: APTConfig, saved: list[str] | None = None) -
     experts = expert_parameters(model)
     unasked = [name for name in linears if name in whole and not covered(name, asked)]
     targets = config.targets(linears, whole, output_layer(model), drawn=unasked, experts=experts)
-    reached = linears if architecture_of(model) is not None else targets  # through blocks
+    reached = linears if blocks.row is not None else targets  # through blocks
     refuse_quantised((name, modules[name]) for name in reached)
-    check_row(model)
+    check_row(model, blocks)
     _check_targets(model, targets)
     ranks = _ranks(modules, config, targets, notes)
     if experts:

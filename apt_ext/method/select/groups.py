@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from ...pruning.architectures.lookup import Block, architecture_of
+from ...pruning.architectures.lookup import Block, row_of
 from ...pruning.cut import alike, never_empty
 from .search import Group
 
@@ -18,7 +18,7 @@ def groups_of(model: nn.Module, blocks: Mapping[str, Block], round_to: int, unif
     floor    chunks that always stay; one, whatever it says, of hidden dimensions, where stock classes cannot run with nothing, and of the
              last attention of a decoder to its encoder, which would be cut off
     """
-    tied = {name: tuple(group) for group in alike(model, dict(blocks)) for name in group}
+    tied = {name: tuple(group) for group in alike(model, blocks) for name in group}
     together: dict[tuple[object, ...], list[str]] = {}
     for name, block in blocks.items():
         key = (block.kind, block.width_field, block.count) if uniform else tied.get(name, (name,))
@@ -33,9 +33,9 @@ def groups_of(model: nn.Module, blocks: Mapping[str, Block], round_to: int, unif
 
 
 def _spared(model: nn.Module, blocks: Mapping[str, Block]) -> set[str]:
-    row = architecture_of(model)
+    row = row_of(model, blocks)
     found = {name for name, block in blocks.items() if block.kind == "hidden"}
     if row is not None:
-        found |= set(never_empty(row, model, dict(blocks)))
+        found |= set(never_empty(row, model, blocks))
     cross = sorted((name for name, block in blocks.items() if block.is_cross), key=lambda name: blocks[name].layer)
     return found | set(cross[-1:])

@@ -8,7 +8,7 @@ Imports only torch. `register_architecture` adds rows.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -70,9 +70,25 @@ def architecture_of(model: nn.Module) -> Architecture | None:
     return next((row for row in ARCHITECTURES if model_type in row.model_types), None)
 
 
+class Blocks(dict[str, Block]):
+    """The blocks of a model by name, in order, with the row of the table that they were found by (None: there is none)."""
+
+    def __init__(self, row: Architecture | None, blocks: Mapping[str, Block] | None = None) -> None:
+        super().__init__(blocks or {})
+        self.row = row
+
+    def __reduce__(self) -> tuple[type[Blocks], tuple[Architecture | None, dict[str, Block]]]:
+        return Blocks, (self.row, dict(self))
+
+
+def row_of(model: nn.Module, blocks: Mapping[str, Block]) -> Architecture | None:
+    """The row that `blocks` of this model were found by; of a mapping that does not say it, that of the table."""
+    return blocks.row if isinstance(blocks, Blocks) else architecture_of(model)
+
+
 def is_registered(row: Architecture) -> bool:
     """Whether the row is one that `register_architecture` added, not one that this package brings and tests."""
-    return all(row is not own for own in _OWN_ROWS)
+    return all(row != own for own in _OWN_ROWS)
 
 
 def task_heads(model: nn.Module) -> list[str]:
@@ -87,7 +103,7 @@ def output_layer(model: nn.Module) -> str | None:
     return next((name for name, module in model.named_modules() if module is layer), None) if layer is not None else None
 
 
-def find_blocks(model: nn.Module, row: Architecture | None = None) -> dict[str, Block]:
+def find_blocks(model: nn.Module, row: Architecture | None = None) -> Blocks:
     """The blocks of a model: each layer's, in order, named "<stack><layer>.<part>", then "hidden".
 
     Empty for an architecture not in the table. "hidden" is there only where the row accounts for every module with
@@ -96,7 +112,7 @@ def find_blocks(model: nn.Module, row: Architecture | None = None) -> dict[str, 
     row  None: that of the table
     """
     row = row or architecture_of(model)
-    blocks: dict[str, Block] = {}
+    blocks = Blocks(row)
     if row is None:
         return blocks
     modules = dict(model.named_modules())
@@ -158,9 +174,8 @@ def is_encoder_decoder(model: nn.Module) -> bool:
     return bool(getattr(getattr(model, "config", None), "is_encoder_decoder", False))
 
 
-def unknown_modules(model: nn.Module) -> list[str]:
+def unknown_modules(model: nn.Module, row: Architecture | None) -> list[str]:
     """The modules with Parameters that the residual stream of the model's row does not account for, or all of them without a row."""
-    row = architecture_of(model)
     stream = None if row is None else row.stream
     return [name for name, _ in owners(dict(model.named_modules())) if stream is None or role(stream, name) is None]
 
