@@ -8,9 +8,9 @@ namespace apt::cpu {
 void gather(const GatherArgs& args, Stream) {
   visit(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const ChannelMoves moves(args.index, args.kept, args.C, sizeof(T));
+    const ChannelMoves moves(args.index, args.kept, args.C);
     std::vector<Wide<T>> factor, bias;
-    if (args.mask.data != nullptr || (moves.has_zeros && moves.way == ChannelMoves::Way::kEach)) {
+    if (args.mask.data != nullptr || (moves.has_zeros && !moves.in_runs)) {
       auto mask = widened<T>(args.mask, args.C);
       factor.resize(args.kept), bias.resize(args.kept, Wide<T>(0));
       for (int64_t j = 0; j < args.kept; ++j)
@@ -20,7 +20,6 @@ void gather(const GatherArgs& args, Stream) {
     const T* src = static_cast<const T*>(args.x);
     T* dst = static_cast<T*>(args.gathered);
     at::parallel_for(0, args.M, rows_a_task(args.kept), [&](int64_t begin, int64_t end) {
-      std::vector<T> scratch(scale == nullptr ? 0 : args.kept);
       for (int64_t m = begin; m < end; ++m) {
         T* to = dst + m * args.kept;
         const int64_t row = args.row_index == nullptr ? m : args.row_index[m];
@@ -30,7 +29,7 @@ void gather(const GatherArgs& args, Stream) {
         }
         const T* from = src + row * args.x_stride[0];
         if (args.x_stride[1] == 1) {
-          move_row(moves, from, to, scratch.data(), scale, bias.data());
+          move_row(moves, from, to, scale, bias.data());
           continue;
         }
         for (int64_t j = 0; j < args.kept; ++j) {

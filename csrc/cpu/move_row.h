@@ -8,14 +8,11 @@
 
 namespace apt::cpu {
 
-// Where each channel of a result row comes from, found once a call. An index of kept channels ascends and
-// then is negative: its row is the source's, compressed by `bits`. A position counts up from 0 with negative
-// ones between: its row is the source's, expanded by `bits`. Both take one instruction a vector where the CPU
-// has it. Else runs of neighbours are copied (heads, blocks of neurons), or each channel is looked up.
+// Where each channel of a result row comes from, found once a call. Runs of neighbours are copied (heads,
+// blocks of neurons) where they are long, else each channel is looked up.
 struct ChannelMoves {
-  ChannelMoves(const int32_t* given, int64_t count, int64_t limit, int64_t word_bytes);
+  ChannelMoves(const int32_t* given, int64_t count, int64_t limit);
 
-  enum class Way { kCompress, kExpand, kRuns, kEach } way;
   struct Run {
     int64_t from, to, length;  // from -1: zeros
   };
@@ -23,15 +20,11 @@ struct ChannelMoves {
   std::vector<int32_t> channels;
   std::vector<int32_t> index;  // the same with 0 for negative ones, whose factor is 0
   std::vector<Run> runs;
-  std::vector<uint64_t> bits;  // kCompress: of the source's channels; kExpand: of the result's
-  int64_t kept = 0, source;    // channels that are no zeros; channels of the source up to the last kept one
-  bool has_zeros = false;
+  bool in_runs = false, has_zeros = false;
 };
 
 // Write a row of the result: factor * (the source's channels + bias), zeros selected. Null factor: only move.
-// scratch is as long as the result.
 template <class T>
-void move_row(const ChannelMoves& moves, const T* src, T* dst, T* scratch, const Wide<T>* factor,
-              const Wide<T>* bias);
+void move_row(const ChannelMoves& moves, const T* src, T* dst, const Wide<T>* factor, const Wide<T>* bias);
 
 }  // namespace apt::cpu

@@ -8,10 +8,9 @@ namespace apt::cpu {
 void scatter(const ScatterArgs& args, Stream) {
   visit(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const ChannelMoves moves(args.position, args.E, args.kept, sizeof(T));
+    const ChannelMoves moves(args.position, args.E, args.kept);
     std::vector<Wide<T>> factor, bias;
-    if (args.mask.data != nullptr || args.bias != nullptr ||
-        (moves.has_zeros && moves.way == ChannelMoves::Way::kEach)) {
+    if (args.mask.data != nullptr || args.bias != nullptr || (moves.has_zeros && !moves.in_runs)) {
       factor = widened<T>(args.mask, args.E);
       bias.resize(args.E, Wide<T>(0));
       const T* added = static_cast<const T*>(args.bias);
@@ -24,9 +23,8 @@ void scatter(const ScatterArgs& args, Stream) {
     const T* src = static_cast<const T*>(args.values);
     T* dst = static_cast<T*>(args.out);
     at::parallel_for(0, args.M, rows_a_task(args.E), [&](int64_t begin, int64_t end) {
-      std::vector<T> scratch(scale == nullptr ? 0 : args.E);
       for (int64_t m = begin; m < end; ++m) {
-        move_row(moves, src + m * args.kept, dst + m * args.E, scratch.data(), scale, bias.data());
+        move_row(moves, src + m * args.kept, dst + m * args.E, scale, bias.data());
       }
     });
   });
