@@ -3,6 +3,7 @@
 import copy
 import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -29,8 +30,10 @@ def test_merge_is_the_adapter_and_unmerge_is_bitwise(device, dtype, keep):
     once = adapter.weight.clone(), adapter.bias.clone()
     adapter.merge_weights(keep)
     assert adapter.merged and torch.equal(adapter.weight, once[0]) and torch.equal(adapter.bias, once[1])
+    originals = [weakref.ref(value) for value in adapter.merge.originals.values()]
     for _ in range(2):
         adapter.unmerge_weights()
+        assert not any(original() is not None for original in originals), "the memory of the originals is given back"
         assert not adapter.merged and torch.equal(adapter.weight, before[0])
     adapter.merge_weights(keep)
     assert_accurate(adapter.base_layer(x), y.double(), y.double().abs() + 1, dtype)
@@ -238,6 +241,7 @@ def test_a_merged_adapter_changes_its_dtype_with_its_original(to, keep):
     y = adapter(x.to(to))
     assert y.dtype == to and adapter.mask_in.dtype == torch.float32
     torch.testing.assert_close(y.float(), want, rtol=0.02, atol=0.05)
+    assert torch.equal(adapter.state_dict()["base_layer.weight"], before.to(to))  # the dtype, too
     adapter.unmerge_weights()
     assert torch.equal(adapter.weight, before.to(to))
 
