@@ -122,7 +122,7 @@ def loaded_here(monkeypatch):
                 return {"error": f"{type(error).__name__}: {error}"}
         return json.loads(lines[0])
 
-    monkeypatch.setattr(directories, "_reloaded", reloaded)
+    monkeypatch.setattr(directories, "reloaded", reloaded)
 
 
 @pytest.fixture(scope="module")

@@ -167,7 +167,7 @@ def _compare(small: Any, directory: Path, loader: str, exchange: Path) -> None:
     inputs, expected = _probe(small)
     if expected is not None:
         save_file({name: tensor.cpu().contiguous().clone() for name, tensor in inputs.items()}, exchange)
-    found = _reloaded(directory, loader, exchange)
+    found = reloaded(directory, loader, exchange)
     name = "apt_ext.load_export" if loader == "apt_ext" else loader
     if "error" in found:
         raise ValueError(f"model: expected {name} to load it again, but it does not: {found['error']}")
@@ -194,10 +194,11 @@ def _probe(small: Any) -> tuple[dict[str, Tensor], Tensor | None]:
             return inputs, None
 
 
-def _reloaded(directory: Path, loader: str, exchange: Path) -> dict[str, Any]:
-    """What reload.py says in a process of its own: {"tensors": ...} or {"error": what it raised and reported}."""
+def reloaded(directory: Path, loader: str, exchange: Path) -> dict[str, Any]:
+    """The answer of reload.py in a process of its own, in which a stock class loads without apt_ext; or {"error": what it raised}."""
     command = [sys.executable, "-P", reload.__file__, str(directory), loader, str(exchange)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}  # the packages that this process sees
+    # The packages that this process sees, and as many threads, on which the last bits depend.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)  # noqa: S603  # our own script
     if done.returncode:
         return {"error": _reported(done.stderr) or f"exit status {done.returncode}"}

@@ -1,8 +1,8 @@
 """Run as a script (`export` imports what both need): load a directory with stock transformers alone, and say what came.
 
-reload.py DIRECTORY CLASS EXCHANGE prints one line of JSON, {"tensors": {name: [dtype, shape, SHA-256]}}. Where the file EXCHANGE
-(safetensors) holds inputs, the first output of the model for them takes their place. CLASS is a class of transformers, or "apt_ext" for
-`apt_ext.load_export`.
+reload.py DIRECTORY CLASS EXCHANGE prints one line of JSON: {"tensors": {name: [dtype, shape, SHA-256]}, "class": its full name}. Where
+the file EXCHANGE (safetensors) holds inputs, the first output of the model for them takes their place. CLASS is a class of transformers,
+or "apt_ext" for `apt_ext.load_export`.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ def main(directory: str, kind: str, exchange: str) -> None:
     model.eval()
     if os.path.exists(exchange):
         save_file({"output": first_output(model, load_file(exchange)).contiguous()}, exchange)
-    print(json.dumps({"tensors": digests(model)}))
+    print(json.dumps({"tensors": digests(model), "class": f"{type(model).__module__}.{type(model).__qualname__}"}))
 
 
 if __name__ == "__main__":

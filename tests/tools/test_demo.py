@@ -136,7 +136,7 @@ def trained(**changes: object) -> dict[str, object]:
 
 
 def reloaded(**changes: object) -> dict[str, object]:
-    return {"class": "transformers.models.bert.X", "apt_ext_imported": False, "bitwise": True, "difference": 0.0, **changes}
+    return {"class": "transformers.models.bert.X", "bitwise": True, "difference": 0.0, **changes}
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,6 @@ def reloaded(**changes: object) -> dict[str, object]:
         (trained(cut_minus_masked=2e-4), reloaded(), "cut model = masked"),
         (trained(cut_minus_masked=float("nan")), reloaded(), "cut model = masked"),
         (trained(), reloaded(bitwise=False, difference=1e-6), "bitwise.*1.0e-06"),
-        (trained(), reloaded(apt_ext_imported=True), "not imported"),
         (trained(), reloaded(**{"class": "apt_ext.model.APTModel"}), "fresh process"),
         (trained(), {"error": ["OSError: no config"]}, "no config"),
     ],
