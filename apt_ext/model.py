@@ -26,6 +26,7 @@ from .pruning.block_masks import (
     set_mask,
     take_carriers,
 )
+from .pruning.cost import density_of
 from .pruning.cut import cut_in_place, folded
 from .pruning.float32_heads import follow, narrow
 from .pruning.target import KEY, Target, load_target, save_target, target_after
@@ -102,7 +103,7 @@ class APTModel(Adapted):
         self._register_load_state_dict_pre_hook(load_target, with_module=True)  # type: ignore[no-untyped-call]
         self.model = model
         self.apt_config = config
-        self.blocks = blocks
+        self._blocks = blocks
         self.saved = saved
         self.hidden_left: Tensor | None = None
         self._chained = False
@@ -119,6 +120,15 @@ class APTModel(Adapted):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own."""
         return self.model(*args, **kwargs)
+
+    @property
+    def blocks(self) -> Blocks:
+        """{name: Block}: what can be pruned."""
+        return self._blocks
+
+    @blocks.setter
+    def blocks(self, blocks: Mapping[str, Block]) -> None:
+        self._blocks = blocks if isinstance(blocks, Blocks) else Blocks(self._blocks.row, blocks)
 
     # -- blocks ------------------------------------------------------------------------------------------------------
 
@@ -234,8 +244,6 @@ class APTModel(Adapted):
     def refuse_unfinished(self, call: str) -> None:
         """Raise RuntimeError, with the present and the target density, where `target_reached` is False. `call` begins the message."""
         if self.target is not None and not self.target_reached:
-            from .pruning.cost import density_of  # whose package imports this module
-
             raise RuntimeError(
                 f"{call}: the model is not finished: its masks keep {density_of(self.model, self.blocks):.4f} of the layers' "
                 f"parameters, and its Controller, whose target is a density of {self.target.density:g} ({self.target.budget}), has "

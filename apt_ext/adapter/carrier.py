@@ -42,7 +42,7 @@ class MaskCarrier(nn.Module):
 
     def naming(self, call: str) -> str:
         """`call`, and which module it is about."""
-        return f"{call} of {self.label or self}"
+        return f"{call} of {self.label or type(self).__name__}"
 
     def set_disabled(self, disabled: bool) -> None:
         """Compute as the base layer alone, without masks, or end that."""

@@ -236,7 +236,7 @@ class Packing:
         if self.store.is_offloaded:
             self.store.move(fn)
             self.store.blank(adapter.weight, adapter.stored_shape())
-        if not changed:
+        if not changed or self.store.is_offloaded:
             self.remember_weight(adapter)
 
     def __getstate__(self) -> dict[str, Any]:

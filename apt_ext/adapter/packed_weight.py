@@ -147,10 +147,6 @@ class PackedWeight:
         """Whether it is that of these masks, which are on the host."""
         return bool(self._masks) and all(torch.equal(m, self._masks[side].values) for side, m in (("in", mask_in), ("out", mask_out)))
 
-    def nonzero(self, name: str) -> Tensor:
-        """bool [size] on the host: the channels of "mask_in" or "mask_out" whose part of W it holds."""
-        return self._masks[name.removeprefix("mask_")].nonzero
-
     def hands_over(self, other: PackedWeight) -> bool:
         """Whether what this one writes are the channels that the other reads, fewer than all."""
         fewer = other.channels_in.numel() < other.position_in.numel()

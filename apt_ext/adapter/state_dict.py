@@ -262,6 +262,7 @@ def _undo(adapter: APTAdapter) -> Callable[[], None]:
     rank, merge, ones = adapter.rank, copy.copy(adapter.merge), adapter.known_ones()
 
     def undo() -> None:
+        adapter.packing.store.restore(adapter.weight)
         now = [adapter.lora_A, adapter.lora_B, adapter.mask_in, adapter.mask_out, adapter.weight, adapter.bias]
         with torch.inference_mode(False), torch.no_grad():
             for tensor, copy in zip(now, copies, strict=True):

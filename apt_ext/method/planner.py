@@ -16,7 +16,6 @@ from ..config import APTConfig
 from ..pruning.architectures.lookup import (
     Blocks,
     ends_with,
-    find_blocks,
     is_linear,
     side_width,
     stored,
@@ -144,8 +143,8 @@ def _planned(
     length: int,
     notes: list[str],
 ) -> Plan:
-    blocks = find_blocks(model)
-    found = match(model, config, blocks)
+    found = match(model, config)
+    blocks = found.blocks
     notes += found.notes
     if keep is None:
         most, config = _searched(model, blocks, config, notes)

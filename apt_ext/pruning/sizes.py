@@ -10,7 +10,7 @@ from torch import nn
 from .architectures.lookup import Blocks, side_width
 from .cut import widths
 
-Widths = dict[str, dict[str, int]]  # see `cutting.widths`
+Widths = dict[str, dict[str, int]]  # see `cut.widths`
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..adapter.carrier import MaskCarrier
 from ..adapter.layer import APTAdapter
 from ..adapter.mask import Mask
+from ..common.checks import on_host
 from ..reference import scale_lanes
 from .float32_heads import hooks_aside, through_door
 
@@ -38,7 +39,7 @@ class MaskedLinear(APTAdapter):
     def compact(self, on: bool = True, dense: str = "keep") -> None:
         """Refused: the weight trains, so a copy of what is kept of it would be old at every step."""
         if on:
-            raise RuntimeError("compact: this module trains whole; only an adapter, whose weight is frozen, computes on kept lanes")
+            raise RuntimeError("compact: this module trains whole; only an adapter, whose weight is frozen, computes on kept channels")
 
     def compute(self, x: Tensor, mask_in: Tensor | None, mask_out: Tensor | None) -> Tensor:
         """With gradients for the weight and bias too."""
@@ -93,6 +94,10 @@ class StreamCarrier(MaskCarrier):
             self.note_mask("mask_out", mask)
 
         return make
+
+    def host_mask(self, name: str) -> Tensor:
+        """The values of "mask_out", to be read only; waits for the device each time, so that writes through `.data` are seen."""
+        return on_host(self.get_buffer(name))
 
     def derived(self, mask_out: Tensor) -> dict[str, Tensor | None]:
         """Further buffers that follow from the mask."""

@@ -222,10 +222,10 @@ class Sealed:
         if found != self.size:
             raise ValueError(f"expected {self.size} bytes, as its manifest says, got {found}")
 
-    def read(self, count: int) -> bytearray:
+    def read(self, count: int) -> bytes:
         """The next `count` bytes, which are not to be trusted before `done`."""
-        data = bytearray(count)
-        if self._stream.readinto(data) != count:
+        data = self._stream.read(count)
+        if len(data) != count:
             raise ValueError(f"expected {self.size} bytes, as its manifest says, got fewer")
         self._seen.update(data)
         return data

@@ -111,7 +111,7 @@ class Checkpoint:
         What is refused within this context, by us or by who loads them, becomes a ValueError that names the file.
         """
         with error_prefix(str(self._tensors.path), ValueError):
-            found = tensor_file.read(self._tensors, {name: _most_values(name, like) for name, like in expected.items()})
+            found = tensor_file.read(self._tensors, _most_values(expected))
             _validate(found, expected)
             yield found
 
@@ -121,8 +121,15 @@ def _free_dim(name: str) -> int | None:
     return {"lora_A": 0, "lora_B": 1}.get(name.rpartition(".")[2])
 
 
-def _most_values(name: str, like: Tensor) -> int:
-    return like.numel() if _free_dim(name) is None else max(like.shape) * like.shape[1 - (_free_dim(name) or 0)]
+def _most_values(expected: dict[str, Tensor]) -> dict[str, int]:
+    """{name: how many values it may have}: a rank goes up to min(N, K), or to what it is after a cut."""
+    most = {name: like.numel() for name, like in expected.items()}
+    for name, A in expected.items():
+        B = expected.get(f"{name.removesuffix('lora_A')}lora_B") if name.endswith("lora_A") else None
+        if B is not None and A.dim() == B.dim() == 2:
+            rank = max(min(A.shape[1], B.shape[0]), A.shape[0])
+            most |= {name: rank * A.shape[1], f"{name.removesuffix('lora_A')}lora_B": rank * B.shape[0]}
+    return most
 
 
 def _validate(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:

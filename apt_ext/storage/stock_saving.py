@@ -25,7 +25,7 @@ logger = logging.getLogger("apt_ext")
 _ATTRIBUTES = ("save_pretrained", "push_to_hub")
 
 
-class Adapted(Protocol):
+class SavesAdapters(Protocol):
     """An APTModel, as far as saving needs it; its class makes another around the same model."""
 
     model: Any
@@ -48,7 +48,7 @@ def restore(model: nn.Module, row: Architecture | None) -> None:
         vars(model)["save_pretrained"] = PerLayerSaving(model, row)
 
 
-def install(apt: Adapted) -> None:
+def install(apt: SavesAdapters) -> None:
     """Make the model inside save what it can be loaded from: the adapters. It refuses to be uploaded."""
     if callable(getattr(apt.model, "save_pretrained", None)):
         vars(apt.model)["save_pretrained"] = AdapterSaving(apt)
@@ -67,10 +67,10 @@ def refuse_push(*_: Any, **__: Any) -> None:
 class AdapterSaving:
     """`save_pretrained` of the model inside an APTModel: that of the APTModel. Copies of the model alone have it too."""
 
-    def __init__(self, apt: Adapted) -> None:
+    def __init__(self, apt: SavesAdapters) -> None:
         self.model, self.config, self.saved = apt.model, apt.apt_config, apt.saved
         self._kind: Any = type(apt)
-        self._apt: weakref.ref[Adapted] | None = weakref.ref(apt)
+        self._apt: weakref.ref[SavesAdapters] | None = weakref.ref(apt)
         self._said = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -104,9 +104,9 @@ class AdapterSaving:
                 str(save_directory),
             )
 
-    def _whole(self) -> Adapted:
+    def _whole(self) -> SavesAdapters:
         apt = self._apt() if self._apt is not None else None
         if apt is not None and apt.model is self.model:
             return apt
-        made: Adapted = self._kind(self.model, self.config, find_blocks(self.model), self.saved)
+        made: SavesAdapters = self._kind(self.model, self.config, find_blocks(self.model), self.saved)
         return made

@@ -36,8 +36,8 @@ def read(file: atomic_dir.Sealed, expected: Mapping[str, int]) -> dict[str, Tens
         raise ValueError("expected a safetensors header, which begins with '{'")
     try:
         with torch.device("cpu"):  # whatever the default device is
-            tensors = load(bytes(data))
-    except SafetensorError as error:
+            tensors = load(data)
+    except (SafetensorError, KeyError, RuntimeError) as error:  # a dtype or a size that torch does not have
         raise ValueError(f"expected a safetensors file, got another: {error}") from None
     for name, tensor in tensors.items():
         if tensor.dtype is torch.bool and bool((tensor.view(torch.uint8) > 1).any()):

@@ -16,6 +16,7 @@ from ..common.names import covered, parameters_of
 from ..config import APTConfig, ends_with, select
 from ..pruning.architectures.lookup import (
     Blocks,
+    architecture_of,
     find_blocks,
     is_linear,
     output_layer,
@@ -78,11 +79,10 @@ def build(model: nn.Module, config: APTConfig, saved: Callable[[nn.Module], list
     """
     inner = unwrap(checked_module("model", model))
     try:
-        blocks = find_blocks(inner.module)
-        found = match(inner.module, config, blocks, saved(inner.module))
-        with _all_as_it_was(inner.module, found, blocks):
-            _wrap(inner.module, config, found, blocks)
-            yield Built(inner.module, blocks, found.saved)
+        found = match(inner.module, config, saved(inner.module))
+        with _all_as_it_was(inner.module, found):
+            _wrap(inner.module, config, found)
+            yield Built(inner.module, found.blocks, found.saved)
     except BaseException:
         inner.restore()
         raise
@@ -93,7 +93,7 @@ def build(model: nn.Module, config: APTConfig, saved: Callable[[nn.Module], list
 
 
 @contextmanager
-def _all_as_it_was(model: nn.Module, found: Match, blocks: Blocks) -> Iterator[None]:
+def _all_as_it_was(model: nn.Module, found: Match) -> Iterator[None]:
     """Within this context whatever raises takes wrappers away and puts modules and requires_grad back."""
     modules = dict(model.named_modules())
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -101,14 +101,15 @@ def _all_as_it_was(model: nn.Module, found: Match, blocks: Blocks) -> Iterator[N
         yield
     except BaseException:
         narrow(model)
-        for name in dict.fromkeys((*found.linears, *(side.module for block in blocks.values() for side in block.sides))):
+        for name in dict.fromkeys((*found.linears, *(side.module for block in found.blocks.values() for side in block.sides))):
             model.set_submodule(name, modules[name])
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         raise
 
 
-def _wrap(model: nn.Module, config: APTConfig, found: Match, blocks: Blocks) -> None:
+def _wrap(model: nn.Module, config: APTConfig, found: Match) -> None:
+    blocks = found.blocks
     touched = {linear for block in blocks.values() if block.kind != "hidden" for linear in block.linears}
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -149,6 +150,7 @@ class Match:
     saved    the names of the modules and lone Parameters that train whole
     whole    the linears that are or lie in those
     ranks    {name: rank} of the linears that get an adapter
+    blocks   what can be pruned
     notes    what is to be said to the user
     """
 
@@ -156,10 +158,11 @@ class Match:
     saved: list[str]
     whole: set[str]
     ranks: dict[str, int]
+    blocks: Blocks
     notes: list[str]
 
 
-def match(model: nn.Module, config: APTConfig, blocks: Blocks, saved: list[str] | None = None) -> Match:
+def match(model: nn.Module, config: APTConfig, saved: list[str] | None = None) -> Match:
     """What `config` means in this model, which is not changed; raises what `get_apt_model` does.
 
     saved  what a checkpoint holds whole; None: what the configuration and the report of `from_pretrained` say
@@ -190,14 +193,15 @@ def match(model: nn.Module, config: APTConfig, blocks: Blocks, saved: list[str] 
     experts = expert_parameters(model)
     unasked = [name for name in linears if name in whole and not covered(name, asked)]
     targets = config.targets(linears, whole, output_layer(model), drawn=unasked, experts=experts)
-    reached = linears if blocks.row is not None else targets  # through blocks
+    reached = linears if architecture_of(model) is not None else targets  # through blocks
     refuse_quantised((name, modules[name]) for name in reached)
+    blocks = find_blocks(model)  # whose linears have weights to look at
     check_row(model, blocks)
     _check_targets(model, targets)
     ranks = _ranks(modules, config, targets, notes)
     if experts:
         notes.append(not_adapted(model, experts))
-    return Match(linears, saved, whole, ranks, notes)
+    return Match(linears, saved, whole, ranks, blocks, notes)
 
 
 def _ranks(

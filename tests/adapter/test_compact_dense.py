@@ -265,3 +265,23 @@ def test_another_weight_is_refused_by_a_change_of_masks(device, dense):
     with pytest.raises(RuntimeError, match="another weight in the place"):
         adapter.set_masks(mask_in=before * 0.5)
     assert torch.equal(adapter.mask_in, before)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_merged_state_that_cannot_be_merged_again_changes_nothing(merged):
+    source, adapter = make(), make()
+    source.merge_weights()
+    state = source.state_dict()
+    state["lora_A"], state["lora_B"] = state["lora_A"] * 1e200, state["lora_B"] * 1e200
+    adapter.set_masks(*masks())
+    adapter.compact(dense="cpu")
+    adapter.eval()
+    if merged:
+        adapter.merge_weights()
+    x = torch.randn(4, 10, dtype=torch.float64)
+    want, before = adapter(x), {key: value.clone() for key, value in adapter.state_dict().items()}
+    with pytest.raises(RuntimeError, match="would not be finite|not be finite"):
+        adapter.load_state_dict(state)
+    assert adapter.merged == merged and adapter.packing.store.is_offloaded != merged
+    assert torch.equal(adapter(x), want)
+    assert all(torch.equal(value, before[key]) for key, value in adapter.state_dict().items())

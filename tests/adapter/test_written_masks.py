@@ -142,3 +142,13 @@ def test_overrides_are_used_as_they_are():
     adapter, x, ones = make(), inputs(), (torch.ones(10), torch.ones(7))
     adapter.mask_in.data[4] = 0
     torch.testing.assert_close(adapter(x, *ones), expected(adapter, x, *ones))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_masks_of_embeddings_and_norms_are_read_where_they_lie():
+    apt = adapted(FAMILIES["bert"]).cuda()
+    apt.set_block_mask("hidden", (torch.arange(24) < 18).float())
+    embedding = apt.model.get_submodule(apt.blocks["hidden"].scaling_side.module)
+    embedding.mask_out.data[6:12] = 0
+    assert int(apt.get_block_mask("hidden").sum()) == int(embedding.mask_out.sum()) == 12

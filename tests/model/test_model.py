@@ -5,12 +5,13 @@ import pickle
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, adapted
 from tiny_bert import DOWN, QUERY, QUERY_VALUE, UP, assert_same, batch, half, snapshot, tiny_bert, trained
 from torch import nn
 
 from apt_ext.adapter.layer import APTAdapter
 from apt_ext.config import APTConfig
+from apt_ext.exporting.shrinking import shrink
 from apt_ext.model import APTModel, adapter_parameters, adapters, get_apt_model
 
 transformers = pytest.importorskip("transformers")
@@ -404,3 +405,15 @@ def test_merge_and_unload_that_fails_leaves_everything():
         apt.merge_and_unload()
     assert not any(adapter.merged for _, adapter in adapters(apt))
     assert_same(before, snapshot(apt))
+
+
+def test_blocks_may_be_set_to_some_of_them():
+    """A plain dict, as copies of them and comprehensions are."""
+    for call in (lambda apt: apt.cut(), shrink, lambda apt: apt.merge_and_unload(), lambda apt: copy.deepcopy(apt).cut()):
+        apt = adapted(FAMILIES["bert"])
+        row = apt.blocks.row
+        apt.blocks = {name: block for name, block in apt.blocks.items() if block.kind == "heads"}
+        assert apt.blocks.row is row and {block.kind for block in apt.blocks.values()} == {"heads"}
+        with pytest.raises(ValueError, match="name: expected a block of this model, got '0.neurons'"):
+            apt.get_block_mask("0.neurons")
+        call(apt)

@@ -202,6 +202,7 @@ def empty_tensors(count):
         (lambda header: header["1.weight"].update(data_offsets=[2**63, 2**63 + 160]), "."),
         (lambda header: header["1.weight"].pop("data_offsets"), "data_offsets"),
         (lambda header: header.update({"../../x": header.pop("1.weight")}), "1 unknown ['../../x']"),
+        (lambda header: header.update({"foo": {"dtype": "F4", "shape": [0], "data_offsets": [0, 0]}}), "expected a safetensors file"),
         (lambda header: header.update({"__metadata__": {"format": 3}}), "."),
         (lambda header: header.update({"__metadata__": [[]]}), "."),
     ],

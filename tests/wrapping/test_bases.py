@@ -186,3 +186,25 @@ def test_a_plain_linear_may_have_any_name():
         pass
 
     assert list(adapters(get_apt_model(nn.ModuleDict({"only": QuantFriendlyLinear(4, 4)}), APTConfig(r=2))))
+
+
+class Packed(nn.Module):
+    """As GPTQ stores a linear: no `weight` at all."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.register_buffer("qweight", torch.zeros(linear.out_features, linear.in_features // 8, dtype=torch.int32))
+
+
+Packed.__name__ = "QuantLinear"
+
+
+@pytest.mark.parametrize("call", [get_apt_model, plan])
+def test_linears_without_a_weight_are_named_before_blocks_are_looked_for(call):
+    model = FAMILIES["llama"].model()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and "lm_head" not in name:
+            model.set_submodule(name, Packed(module))
+    with pytest.raises(TypeError, match=r"layers\.0\.self_attn\.q_proj: expected a linear with a plain floating weight"):
+        call(model, APTConfig(r=2))
