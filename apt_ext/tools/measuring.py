@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import statistics
 import subprocess
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from .._version import __version__
+from ..common import clock
 from .data import Batch
 from .models import class_of, load_stock
 from .processes import peak_memory, resident_memory, restart_peak, run_apart
@@ -41,21 +41,13 @@ def in_turn(
     """
     inner = {name: 1 for name in calls}
 
-    def clock(name: str) -> float:
-        synchronize()
-        started = time.perf_counter()
-        for _ in range(inner[name]):
-            calls[name]()
-        synchronize()
-        return (time.perf_counter() - started) / inner[name]
-
-    for name in calls:
-        clock(name)  # the first call allocates and chooses kernels
-        inner[name] = max(math.ceil(_ROUND / max(clock(name), 1e-6)), 1)
+    for name, call in calls.items():
+        clock.seconds(call, synchronize)  # the first call allocates and chooses kernels
+        inner[name] = max(math.ceil(_ROUND / max(clock.seconds(call, synchronize), 1e-6)), 1)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for turn in tqdm(range(rounds), desc="clock", unit="round", leave=False):
         for name in calls if turn % 2 == 0 else reversed(list(calls)):
-            seconds[name].append(clock(name))
+            seconds[name].append(clock.seconds(calls[name], synchronize, inner[name]))
     return seconds
 
 

@@ -10,6 +10,7 @@ import torch
 from families import FAMILIES
 from small_source import command, letters
 
+from apt_ext.common import clock
 from apt_ext.tools import measuring, processes, shrinking
 from apt_ext.tools.cli import main
 
@@ -95,7 +96,7 @@ def test_quartiles():
 def test_models_take_turns_and_the_device_is_idle_around_each(monkeypatch):
     """On a clock that the calls move: what is left in flight counts for the round that started it."""
     now, flying, order = [0.0], [0.0], []
-    monkeypatch.setattr(measuring.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
 
     def synchronize():
         now[0] += flying[0]

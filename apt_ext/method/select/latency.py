@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import statistics
-import time
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ...common import clock
 from ...common.checks import checked_int
 from ...model import APTModel
 from ...pruning.cost import channels
@@ -44,9 +45,10 @@ def measure_latency(model: APTModel, tokens: int = 2048, points: int = 9, rounds
             ]
             products[width] = [(_random(tokens, in_, like), _random(out, in_, like)) for out, in_ in sizes]
         times: dict[int, list[float]] = {width: [] for width in widths}
+        wait = clock.waiting_for(like.device)
         for turn in range(rounds + 2):
             for width in widths:
-                seconds = _seconds(products[width])
+                seconds = clock.seconds(partial(_multiply, products[width]), wait)
                 if turn >= 2:  # the first rounds warm up
                     times[width].append(seconds)
         found[kind] = {width: statistics.median(seconds) for width, seconds in times.items()}
@@ -59,13 +61,6 @@ def _random(rows: int, columns: int, like: Tensor) -> Tensor:
     return torch.randn(rows, columns, device=like.device, dtype=like.dtype)
 
 
-def _seconds(products: list[tuple[Tensor, Tensor]]) -> float:
-    cuda = products[0][0].is_cuda
-    if cuda:
-        torch.cuda.synchronize(products[0][0].device)
-    started = time.perf_counter()
+def _multiply(products: list[tuple[Tensor, Tensor]]) -> None:
     for x, weight in products:
         F.linear(x, weight)
-    if cuda:
-        torch.cuda.synchronize(products[0][0].device)
-    return time.perf_counter() - started
