@@ -123,7 +123,7 @@ class Outlook:
     def check_density(self) -> None:
         """ValueError where even the floors cost more than the density allows."""
         share = self.cost.total(self.left(cost=-1.0)) / self._full if self.pruned and self._full else 0.0
-        if share > self.config.density:
+        if share > allowance(self.config.density, 1.0):
             raise ValueError(
                 f"density: expected at least {share:.4f}, which is what stays where every block keeps its floor and {self.config.prune} "
                 f"alone are pruned, got {self.config.density}"

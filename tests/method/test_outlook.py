@@ -1,6 +1,8 @@
 """What will be left of a model is known before it is trained: `plan` and a Controller search alike, and both say what can be exported."""
 
 import logging
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +14,10 @@ from apt_ext import APTConfig, Controller, export, get_apt_model, plan, shrink
 from apt_ext.exporting.directories import expressed
 from apt_ext.method import Products, search
 from apt_ext.method.oneshot import pruned_kinds
+from apt_ext.method.outlook import Outlook
 from apt_ext.method.select.search import Group
 from apt_ext.pruning.architectures.lookup import ARCHITECTURES
+from apt_ext.pruning.cost import cost_of
 
 QUICK = {"schedule": {"start": 0, "end": 3, "events": 3}}
 KINDS = [["neurons"], ["heads", "neurons"], ["heads", "neurons", "hidden"]]
@@ -233,3 +237,17 @@ def test_a_chunk_is_worth_what_each_of_it_is_worth():
     assert keep["head"].all() and not keep["neurons"].any()
     found = search({**scores, "head": torch.tensor([0.9])}, live, groups, cost, counts, 6.0)
     assert not found.keep["head"].any() and found.keep["neurons"].all() and found.threshold == 1.0  # also the shorter, last one
+
+
+def test_a_density_that_is_the_floor_to_rounding_is_reached():
+    apt = get_apt_model(FAMILIES["bert"].model(), APTConfig(r=1, prune=["neurons"], density=0.5))
+    cost = cost_of(apt.model, apt.blocks)
+    live = {name: torch.ones(block.count, dtype=torch.bool) for name, block in apt.blocks.items()}
+
+    def outlook(density):
+        return Outlook(apt.model, apt.blocks, replace(apt.apt_config, density=density), cost, live)
+
+    share = cost.total(outlook(0.5).left(cost=-1.0)) / cost.total({name: block.count for name, block in apt.blocks.items()})
+    outlook(math.nextafter(share, 0.0)).check_density()
+    with pytest.raises(ValueError, match="density: expected at least"):
+        outlook(share * (1 - 1e-9)).check_density()
