@@ -137,6 +137,11 @@ class Packing:
 
         return make
 
+    def follow_written(self, adapter: APTAdapter) -> None:
+        """Follow masks that others wrote into their buffers."""
+        if self.current is not None:
+            self.change(adapter, {})()
+
     def renew(self, adapter: APTAdapter) -> None:
         """Copy anew: the weight is another, or the sizes are."""
         kept = self.current

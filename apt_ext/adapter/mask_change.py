@@ -53,8 +53,7 @@ def _holds(adapter: APTAdapter, name: str, mask: Mask) -> bool:
 
 def see_written(adapter: APTAdapter) -> None:
     """Do what `APTAdapter.see_written_masks` promises."""
-    if adapter.packing.current is not None:
-        adapter.packing.change(adapter, {})()
+    adapter.packing.follow_written(adapter)
     for name in SIDES:
         adapter.note_mask(name, Mask.of(adapter.get_buffer(name)))
     adapter.history.check()
@@ -89,8 +88,7 @@ def settle(adapter: APTAdapter, call: str) -> None:
     for name, mask in found.items():
         adapter.note_mask(name, mask)
     if found:
-        if adapter.packing.current is not None:
-            adapter.packing.change(adapter, {})()
+        adapter.packing.follow_written(adapter)
         warnings.warn(
             f"{adapter.naming(call)}: {' and '.join(found)} was written without torch counting it (through .data, NumPy or a pointer): "
             "forward passes since then may have used the values from before, from now on the new ones are used; set_masks changes masks",
