@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .adapter.layer import APTAdapter
 from .adapter.shared_memory import indexed
-from .adapter.state_dict import check_loadable
+from .adapter.state_dict import check_loadable, checked_before
 from .common.checks import checked_bool, checked_mapping, checked_module, error_prefix
 from .config import APTConfig, nearest
 from .distributed import agreement
@@ -27,12 +27,13 @@ from .pruning.block_masks import (
     take_carriers,
 )
 from .pruning.cost import density_of
-from .pruning.cut import cut_in_place, folded
+from .pruning.cut import folded
+from .pruning.cut_in_place import Cut, checked_cut
 from .pruning.float32_heads import follow, narrow
 from .pruning.target import KEY, Target, load_target, save_target, target_after
 from .pruning.wrappers import StreamCarrier
 from .storage import checkpoint, stock_saving
-from .wrapping import compact_model, model_state, peft_factors
+from .wrapping import compact_model, cut_states, model_state, peft_factors
 from .wrapping.bases import refuse_peft
 from .wrapping.build import Adapted, build
 from .wrapping.compiled import unwrap
@@ -91,7 +92,6 @@ class APTModel(Adapted):
     blocks      {name: Block}: what can be pruned: "<layer>.heads", "<layer>.neurons" ("encoder.<layer>..." and "decoder.<layer>...", with
                 "decoder.<layer>.cross_heads", in encoder-decoders), and "hidden", the dimensions of the residual stream
     saved       the names of the modules that train whole, and of lone Parameters that do
-    hidden_left [left] int64: the hidden dimensions that cuts have left, as numbered before the first; None: all
     target      the Target of the last Controller that worked on it; None: none did
     """
 
@@ -100,12 +100,13 @@ class APTModel(Adapted):
     def __init__(self, model: nn.Module, config: APTConfig, blocks: Blocks, saved: list[str]) -> None:
         super().__init__()
         self._register_state_dict_hook(save_target)  # type: ignore[no-untyped-call]
+        self._register_state_dict_hook(_save_cuts)  # type: ignore[no-untyped-call]
         self._register_load_state_dict_pre_hook(load_target, with_module=True)  # type: ignore[no-untyped-call]
+        self._register_load_state_dict_pre_hook(_load_cuts, with_module=True)  # type: ignore[no-untyped-call]
         self.model = model
         self.apt_config = config
         self._blocks = blocks
         self.saved = saved
-        self.hidden_left: Tensor | None = None
         self._chained = False
 
     def __getattr__(self, name: str) -> Any:
@@ -129,6 +130,18 @@ class APTModel(Adapted):
     @blocks.setter
     def blocks(self, blocks: Mapping[str, Block]) -> None:
         self._blocks = blocks if isinstance(blocks, Blocks) else Blocks(self._blocks.row, blocks)
+
+    @property
+    def hidden_left(self) -> Tensor | None:
+        """The hidden dimensions that cuts have left, int64 [left], as numbered before the first; None: all."""
+        origin = self.blocks.origin
+        left = None if origin is None else origin.left.get("hidden")
+        return None if left is None or bool(left.all()) else left.nonzero().flatten()
+
+    @property
+    def density(self) -> float:
+        """The share of the layers' parameters before the first cut that masks above 0 keep; embeddings and adapters do not count."""
+        return density_of(self.model, self.blocks)
 
     # -- blocks ------------------------------------------------------------------------------------------------------
 
@@ -165,22 +178,19 @@ class APTModel(Adapted):
         group that disagree).
         """
         with agreement.change("cut") as agree:
-            hidden_left = self.hidden_left
-            hidden = self.get_block_mask("hidden") if "hidden" in self.blocks else None
-            if hidden is not None and not hidden.is_meta:  # which is refused below
-                kept = hidden.cpu().nonzero().flatten()
-                hidden_left = kept if hidden_left is None else hidden_left[kept]
-            offloaded = [adapter for _, adapter in adapters(self) if adapter.packing.store.is_offloaded]
-            try:
-                for adapter in offloaded:
-                    adapter.packing.store.restore(adapter.weight)
-                left = cut_in_place(self.model, self.blocks, optimizer, agree)
-            finally:
-                for adapter in offloaded:
-                    adapter.packing.offload(adapter)
-            self.blocks = left if self.blocks else Blocks(self.blocks.row)  # there are none after merge_and_unload
-            self.hidden_left = hidden_left
+            cut = self.checked_cut(optimizer)
+            agree(*cut.gone.kept.values())
+            self.make_cut(cut)
         return self
+
+    def checked_cut(self, optimizer: OptimizerLike | None = None, masks: Mapping[str, Tensor] | None = None) -> Cut:
+        """A cut that was checked as `cut` does and has not been made; `masks` {block: [count]} are to come before it is."""
+        return checked_cut(self.model, self.blocks, optimizer, masks)
+
+    def make_cut(self, cut: Cut) -> None:
+        """Make a cut of this model that was checked."""
+        if not cut.is_empty:
+            self.blocks = cut.make()
 
     def compact(self, on: bool = True, dense: str = "keep", chain: bool = False) -> None:
         """`APTAdapter.compact` for every adapter: forward and backward cost what is kept from now on. Modules that train whole do not.
@@ -245,7 +255,7 @@ class APTModel(Adapted):
         """Raise RuntimeError, with the present and the target density, where `target_reached` is False. `call` begins the message."""
         if self.target is not None and not self.target_reached:
             raise RuntimeError(
-                f"{call}: the model is not finished: its masks keep {density_of(self.model, self.blocks):.4f} of the layers' "
+                f"{call}: the model is not finished: its masks keep {self.density:.4f} of the layers' "
                 f"parameters, and its Controller, whose target is a density of {self.target.density:g} ({self.target.budget}), has "
                 "not made its last event; train on to that, load a checkpoint from after it, or pass unfinished=True to take the "
                 "model as it is"
@@ -345,8 +355,9 @@ class APTModel(Adapted):
     def from_pretrained(cls, base_model: nn.Module, path: str | os.PathLike[str]) -> APTModel:
         """`base_model` with the adapters that `save_pretrained` wrote to the directory `path`, in place as in `get_apt_model`.
 
-        The files are read into memory, no larger than this model explains; pickle is never read, links are not followed. Raises ValueError
-        naming the file when it is missing, damaged or made for another model; `base_model` is then as before.
+        The files are read into memory, no larger than this model explains; pickle is never read, links are not followed. What was saved
+        after a cut cuts `base_model` alike, which may be the model as it was or one that was cut alike. Raises ValueError naming the
+        file when it is missing, damaged or made for another model; `base_model` is then as before.
         """
         with checkpoint.opened(path) as saved:
             config = saved.config()
@@ -355,8 +366,8 @@ class APTModel(Adapted):
                 apt = cls(built.model, config, built.blocks, built.saved)
                 if saved.stream:
                     model_state.place_stream_carriers(built.model, built.blocks)
-                with saved.tensors(apt.own_state()) as tensors:
-                    apt.load_own_state(tensors)
+                with saved.tensors(apt.own_state(), apt.blocks.full) as tensors:
+                    apt._load_checked(tensors)
                 apt.target = saved.target
                 apt._begin()
             return apt
@@ -392,21 +403,28 @@ class APTModel(Adapted):
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """torch's own, and nothing is loaded where it raises. A state with masks of hidden dimensions brings what carries them; one from
-        before they were masked sets them to ones.
+        before they were masked sets them to ones. A state of a model that was cut cuts this one alike, without an optimizer's state.
 
-        TypeError for no dict or no tensor, ValueError for another size and what an adapter refuses, RuntimeError for keys where `strict`.
+        TypeError for no dict or no tensor, ValueError for another size, for a state that was cut less than this model and what an adapter
+        refuses, RuntimeError for keys where `strict`.
         """
         checked_mapping("state_dict", state_dict)
         target_after(self.target, state_dict)  # refused before anything changes
+        left = cut_states.read(state_dict, self.blocks)  # likewise
         placed: dict[str, nn.Module] = {}
         if model_state.holds_stream_masks(state_dict, self.blocks, "model."):
             placed = model_state.place_stream_carriers(self.model, self.blocks)
-        state_dict = model_state.with_carriers(self.model, state_dict, "model.")
         try:
-            check_loadable(self, {key: value for key, value in state_dict.items() if key != KEY}, strict)
+            if left is None:
+                cut_states.refuse_less_cut(state_dict, self.blocks, "model.")
+            with cut_states.cut_to(self.model, self.blocks, left) as blocks:
+                state_dict = model_state.with_carriers(self.model, state_dict, "model.")
+                own = cut_states.without(state_dict)
+                check_loadable(self, {key: value for key, value in own.items() if key != KEY}, strict)
         except BaseException:
             take_carriers(self.model, placed)
             raise
+        self.blocks = blocks
         loaded = super().load_state_dict(state_dict, strict, assign)
         self._guard_trained()  # with `assign` Parameters are others
         return loaded
@@ -426,9 +444,41 @@ class APTModel(Adapted):
         guard(*(parameter for parameter in self.parameters() if parameter.requires_grad))
 
     def own_state(self) -> dict[str, Tensor]:
-        """What belongs in a checkpoint, with the keys of the inner model's state_dict: adapters without frozen bases, and `saved`."""
-        return model_state.own_state(self.model, self.saved)
+        """What belongs in a checkpoint, with the keys of the inner model's state_dict: adapters without frozen bases, and `saved`.
 
-    def load_own_state(self, tensors: dict[str, Tensor]) -> None:
-        """Load what `own_state` returned, of tensors that were checked; what an adapter refuses leaves `saved` as it was."""
-        model_state.load_own_state(self.model, self.saved, tensors)
+        Of a model that was cut, what cuts have left, too (see `cut_states`).
+        """
+        return model_state.own_state(self.model, self.saved) | cut_states.tensors_of(self.blocks)
+
+    def load_own_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Load what `own_state` returned, of tensors that were checked; a state that was cut cuts this model alike.
+
+        Nothing has changed when this raises, but what an adapter refuses leaves adapters unmerged.
+        """
+        with cut_states.cut_to(self.model, self.blocks, cut_states.read(tensors, self.blocks)) as blocks:
+            model_state.load_own_state(self.model, self.saved, cut_states.without(tensors))
+        self.blocks = blocks
+
+    def _load_checked(self, tensors: Mapping[str, Tensor]) -> None:
+        """`load_own_state` of tensors that are checked here."""
+        with cut_states.cut_to(self.model, self.blocks, cut_states.read(tensors, self.blocks)) as blocks:
+            cut_states.raise_rank_limits(self.model, blocks)
+            limits = {name: adapter.rank_limit for name, adapter in adapters(self)}
+            own = cut_states.without(tensors)
+            checkpoint.check(own, model_state.own_state(self.model, self.saved), limits)
+            model_state.load_own_state(self.model, self.saved, own)
+        self.blocks = blocks
+
+
+def _save_cuts(apt: APTModel, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    """A hook of torch's `state_dict`."""
+    state.update(cut_states.tensors_of(apt.blocks, prefix))
+
+
+@checked_before
+def _load_cuts(apt: APTModel, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A hook before torch's `load_state_dict`, which then finds the sizes of `state`; that is torch's own copy."""
+    with cut_states.cut_to(apt.model, apt.blocks, cut_states.read(state, apt.blocks, prefix)) as blocks:
+        apt.blocks = blocks
+    for key in [key for key in state if key.startswith(prefix + cut_states.PREFIX)]:
+        del state[key]

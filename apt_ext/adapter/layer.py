@@ -54,7 +54,7 @@ class APTAdapter(MaskCarrier):
 
     Attributes that other parts of this package use, beside those of MaskCarrier:
         merge: the Merge into the base layer. packing: the Packing, by which it computes on kept channels.
-        is_transposed: the base layer stores [K, N] (Conv1D).
+        is_transposed: the base layer stores [K, N] (Conv1D). rank_limit: min(N, K) as built; a cut leaves it as it is.
     """
 
     lora_A: nn.Parameter  # [R, K], or [max_rank, K] with zero rows at and above rank
@@ -78,7 +78,7 @@ class APTAdapter(MaskCarrier):
         super().__init__(merge=None)
         max_rank, scaling, dtype = checked_arguments(in_features, out_features, rank, scaling, max_rank, dropout, init_std, dtype)
         checked_device(device)
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.rank_limit = in_features, out_features, min(in_features, out_features)
         self._rank = rank
         self._max_rank = max_rank
         self._scaling = scaling

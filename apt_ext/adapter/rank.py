@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ..common.checks import checked_choice, checked_int
 from ..distributed import agreement
@@ -16,10 +18,31 @@ if TYPE_CHECKING:
     from .layer import APTAdapter
 
 
+@dataclass(frozen=True)
+class Uncut:
+    """An adapter's linear before the first cut of its model.
+
+    lanes_in  int64 [in_features now]: which of its inputs those of now are; None: all of them
+    """
+
+    in_features: int
+    out_features: int
+    lanes_in: Tensor | None = None
+
+
 def increase_rank(
-    adapter: APTAdapter, new_rank: int, init_type: str, optimizer: OptimizerLike | None, generator: torch.Generator | None
+    adapter: APTAdapter,
+    new_rank: int,
+    init_type: str = "lora",
+    optimizer: OptimizerLike | None = None,
+    generator: torch.Generator | None = None,
+    uncut: Uncut | None = None,
 ) -> None:
-    """Do what `APTAdapter.increase_rank` promises; `adapter.rank` itself is set by the caller."""
+    """Do what `APTAdapter.increase_rank` promises.
+
+    uncut  whose sizes limit the rank, and for whose inputs new rows are drawn; None: the adapter as it is
+    """
+    uncut = Uncut(adapter.in_features, adapter.out_features) if uncut is None else uncut
     with agreement.change(adapter.naming(f"increase_rank({new_rank!r})")) as agree:
         checked_int("new_rank", new_rank, 0)
         checked_choice("init_type", init_type, ("lora", "zero"))
@@ -28,7 +51,7 @@ def increase_rank(
         adapter.settle("increase_rank")
         if adapter.merged:
             raise RuntimeError("increase_rank: the weight is merged; call unmerge_weights() first")
-        limit = min(adapter.in_features, adapter.out_features)
+        limit = min(uncut.in_features, uncut.out_features)
         if adapter.max_rank is not None:
             limit = min(limit, adapter.max_rank)
         limit = max(limit, adapter.rank)  # a cut leaves ranks above min(N, K)
@@ -44,16 +67,23 @@ def increase_rank(
         if new_rank > adapter.rank:
             if init_type == "zero":
                 warnings.warn("init_type='zero' makes both factors zero: the new ranks have no gradient and cannot learn", stacklevel=3)
-            _grow(adapter, new_rank, adapter.init_std if init_type == "lora" else 0.0, optimizers, generator)
+            _grow(adapter, new_rank, adapter.init_std if init_type == "lora" else 0.0, optimizers, generator, uncut)
 
 
 def _grow(
-    adapter: APTAdapter, new_rank: int, std: float, optimizers: list[torch.optim.Optimizer], generator: torch.Generator | None
+    adapter: APTAdapter,
+    new_rank: int,
+    std: float,
+    optimizers: list[torch.optim.Optimizer],
+    generator: torch.Generator | None,
+    uncut: Uncut,
 ) -> None:
     A, B = adapter.lora_A, adapter.lora_B
     old, more = adapter.rank, new_rank - adapter.rank
     with torch.inference_mode(False), torch.no_grad():
-        rows = resize.draw_rows(more, adapter.in_features, std, generator, A.device, A.dtype)
+        rows = resize.draw_rows(more, uncut.in_features, std, generator, A.device, A.dtype)
+        if uncut.lanes_in is not None:
+            rows = rows.index_select(1, uncut.lanes_in.to(rows.device))
         if adapter.max_rank is None:
             grown_A = torch.cat([A.detach(), rows])
             grown_B = torch.cat([B.detach(), B.new_zeros(adapter.out_features, more)], dim=1)

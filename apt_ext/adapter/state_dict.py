@@ -300,8 +300,8 @@ def _saved_rank(adapter: APTAdapter, prefix: str, A: Tensor | None, B: Tensor | 
         resize.say_adopted(f"{prefix}rank", said, saved)
     if adapter.max_rank is not None and saved > adapter.max_rank:
         raise ValueError(f"{prefix}rank must be at most the module's max_rank = {adapter.max_rank}, got {saved}")
-    if saved > max(min(N, K), adapter.rank):  # a cut leaves ranks above min(N, K), which load where they are
-        raise ValueError(f"{prefix}rank must be at most min(out_features, in_features) = {min(N, K)}, got {saved}")
+    if saved > max(adapter.rank_limit, adapter.rank):  # a cut leaves ranks above min(N, K)
+        raise ValueError(f"{prefix}rank must be at most min(out_features, in_features) = {adapter.rank_limit}, got {saved}")
     return saved
 
 

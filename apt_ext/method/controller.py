@@ -1,9 +1,10 @@
-"""Controller: drives a training run. It listens to gradients, moves the masks of blocks, and lets ranks grow (APT, ICML 2024)."""
+"""Controller: drives a training run. It listens to gradients, moves the masks of blocks, cuts, and lets ranks grow (APT, ICML 2024)."""
 
 from __future__ import annotations
 
 import copy
 import logging
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,33 +14,41 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..adapter.layer import APTAdapter
 from ..common.checks import checked_bool, checked_choice, checked_int, checked_number, checked_seed
 from ..config import APTConfig, Schedule
 from ..distributed import agreement
 from ..distributed.dtensor import is_sharded
-from ..model import APTModel, adapters
 from ..optim.initial_state import OptimizerLike, optimizers_of
-from ..optim.resize import resizable_state
-from ..pruning.block_masks import host_mask, missing_carriers, put_carriers, submodule, take_carriers
+from ..pruning.architectures.lookup import Blocks
+from ..pruning.block_masks import host_mask, missing_carriers, put_carriers, take_carriers
 from ..pruning.cost import budget_cost
 from ..pruning.cut import decodes
+from ..pruning.cut_in_place import Cut
 from ..pruning.target import BUDGETS, Target
+from ..storage import state_directory
+from .block_record import BlockRecord
 from .history import Event, checked_history, event, line
 from .outlook import Outlook, allowance, check_export, chosen, pruned_blocks, say_unpruned
 from .refusals import (
+    MODES,
+    apt_model_in,
     check_can_grow,
+    check_change,
     check_held,
+    check_place,
     check_state,
     checked_scores,
     gradients_came,
     note_controller,
     refuse_second,
 )
-from .schedule import Steps, linear_budget, step_mask
+from .schedule import Steps, step_mask
 from .score.block_scores import BlockScores
-from .select.rank_budget import AdapterImportance, Growth, grown_ranks
+from .select.groups import groups_of
+from .select.rank_budget import AdapterImportance, Growth
+from .select.rank_growth import RankGrowth
 from .select.search import search
+from .shrinking_mode import chosen_mode
 
 logger = logging.getLogger("apt_ext")
 
@@ -58,9 +67,11 @@ class Controller:
             controller.step()
 
     It counts the optimizer's own steps: micro-batches between two of them are one batch, and one that a GradScaler skips is none. Masks end
-    at exactly 0 or 1 at each event of the schedule. A block whose mask is 0 stays out. Parameters, their objects and the optimizer's state
-    stay; under DDP and FSDP2 every rank makes the same calls, and `APTConfig.max_rank` has to leave room for the ranks. `history` is a list
-    of dicts, one an event: step, density, kept {block: number}, ranks {adapter: rank}, adapter_parameters, threshold.
+    at exactly 0 or 1 at each event of the schedule. A block whose mask is 0 stays out, and is cut from the model there and then: weights,
+    factors, gradients and the optimizer's state become smaller, and training goes on with the same Parameter objects. Density, budget,
+    floors and ranks are of the sizes before the first cut. Under DDP and FSDP2 every rank makes the same calls, and
+    `APTConfig.max_rank` has to leave room for the ranks. `history` is a list of dicts, one an event: step, density,
+    kept {block: number}, ranks {adapter: rank}, adapter_parameters, threshold.
 
     Args:
         model: an APTModel, or a module that holds one (DDP, torch.compile).
@@ -80,16 +91,20 @@ class Controller:
             their steps.
         decay: of the moving averages of salience and importance.
         kurtosis: the weight of outliers in the salience (see BlockScores); None: 1 for decoders, 0 else.
-        compact: from the first event that prunes, adapters compute on kept rows and columns only (not under FSDP2).
+        shrink: what becomes of what is pruned. "cut": every event removes it. "compact": from the first event that prunes, adapters
+            compute on kept rows and columns, full-size in and out (not under FSDP2). "none": it is masked. None: "cut", unless DDP or FSDP
+            hold Parameters, `max_rank` is given, the optimizer's state cannot follow or the model is compiled; then "compact", and the
+            logger warns. `controller.shrink` says which.
         seed: of the generator that draws new rows.
         log: called with one line at each event, such as tqdm.write; None: the logger "apt_ext", level INFO.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, naming it; blocks that the model does not have; a density that
-        the floors do not allow; an optimizer without the adapters' factors, or whose state cannot follow them as they grow (Adafactor);
-        what may be left and `export` cannot write.
-        RuntimeError: another Controller is at work on the model; ranks are to grow without max_rank under DDP or FSDP; hidden dimensions
-        are to be pruned and FSDP2 has sharded the modules that would have to be wrapped for it; ranks of a process group disagree.
+        the floors do not allow; an optimizer without the adapters' factors, or whose state cannot follow them as they grow or are cut
+        (Adafactor); what may be left and `export` cannot write.
+        RuntimeError: another Controller is at work on the model; ranks are to grow without max_rank, or the model is to be cut, under DDP
+        or FSDP; hidden dimensions are to be pruned and FSDP2 has sharded the modules that would have to be wrapped for it; ranks of a
+        process group disagree.
     """
 
     def __init__(
@@ -113,7 +128,7 @@ class Controller:
         growth: Growth | float = 4.0,
         decay: float = 0.85,
         kurtosis: float | None = None,
-        compact: bool = True,
+        shrink: str | None = None,
         seed: int = 0,
         log: Callable[[str], object] | None = None,
     ) -> None:
@@ -130,12 +145,13 @@ class Controller:
             if not isinstance(config, APTConfig):
                 raise TypeError(f"config: expected an APTConfig, got {type(config).__name__}")
             config = replace(config, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
-            self.growth = growth if isinstance(growth, Growth) else Growth(checked_number("growth", growth))
+            growth = growth if isinstance(growth, Growth) else Growth(checked_number("growth", growth))
             checked_choice("budget", budget, BUDGETS)
             checked_int("length", length, 1)
             checked_int("floor", floor, 0)
-            for name, value in (("joint", joint), ("compact", compact)):
-                checked_bool(name, value)
+            checked_bool("joint", joint)
+            if shrink is not None:
+                checked_choice("shrink", shrink, MODES)
             if log is not None and not callable(log):
                 raise TypeError(f"log: expected a function of one line, or None, got {type(log).__name__}")
             inner, blocks = self.model.model, self.model.blocks
@@ -144,40 +160,36 @@ class Controller:
                 kurtosis = float(row is not None and decodes(row, inner))
             kurtosis = checked_number("kurtosis", kurtosis, 0.0)
             refuse_second(self.model)
-            self.total_steps, self.budget, self.joint, self.compact, self.log = total_steps, budget, joint, compact, log
+            self.total_steps, self.budget, self.joint, self.floor, self.log = total_steps, budget, joint, floor, log
             self.steps = Steps.of(config.schedule, total_steps)
             self.now = 0  # optimizer steps that were counted, up to total_steps
             self.history: list[Event] = []
 
-            self._masks = {name: self.model.get_block_mask(name).cpu() for name in blocks}
-            self._live = {name: mask != 0 for name, mask in self._masks.items()}  # at the last event: what may still be kept
+            self._record = BlockRecord(self.model)
 
             def outlook_of(config: APTConfig) -> Outlook:
                 cost = budget_cost(inner, blocks, budget, length, latency, pruned_blocks(inner, blocks, config))
-                return Outlook(inner, blocks, config, cost, self._live, floor, joint)
+                return Outlook(inner, blocks, config, cost, self._record.live, floor, joint)
 
             outlook = chosen(config, blocks, outlook_of)
-            self.config, self.blocks, self.cost = outlook.config, outlook.pruned, outlook.cost
-            self.importance = AdapterImportance(adapters(self.model), decay, self.growth.importance == "signed")
-            check_held(self.importance.adapters, optimizers)
+            self.config, self.cost = outlook.config, outlook.cost
+            self._record.prune(outlook.pruned)
+            self.ranks = RankGrowth(self.model, growth, decay)
+            check_held(self.ranks.adapters, optimizers)
             self.generator = checked_seed("seed", seed)
 
-            self._uncut = blocks
-            self._full = {name: block.count for name, block in blocks.items()}
-            self._dense = self.cost.total(self._full)
+            self._dense = self.cost.total(blocks.full)
             self._initial = self.density
-            self._parameters, self._ranks = self.adapter_parameters, self._ranks_now()
-            self._compacted = False
-            limits, found = self._limits(), self.importance.adapters
-            growing = {name: one for name, one in found.items() if one.max_rank is None and one.rank < limits[name]}
-            if self.growth.budget > 1.0 and growing:
-                check_can_grow(growing, optimizers, self.growth.budget)
+            self.shrink = chosen_mode(shrink, model, self.model, self.ranks.adapters, optimizers) if self.blocks else "none"
+            self._by_default, self._compacted = shrink is None, False
+            if growing := self.ranks.growing():
+                check_can_grow(growing, optimizers, growth.budget)
             outlook.check_density()
             self.groups = outlook.groups
             check_export(outlook, export)
             placed = missing_carriers(inner, "hidden", blocks["hidden"]) if "hidden" in self.blocks else {}
-            settings = (total_steps, self.config.to_dict(), budget, length, latency, joint, floor, self.growth, decay, kurtosis, compact)
-            agree(repr(settings), list(self._masks.values()), list(self._ranks.items()))
+            settings = (total_steps, self.config.to_dict(), budget, length, latency, joint, floor, growth, decay, kurtosis)
+            agree(repr((*settings, self.shrink)), list(self._record.masks.values()), list(self.ranks.initial.items()))
 
             # From here on something changes. Carriers are placed now, because modules do not change while training.
             put_carriers(inner, placed)
@@ -190,14 +202,19 @@ class Controller:
             self._handles = [one.register_step_post_hook(self._note_step) for one in optimizers]
             note_controller(self.model, self)
         say_unpruned(inner, self.blocks, self.config, density is not None)
-        self.importance.advice.of_growth(model, self.importance.adapters if self.growth.budget > 1 else ())
+        self.importance.advice.of_growth(model, self.ranks.growing())
 
     # -- what others may ask -----------------------------------------------------------------------------------------
 
     @property
+    def blocks(self) -> Blocks:
+        """The blocks that it prunes, as they are now."""
+        return self._record.pruned
+
+    @property
     def density(self) -> float:
-        """The share of the budget's cost that the blocks with a mask above 0 have now, whoever has set the masks."""
-        return self.cost.total(self._counts()) / self._dense if self._dense else 1.0
+        """The share of the budget's cost before the first cut that blocks with a mask above 0 have, whoever has set the masks."""
+        return self.cost.total(self._record.counts()) / self._dense if self._dense else 1.0
 
     @property
     def progress(self) -> float:
@@ -216,8 +233,17 @@ class Controller:
 
     @property
     def adapter_parameters(self) -> int:
-        """Entries of all factors in use, frozen ones too: the budget is of ranks, whoever trains them."""
-        return sum(a.rank * (a.in_features + a.out_features) for a in self.importance.adapters.values())
+        """Entries of all factors in use, frozen ones too, of the sizes before the first cut: the budget is of ranks."""
+        return self.ranks.parameters(self.ranks.ranks())
+
+    @property
+    def importance(self) -> AdapterImportance:
+        """Of its adapters with a rank."""
+        return self.ranks.importance
+
+    def original(self, name: str) -> Tensor:
+        """What is kept of block `name`, in the numbering before the first cut: int64 [kept], ascending. ValueError for an unknown name."""
+        return self._record.original(name)
 
     # -- the loop ----------------------------------------------------------------------------------------------------
 
@@ -228,7 +254,7 @@ class Controller:
         the optimizer's last step.
         """
         if self.listening:
-            self._check_uncut("observe")
+            self._follow_cut("observe")
             came = gradients_came(self.importance.adapters.values(), bool(self.blocks), self.scores.salience.heard)
             if self._stepped:
                 raise RuntimeError(
@@ -242,16 +268,16 @@ class Controller:
         """Call it after every optimizer step: counts it and, where the schedule says so, moves masks and lets ranks grow. Without an
         optimizer step since the last call (micro-batches, a step that GradScaler skipped) nothing is counted.
 
-        Raises RuntimeError where observe() was not called; where the model was cut or its masks were set by others, where salience is not
-        finite or 0 everywhere, where a change is refused (a merged adapter, a Parameter that DDP holds without max_rank, ranks of a process
-        group that disagree) with masks and ranks as before; the next call of step() makes the change.
+        Raises RuntimeError where observe() was not called; where masks were set by others, where salience is not finite or 0 everywhere,
+        where a change is refused (a merged adapter, a Parameter that DDP holds without max_rank, ranks of a process group that disagree)
+        with masks and ranks as before; the next call of step() makes the change.
         """
         self._since = 0
         if not (self._stepped or self._taken):
             self.scores.salience.drop_overflow()
             return
         if not self.done:
-            self._check_uncut("step")
+            self._follow_cut("step")
             if self._stepped:
                 observed, self._observed, self._stepped = self._observed, False, False
                 if not observed:
@@ -274,17 +300,20 @@ class Controller:
         if threshold is not None:
             self._note_event(threshold)
 
-    def _check_uncut(self, call: str) -> None:
-        if self.model.blocks is self._uncut:  # a cut makes others
+    def _follow_cut(self, call: str) -> None:
+        """Go on with what is left of a model that was cut, by whomever. RuntimeError where a backward came before the cut."""
+        kept = self._record.follow_cut()
+        if kept is None:
             return
-        now = {name: block.count for name, block in self.model.blocks.items()}
-        cut = next((name for name, count in self._full.items() if now.get(name) != count), None)
-        if cut is not None:
+        fits = self.scores.follow_cut(kept)
+        self.importance.follow_cut()
+        blocks, config = self._record.pruned, self.config
+        self.groups = groups_of(self.model.model, blocks, config.round_to, config.uniform, self.floor) if blocks else []
+        if not fits:
             raise RuntimeError(
-                f"{call}: block {cut!r} has {now.get(cut, 0)} where this Controller was made for {self._full[cut]}: the model was cut; "
-                "call remove() and make another Controller for the steps that are left"
+                f"{call}: the model was cut between a backward and this call, so what that backward told of its blocks has other sizes "
+                "and was dropped; cut after step() and before the next backward, or call zero_grad() and run the backward again"
             )
-        self._uncut = self.model.blocks
 
     def remove(self) -> None:
         """Take every hook off the model and the optimizer; masks and ranks stay as they are."""
@@ -318,106 +347,77 @@ class Controller:
         """What the schedule says for this step; the salience of the last chunk that stays, where it is an event."""
         event = self.now in self.steps.events
         masks, threshold = self._next_masks(hard=event)
-        ranks = self._next_ranks() if event else {}
-        if masks or ranks:
+        ranks = self.ranks.next(self.now, self.steps) if event else {}
+        cuts = event and self._cuts(masks)
+        if masks or ranks or cuts:
             with agreement.change(f"step {self.now} of the Controller") as agree:
-                self._check_change(masks, ranks)
-                agree(list(masks), list(masks.values()), sorted(ranks.items()), list(self._ranks_now().items()))
-                self._make(masks, ranks)
+                touched = {side.module for name in masks for side in self.blocks[name].sides} | ranks.keys()
+                check_change(self.model, touched, ranks, self.optimizer)
+                cut = self._checked_cut(masks) if cuts else None
+                gone = [] if cut is None else list(cut.gone.kept.values())
+                agree(list(masks), list(masks.values()), sorted(ranks.items()), list(self.ranks.ranks().items()), gone)
+                self._make(masks, ranks, cut)
         if not event:
             return None
-        self._live = {name: mask != 0 for name, mask in self._masks.items()}
-        if self.compact and not self._compacted and not all(bool(live.all()) for live in self._live.values()):
+        self._record.note_live()
+        if self.shrink == "compact" and not self._compacted and not self._record.everything_is_kept():
             self._turn_compact()
         self.importance.restart()
         return threshold
 
-    def _check_change(self, masks: Mapping[str, Tensor], ranks: Mapping[str, int]) -> None:
-        """RuntimeError for what would be refused, before anything changes."""
-        touched = {side.module for name in masks for side in self.blocks[name].sides} | ranks.keys()
-        found = {name: module for name in touched if isinstance(module := submodule(self.model.model, name), APTAdapter)}
-        if any(adapter.merged for adapter in found.values()):
-            merged = next(name for name, adapter in adapters(self.model) if name in touched and adapter.merged)
-            raise RuntimeError(f"step: {merged} is merged under its present masks; call unmerge_weights() first")
-        free = [factor for name in ranks if found[name].max_rank is None for factor in (found[name].lora_A, found[name].lora_B)]
-        resizable_state(free, self.optimizer)
+    def _cuts(self, masks: Mapping[str, Tensor]) -> bool:
+        """Whether there is something to cut at this event, which brings these masks."""
+        gone = any(not bool({**self._record.masks, **masks}[name].all()) for name in self.blocks)
+        if gone and self.shrink == "cut" and self._by_default and self.model.blocks.origin is None:  # or compiled, or wrapped, by now
+            self.shrink = chosen_mode(None, self.model, self.model, self.ranks.adapters, optimizers_of(self.optimizer))
+        return gone and self.shrink == "cut"
 
-    def _make(self, masks: Mapping[str, Tensor], ranks: Mapping[str, int]) -> None:
+    def _checked_cut(self, masks: Mapping[str, Tensor]) -> Cut:
+        """A cut at the zeros of what it prunes; those that others have set elsewhere may come back."""
+        ones = {name: torch.ones(block.count, device="cpu") for name, block in self.model.blocks.items()}
+        pruned = {name: self._record.masks[name] for name in self.blocks}
+        return self.model.checked_cut(self.optimizer, {**ones, **pruned, **masks})
+
+    def _make(self, masks: Mapping[str, Tensor], ranks: Mapping[str, int], cut: Cut | None) -> None:
         for name, mask in masks.items():
             self.model.set_block_mask(name, mask)
-            self._masks[name] = mask
-        self.importance.grow(self.model, ranks, self.optimizer, self.generator)
+            self._record.masks[name] = mask
+        if cut is not None:
+            self.model.make_cut(cut)
+            self._follow_cut("step")
+        self.ranks.grow(ranks, self.optimizer, self.generator)
 
     def _next_masks(self, hard: bool) -> tuple[dict[str, Tensor], float]:
         """The masks that change at this step, and the salience for its cost of the last chunk that stays."""
         density = self.steps.density(self.now, min(self.config.density, self._initial), self._initial)
         if density is None or not self.blocks:
             return {}, float("inf")
-        self._refresh_outliers()
+        if self.steps.begins_window(self.now):
+            self.scores.look_for_outliers()
         budget = allowance(density, self._dense)
-        live = {name: self._live[name] for name in self.blocks}
-        found = search(checked_scores("step", self.scores.scores()), live, self.groups, self.cost, self._counts(), budget, self.joint)
+        record, counts = self._record, self._record.counts()
+        live = {name: record.live[name] for name in self.blocks}
+        found = search(checked_scores("step", self.scores.scores()), live, self.groups, self.cost, counts, budget, self.joint)
         for name in found.keep:
-            if not torch.equal(host_mask(self.model.model, self.blocks[name]), self._masks[name]):
+            if not torch.equal(host_mask(self.model.model, self.blocks[name]), record.masks[name]):
                 raise RuntimeError(
                     f"step: expected block {name!r} under the mask that this Controller gave it, got another; nobody else sets the "
                     f"masks of {self.config.prune} while it is at work: call remove() and make another for the steps that are left"
                 )
-        old, keep = torch.cat([self._masks[name] for name in found.keep]), torch.cat(list(found.keep.values()))
+        old, keep = torch.cat([record.masks[name] for name in found.keep]), torch.cat(list(found.keep.values()))
         last = hard and (not self.steps.per_step or self.now == self.steps.end)
         new = keep.to(old.dtype) if last else step_mask(old, keep, self.steps.window)
         masks = dict(zip(found.keep, torch.split(new, [self.blocks[name].count for name in found.keep]), strict=True))
-        return {name: mask for name, mask in masks.items() if not torch.equal(mask, self._masks[name])}, found.threshold
-
-    def _refresh_outliers(self) -> None:
-        """At the beginning of a window, from which on masks move towards one event."""
-        event = self.steps.next_event(self.now) or self.now
-        if self.steps.per_step or self.now == max(event - self.steps.window, self.steps.warm_end) + 1:
-            self.scores.look_for_outliers()
-
-    def _next_ranks(self) -> dict[str, int]:
-        found, start = self.importance.adapters, self.steps.start
-        ranks = {name: adapter.get_current_rank() for name, adapter in found.items()}
-        allowed = linear_budget(self.now, start, self.steps.end, self._parameters, self.growth.budget)
-        before = max((event for event in self.steps.events if event < self.now), default=start)
-        rate = allowed / linear_budget(before, start, self.steps.end, self._parameters, self.growth.budget)
-        return grown_ranks(
-            ranks,
-            {name: adapter.in_features + adapter.out_features for name, adapter in found.items()},
-            self.importance.importance(),
-            allowed,
-            self._limits(),
-            rate if self.growth.rule == "paper" else None,
-        )
-
-    def _limits(self) -> dict[str, int]:
-        """The highest rank that each adapter may reach."""
-        limits = {}
-        for name, adapter in self.importance.adapters.items():
-            most = 8 * self._ranks[name] if self.growth.limit is None else self.growth.limit
-            limits[name] = min(most, adapter.max_rank or most, adapter.in_features, adapter.out_features)
-        return limits
+        return {name: mask for name, mask in masks.items() if not torch.equal(mask, record.masks[name])}, found.threshold
 
     def _turn_compact(self) -> None:
         if not any(is_sharded(adapter.lora_A) for adapter in self.importance.adapters.values()):
             self.model.compact()
         self._compacted = True
 
-    def _counts(self) -> dict[str, int]:
-        """Of every block, the entries above 0 of the mask that the model has; its own copy where a merge has left no blocks."""
-        blocks, inner = self.model.blocks, self.model.model
-        masks = {name: host_mask(inner, block) for name, block in blocks.items()} or self._masks
-        return {name: int(masks[name].count_nonzero()) if name in masks else 0 for name in self._full}
-
-    def _others(self) -> dict[str, Tensor]:
-        """The masks of what it does not prune, which others may set."""
-        return {name: host_mask(self.model.model, block) for name, block in self.model.blocks.items() if name not in self.blocks}
-
-    def _ranks_now(self) -> dict[str, int]:
-        return {name: adapter.rank for name, adapter in self.importance.adapters.items()}
-
     def _note_event(self, threshold: float) -> None:
-        self.history.append(event(self.now, self.density, self._counts(), self._ranks_now(), self.adapter_parameters, threshold))
+        counts, ranks = self._record.counts(), self.ranks.ranks()
+        self.history.append(event(self.now, self.density, counts, ranks, self.adapter_parameters, threshold))
         words = line(self.history[-1], self.config.density, self.blocks)
         if self.log is None:
             logger.info("%s", words)
@@ -428,72 +428,71 @@ class Controller:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values: with the model's and the optimizer's states, all that a run needs to go on. Taken after `step`."""
-        others = self._others()
-        live = {**self._live, **{name: mask != 0 for name, mask in others.items()}}
+        self._follow_cut("state_dict")
+        record = self._record
+        others = record.others()
+        live = {**record.live, **{name: mask != 0 for name, mask in others.items()}}
         return {
             "step": self.now,
             "scores": self.scores.state_dict(),
             "importance": self.importance.state_dict(),
             "generator": self.generator.get_state(),
-            "masks": {name: mask.clone() for name, mask in {**self._masks, **others}.items()},
+            "masks": {name: mask.clone() for name, mask in {**record.masks, **others}.items()},
             "live": {name: kept.clone() for name, kept in live.items()},
-            "ranks": self._ranks_now(),
-            "initial": {"density": self._initial, "parameters": self._parameters, "ranks": dict(self._ranks)},
-            "schedule": vars(self.steps) | {"density": self.config.density},
+            "ranks": self.ranks.ranks(),
+            "initial": {
+                "density": self._initial,
+                "parameters": self.ranks.parameters(self.ranks.initial),
+                "ranks": dict(self.ranks.initial),
+            },
+            "schedule": vars(self.steps) | {"events": list(self.steps.events), "density": self.config.density},
+            "shrink": self.shrink,
             "history": copy.deepcopy(self.history),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`, after the model and the optimizer have loaded theirs.
+        """Go on from `state`, after the model and the optimizer have loaded theirs. It goes on bit for bit with the same `shrink`.
 
         Nothing has changed when this raises TypeError or ValueError (it is no state of a Controller made alike, or damaged; the model's
         masks or ranks are not those of the state; the schedule is another) or RuntimeError (this Controller has finished, or was removed).
         """
+        self._follow_cut("load_state_dict")
         masks = {name: self.model.get_block_mask(name).cpu() for name in self.model.blocks}
         check_state(state, {**self.state_dict(), "masks": masks})
         history = checked_history("state['history']", state["history"], state["step"])
         self.scores.check_state(state["scores"])
         self.importance.check_state(state["importance"])
-        self._check_place(state["step"], masks)
+        step = state["step"]
+        if step < self.steps.end and not self.listening:
+            raise RuntimeError(f"load_state_dict: this Controller listens no more; make another to go on from step {step}")
+        density = self.cost.total({name: int((mask != 0).sum()) for name, mask in masks.items()}) / self._dense if self.blocks else 0.0
+        pruned = [masks[name] for name in self.blocks]
+        check_place(step, self.steps.end, self.total_steps, pruned, density, self.config.density)
         if state["step"] and self.blocks and not state["scores"]["salience"]["scores"]:
             raise ValueError(f"state['scores']: expected the salience of blocks after {state['step']} steps, got none")
-        initial, sizes = state["initial"], {name: a.in_features + a.out_features for name, a in self.importance.adapters.items()}
-        if initial["parameters"] != (held := sum(rank * sizes[name] for name, rank in initial["ranks"].items())):
-            raise ValueError(f"state['initial']['parameters']: expected {held} of these initial ranks, got {initial['parameters']}")
-        if self.compact and not all(bool(live.all()) for live in state["live"].values()):
+        self.ranks.check_initial(state["initial"])
+        if self.shrink == "compact" and not all(bool(live.all()) for live in state["live"].values()):
             self._turn_compact()  # it may be refused, and what follows cannot
         self.scores.load_state_dict(state["scores"])
         self.importance.load_state_dict(state["importance"])
         self.generator.set_state(state["generator"].cpu())
         self.now, self.history = state["step"], history
-        self._masks, self._live = masks, {name: live.cpu().clone() for name, live in state["live"].items()}
-        self._initial, self._parameters, self._ranks = initial["density"], initial["parameters"], dict(initial["ranks"])
+        self._record.masks, self._record.live = masks, {name: live.cpu().clone() for name, live in state["live"].items()}
+        self._initial = state["initial"]["density"]
+        self.ranks.begin(state["initial"]["ranks"])
         self._observed, self._stepped, self._taken, self._since = False, False, False, 0
         if self.now:
             self._tell_model()
         if self.done:
             self.scores.salience.remove()
 
-    def _check_place(self, step: int, masks: Mapping[str, Tensor]) -> None:
-        """Whether a state of this step can have these masks of the model, and this Controller can go on from there."""
-        if self.total_steps is not None and step > self.total_steps:
-            raise ValueError(f"state['step']: expected at most total_steps = {self.total_steps}, got {step}")
-        if step < self.steps.end and not self.listening:
-            raise RuntimeError(f"load_state_dict: this Controller listens no more; make another to go on from step {step}")
-        if step < self.steps.end or not self.blocks:
-            return
-        density = self.cost.total({name: int((mask != 0).sum()) for name, mask in masks.items()}) / self._dense
-        moving = sum(int((masks[name] * (1 - masks[name]) != 0).sum()) for name in self.blocks)
-        if moving or density > self.config.density * (1 + 1e-9):
-            raise ValueError(
-                f"state['step']: expected less than {self.steps.end}, from where on masks are 0 or 1 and density is at its target "
-                f"{self.config.density:g}, got {step} with {moving} masks between and a density of {density:.4f}"
-            )
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `state_dict()` into the directory `path`, which is made if it is missing, as safetensors and JSON.
 
+        It may be the directory of the model's `save_pretrained`. Whenever the process is killed, `load` finds the old state or the new.
+        """
+        state_directory.save(path, self.state_dict())
 
-def apt_model_in(model: nn.Module) -> APTModel:
-    """The APTModel itself, or the one that a wrapper holds; TypeError where there is none."""
-    found = [module for module in model.modules() if isinstance(module, APTModel)] if isinstance(model, nn.Module) else []
-    if len(found) != 1:
-        raise TypeError(f"model: expected an APTModel or a module that holds one, got {type(model).__name__} that holds {len(found)}")
-    return found[0]
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Go on from what `save` wrote, after the model and the optimizer have loaded theirs; ValueError naming the file."""
+        state_directory.load(path, self.load_state_dict)

@@ -6,9 +6,10 @@ L = mu L_distill + (1 - mu) L_task,     L_distill = w_logits T^2 KL(teacher || s
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from numbers import Real
 from typing import Any
 
@@ -18,11 +19,15 @@ from torch.nn import functional as F
 
 from ..adapter.layer import APTAdapter
 from ..common.checks import checked_int, checked_mapping, checked_number, checked_seed
+from ..distributed.dtensor import is_sharded
 from ..model import APTModel, adapters
 from ..pruning.architectures.lookup import in_encoder, is_encoder_decoder
 from ..pruning.float32_heads import Hook
+from ..wrapping import cut_states
 from .fingerprints import SharedWeights
 from .refusals import generator_state
+
+logger = logging.getLogger("apt_ext")
 
 _LABELS = ("labels", "start_positions", "end_positions")
 _HEADS = ("logits", "start_logits", "end_logits")  # of a model's outputs; question answering has the last two
@@ -44,7 +49,8 @@ class Distiller:
                  evaluation mode, of the student's hidden size of now or of that before its cuts. "self": the
                  student as it is now and after each `refresh`: its frozen weights in the same memory, its
                  adapters, trained modules and masks as copies. It computes under its own masks, whatever
-                 becomes of the student's; once the student was cut the teacher alone holds the full weights.
+                 becomes of the student's; once the student was cut the teacher alone holds the weights of before, of
+                 which the logger tells (see `memory`), until the next `refresh`.
     logits, layers  weights of the two terms; 0 leaves a term, and what only it needs, out
     temperature  T; the teacher's and the student's logits are divided by it
     quarters     in so many stretches the layers are divided; of each one layer of the teacher, drawn anew every step, is compared
@@ -94,6 +100,7 @@ class Distiller:
         self.teacher: nn.Module | None = None
         self.transform: APTAdapter | None = None
         self._shared = SharedWeights({})  # the frozen weights of an own self, as at the last refresh
+        self._told = model.blocks  # the blocks of the student when its teacher's memory was last told of
         if teacher is None:
             return
         width = _width("model", model) if layers else 0
@@ -117,6 +124,26 @@ class Distiller:
         return teachers
 
     @property
+    def memory(self) -> int:
+        """Bytes that an own self holds alone: copies of what trains, and the weights that a cut has left to it."""
+        if not self.own or self.teacher is None:
+            return 0
+        students = {_storage(tensor).data_ptr() for tensor in _tensors(self.model)}
+        held = {_storage(tensor).data_ptr(): _storage(tensor).nbytes() for tensor in _tensors(self.teacher)}
+        return sum(size for address, size in held.items() if address not in students)
+
+    def _tell_of_memory(self) -> None:
+        """Say, once after each cut of the student, what the teacher holds alone."""
+        if self.model.blocks is self._told:
+            return
+        self._told = self.model.blocks
+        logger.info(
+            "Distiller: the student was cut, and its own self, the teacher, keeps the weights of before: %.1f MiB that it holds alone; "
+            "refresh() makes the student as it is now the teacher",
+            self.memory / 2**20,
+        )
+
+    @property
     def asks(self) -> dict[str, Any]:
         """Further arguments of the student's forward pass."""
         return {"output_hidden_states": True} if self.transform is not None else {}
@@ -132,7 +159,7 @@ class Distiller:
         self._refuse_merged("refresh")
         self.teacher = frozen_copy(self.model)
         frozen = {name: value for name, value in self.model.named_parameters() if not value.requires_grad}
-        self._shared = SharedWeights(frozen)
+        self._shared, self._told = SharedWeights(frozen), self.model.blocks
 
     def loss(self, batch: Mapping[str, Any], outputs: Any, progress: float = 1.0) -> Tensor:
         """The loss of one pass, a scalar.
@@ -157,6 +184,7 @@ class Distiller:
         if self.own:
             self._refuse_merged("loss")
             self._refuse_written()
+            self._tell_of_memory()
         shared = {key: value for key, value in batch.items() if key not in _LABELS or (key == "labels" and is_encoder_decoder(self.model))}
         with torch.no_grad():
             taught = self.teacher(**shared, **self.asks)
@@ -278,10 +306,26 @@ class Distiller:
         return {**transform, **teacher, "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Into a Distiller made alike, of a model of the sizes that it had at the last refresh. ValueError for other keys or sizes.
-        Nothing has then changed.
+        """Into a Distiller made alike, of a model of the sizes that it had at the last refresh, or not cut as far: an own self is cut
+        alike. ValueError for other keys or sizes. Nothing has then changed.
         """
-        expected, got = self.state_dict(), dict(checked_mapping("state", state))
+        got = dict(checked_mapping("state", state))
+        if not (self.own and isinstance(self.teacher, APTModel)):
+            self._load(got)
+            return
+        before = self.teacher.blocks
+        with cut_states.cut_to(self.teacher.model, before, cut_states.read(got, before, "teacher.")) as blocks:
+            self.teacher.blocks = blocks
+            try:
+                self._load(got)
+            except BaseException:
+                self.teacher.blocks = before
+                raise
+        if self.teacher.blocks is not before:
+            self._shared = SharedWeights({})  # it shares no memory with the student any more
+
+    def _load(self, got: dict[str, Any]) -> None:
+        expected = self.state_dict()
         if expected.keys() != got.keys():
             odd = sorted(expected.keys() ^ got.keys())
             raise ValueError(f"state: expected the keys of a Distiller made alike, got others: {', '.join(odd[:4])}")
@@ -301,6 +345,15 @@ class Distiller:
         if self.own and isinstance(self.teacher, APTModel):
             self.teacher.load_own_state(part("teacher."))
         self._generator.set_state(got["generator"].cpu())
+
+
+def _tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+def _storage(tensor: Tensor) -> torch.UntypedStorage:
+    return (tensor.to_local() if is_sharded(tensor) else tensor).untyped_storage()  # type: ignore[attr-defined]
 
 
 def frozen_copy(model: APTModel) -> APTModel:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..common.checks import checked_int, checked_keys, checked_mapping, checked_number
-from ..pruning.architectures.lookup import Block
+from ..pruning.architectures.lookup import Blocks
 
 Event = dict[str, Any]
 _KEYS = ("step", "density", "kept", "ranks", "adapter_parameters", "threshold")
@@ -28,12 +28,12 @@ def event(step: int, density: float, kept: Mapping[str, int], ranks: Mapping[str
     )
 
 
-def line(found: Event, target: float, blocks: Mapping[str, Block]) -> str:
+def line(found: Event, target: float, blocks: Blocks) -> str:
     """The event in words; `blocks` are those that are pruned."""
     text = f"step {found['step']}: density {found['density']:.4f} (target {target:g})"
     for kind in dict.fromkeys(block.kind for block in blocks.values()):
         kept = [found["kept"][name] for name, block in blocks.items() if block.kind == kind]
-        text += f", {kind} {_range(kept)} of {max(block.count for block in blocks.values() if block.kind == kind)}"
+        text += f", {kind} {_range(kept)} of {max(blocks.full[name] for name in blocks if blocks[name].kind == kind)}"
     text += f", ranks {_range(list(found['ranks'].values()))}, {found['adapter_parameters']:,} adapter parameters"
     return text + ("" if found["threshold"] is None else f", last score {found['threshold']:.3g}")
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..common.checks import FLOATING, checked_bool, checked_int, checked_mapping, checked_number
 from ..common.modes import evaluating
 from ..model import APTModel, adapters
+from ..pruning.architectures.lookup import Blocks
 from ..pruning.cost import cost_of
 from .outlook import Outlook, allowance, chosen
 from .refusals import checked_scores, refuse_second
@@ -66,7 +67,8 @@ def pruned_kinds(model: APTModel, density: float) -> list[str]:
 
 
 def within_density(model: APTModel, scores: Mapping[str, Tensor], density: float, joint: bool = True, floor: int = 1) -> dict[str, Tensor]:
-    """The masks {block: [count] of 0 and 1} of the best blocks of these scores that are within `density` of the layers' parameters.
+    """The masks {block: [count] of 0 and 1} of the best blocks of these scores that are within `density` of the layers' parameters
+    before the first cut.
 
     Chosen as a Controller chooses at an event, with its arguments and the config's `round_to` and `uniform`; nothing is masked here.
     TypeError, and ValueError: no scores, or of what is no block, of another size or not finite; a density below what always stays.
@@ -86,9 +88,10 @@ def within_density(model: APTModel, scores: Mapping[str, Tensor], density: float
     config, cost = model.apt_config, cost_of(model.model, model.blocks)
     live = {name: model.get_block_mask(name).cpu() != 0 for name in model.blocks}
     counts = {name: int(kept.sum()) for name, kept in live.items()}
-    full = cost.total({name: block.count for name, block in model.blocks.items()})
+    full = cost.total(model.blocks.full)
     allowed = allowance(density, full)
-    groups = groups_of(model.model, {name: model.blocks[name] for name in scores}, config.round_to, config.uniform, floor)
+    scored = Blocks(model.blocks.row, {name: model.blocks[name] for name in scores}, model.blocks.origin)
+    groups = groups_of(model.model, scored, config.round_to, config.uniform, floor)
     keep = search({name: score.cpu() for name, score in scores.items()}, live, groups, cost, counts, allowed, joint).keep
     least = cost.total({**counts, **{name: int(kept.sum()) for name, kept in keep.items()}})
     if least > allowed:

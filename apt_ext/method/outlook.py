@@ -36,7 +36,7 @@ def pruned_blocks(model: nn.Module, blocks: Blocks, config: APTConfig) -> Blocks
     if config.density == 1.0:
         return Blocks(blocks.row)
     prune = config.prune or []
-    found = Blocks(blocks.row, {name: block for name, block in blocks.items() if block.kind in prune})
+    found = blocks.of_kinds(prune)
     if found:
         return found
     known = sorted({block.kind for block in blocks.values()})
@@ -76,7 +76,7 @@ class Outlook:
     model   the stock model, with or without adapters in it; it may lie on meta
     blocks  all blocks of it
     config  whose prune, density, round_to and uniform count
-    cost    of those blocks, of which density is a share
+    cost    of those blocks; density is a share of what there was before the first cut
     live    {block: [count] bool}, on the host: what is there now
     floor   chunks that always stay in every block
     joint   as in `search`
@@ -91,7 +91,7 @@ class Outlook:
     joint: bool = True
 
     @cached_property
-    def pruned(self) -> dict[str, Block]:
+    def pruned(self) -> Blocks:
         return pruned_blocks(self.model, self.blocks, self.config)
 
     @cached_property
@@ -104,7 +104,7 @@ class Outlook:
 
     @cached_property
     def _full(self) -> float:
-        return self.cost.total({name: block.count for name, block in self.blocks.items()})
+        return self.cost.total(self.blocks.full)
 
     def left(self, scores: Mapping[str, float] | None = None, cost: float | None = None) -> dict[str, int]:
         """How many of each block stay.

@@ -8,17 +8,28 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..adapter.layer import APTAdapter
-from ..common.checks import checked_int, checked_keys, checked_mapping, checked_number
+from ..common.checks import checked_choice, checked_int, checked_keys, checked_mapping, checked_number
 from ..distributed.dtensor import is_sharded
-from ..model import APTModel
-from ..optim.initial_state import state_starts
+from ..model import APTModel, adapters
+from ..optim.initial_state import OptimizerLike, state_starts
 from ..optim.resize import refuse_gathered, resizable_state
+from ..pruning.block_masks import submodule
+
+MODES = ("cut", "compact", "none")  # what becomes of what a Controller prunes
 
 _controllers: weakref.WeakKeyDictionary[APTModel, weakref.ref[Any]] = weakref.WeakKeyDictionary()  # the last one of each model
+
+
+def apt_model_in(model: nn.Module) -> APTModel:
+    """The APTModel itself, or the one that a wrapper holds; TypeError where there is none."""
+    found = [module for module in model.modules() if isinstance(module, APTModel)] if isinstance(model, nn.Module) else []
+    if len(found) != 1:
+        raise TypeError(f"model: expected an APTModel or a module that holds one, got {type(model).__name__} that holds {len(found)}")
+    return found[0]
 
 
 def refuse_second(model: APTModel, expected: str = "no other Controller") -> None:
@@ -34,10 +45,10 @@ def note_controller(model: APTModel, controller: Any) -> None:
     _controllers[model] = weakref.ref(controller)
 
 
-def check_held(adapters: Mapping[str, APTAdapter], optimizers: Sequence[Optimizer]) -> None:
+def check_held(found: Mapping[str, APTAdapter], optimizers: Sequence[Optimizer]) -> None:
     """ValueError unless the optimizers hold every factor that requires a gradient."""
     held = {id(parameter) for one in optimizers for group in one.param_groups for parameter in group["params"]}
-    factors = {f"{name}.{factor}": getattr(adapter, factor) for name, adapter in adapters.items() for factor in ("lora_A", "lora_B")}
+    factors = {f"{name}.{factor}": getattr(adapter, factor) for name, adapter in found.items() for factor in ("lora_A", "lora_B")}
     missing = [name for name, parameter in factors.items() if parameter.requires_grad and id(parameter) not in held]
     if missing:
         refuse_gathered(factors[missing[0]], "Controller")
@@ -66,6 +77,20 @@ def check_can_grow(adapters: Mapping[str, APTAdapter], optimizers: Sequence[Opti
         resizable_state(factors, list(optimizers))
     except RuntimeError as error:
         raise RuntimeError(f"growth: expected at most 1, or APTConfig(max_rank=...), got {budget:g}: {error}") from error
+
+
+def check_change(model: APTModel, touched: Collection[str], grow: Collection[str], optimizer: OptimizerLike) -> None:
+    """RuntimeError for what an event would be refused, before anything changes.
+
+    touched  the modules whose masks or ranks change
+    grow     of these, the adapters that grow
+    """
+    found = {name: module for name in touched if isinstance(module := submodule(model.model, name), APTAdapter)}
+    if any(adapter.merged for adapter in found.values()):
+        merged = next(name for name, adapter in adapters(model) if name in touched and adapter.merged)
+        raise RuntimeError(f"step: {merged} is merged under its present masks; call unmerge_weights() first")
+    free = [factor for name in grow if found[name].max_rank is None for factor in (found[name].lora_A, found[name].lora_B)]
+    resizable_state(free, optimizer)
 
 
 def gradients_came(adapters: Collection[APTAdapter], listened: bool, heard: bool) -> bool:
@@ -131,6 +156,7 @@ def check_state(state: Any, own: Mapping[str, Any]) -> None:
     if dead is not None:
         raise ValueError(f"state['live']: expected all that a mask keeps, got False where the mask of block {dead!r} is above 0")
     checked_int("state['step']", state["step"], 0)
+    checked_choice("state['shrink']", state["shrink"], MODES)
     generator_state("state['generator']", state["generator"])
     initial = state["initial"]
     checked_keys("state['initial']", initial, own["initial"])
@@ -143,9 +169,31 @@ def check_state(state: Any, own: Mapping[str, Any]) -> None:
             raise ValueError(f"state['initial']['ranks'][{name!r}] must be at most the rank {own['ranks'][name]} of now, got {rank}")
 
 
+def check_place(step: int, end: int, total: int | None, masks: Collection[Tensor], density: float, target: float) -> None:
+    """ValueError where a state of this step cannot have these masks, of what is pruned, and this density.
+
+    end    the step of the last event
+    total  steps of the whole run, where they are known
+    """
+    if total is not None and step > total:
+        raise ValueError(f"state['step']: expected at most total_steps = {total}, got {step}")
+    moving = sum(int((mask * (1 - mask) != 0).sum()) for mask in masks)
+    if step >= end and masks and (moving or density > target * (1 + 1e-9)):
+        raise ValueError(
+            f"state['step']: expected less than {end}, from where on masks are 0 or 1 and density is at its target "
+            f"{target:g}, got {step} with {moving} masks between and a density of {density:.4f}"
+        )
+
+
 def _same(given: Mapping[Any, Any], own: Mapping[Any, Any]) -> bool:
     """Of plain values: a tensor among them equals none."""
-    return given.keys() == own.keys() and not any(isinstance(value, Tensor) or value != own[key] for key, value in given.items())
+
+    def plain(value: Any) -> Any:
+        return list(value) if isinstance(value, tuple) else value
+
+    return given.keys() == own.keys() and not any(
+        isinstance(value, Tensor) or plain(value) != plain(own[key]) for key, value in given.items()
+    )
 
 
 def tensor_like(name: str, value: Any, mine: Tensor) -> Tensor:

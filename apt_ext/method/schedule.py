@@ -49,6 +49,11 @@ class Steps:
         """The first event at or after `step`."""
         return next((event for event in self.events if event >= step), None)
 
+    def begins_window(self, step: int) -> bool:
+        """Whether masks begin to move towards an event at `step`; where they move at every step, at each."""
+        event = self.next_event(step) or step
+        return self.per_step or step == max(event - self.window, self.warm_end) + 1
+
     def density(self, step: int, target: float, initial: float = 1.0) -> float | None:
         """What masks move towards at `step`, None where they rest: the density of the event that comes, or of this very step."""
         event = self.next_event(step)

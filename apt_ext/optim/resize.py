@@ -39,6 +39,7 @@ class Resize:
     dim    the dimension whose size changes
     keep   integer tensor [kept], the old indices along `dim` that survive, in their new order; None: all of them. What lies behind the
            survivors is new, and its gradient and optimizer state start from the beginning.
+    fresh  nobody else holds `value`, so the Parameter may take its memory instead of a copy
 
     A Parameter that changes along several dimensions has one Resize for each, all with the same `value`.
     """
@@ -47,6 +48,7 @@ class Resize:
     value: Tensor
     dim: int
     keep: Tensor | None = None
+    fresh: bool = False
 
 
 def resize_parameters(changes: Sequence[Resize], optimizer: object | None = None) -> None:
@@ -73,7 +75,7 @@ def resize_parameters(changes: Sequence[Resize], optimizer: object | None = None
         values: list[tuple[nn.Parameter, Tensor, Tensor | None]] = []
         for param, steps in by_param.items():
             _check_steps(param, steps)
-            value = param.new_empty(steps[-1].value.shape).copy_(steps[-1].value)
+            value = _taken(param, steps[-1])
             values.append((param, value, None if param.grad is None else _carried(param.grad, steps, 0.0)))
         states = [(state, key, _carried(state[key], by_param[param], start)) for param, state, key, start in entries]
 
@@ -84,6 +86,12 @@ def resize_parameters(changes: Sequence[Resize], optimizer: object | None = None
             param.grad = grad
         for state, key, tensor in states:
             state[key] = tensor
+
+
+def _taken(param: nn.Parameter, step: Resize) -> Tensor:
+    value = step.value
+    takes = step.fresh and value.dtype == param.dtype and value.device == param.device and not value.is_inference()
+    return value if takes else param.new_empty(value.shape).copy_(value)
 
 
 def _check_steps(param: nn.Parameter, steps: list[Resize]) -> None:
@@ -192,7 +200,7 @@ def _wrapper_of(params: Sequence[Tensor]) -> str | None:
     A wrapper leaves no mark on a Parameter that Python can see, so the living objects are searched: some 0.1 s, for a rare event, and only
     where a process group exists.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not params or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return None
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
     from torch.nn.parallel import DistributedDataParallel

@@ -10,7 +10,7 @@ from typing import Protocol
 from torch import nn
 
 from ..common.checks import checked_int, checked_mapping, checked_number
-from .architectures.lookup import Block, ends_with, is_linear, owners, row_of, side_width
+from .architectures.lookup import Block, Blocks, as_blocks, ends_with, is_linear, owners, side_width
 from .block_masks import host_mask
 
 Counts = Mapping[str, int]
@@ -101,11 +101,13 @@ class Latency:
 def cost_of(model: nn.Module, blocks: Mapping[str, Block], budget: str = "parameters", length: int = 128) -> Products:
     """The exact cost of the layers of a model: linears and norms within them, biases included, and nothing outside.
 
-    Embeddings, what stands behind the last layer, and adapters do not count, as in the paper.
+    Embeddings, what stands behind the last layer, and adapters do not count, as in the paper. Of a model that was cut it is
+    the same as before the first cut, as a function of the counts.
 
     budget  "parameters"; "memory": their bytes; "flops": of one token in a sequence of `length`, linears and attention
     """
-    row = row_of(model, blocks)
+    blocks = as_blocks(model, blocks)
+    row = blocks.row
     terms: dict[tuple[str, ...], float] = {}
 
     def add(value: float, *forms: Mapping[str | None, float]) -> None:
@@ -140,7 +142,7 @@ def cost_of(model: nn.Module, blocks: Mapping[str, Block], budget: str = "parame
 
 def budget_cost(
     model: nn.Module,
-    blocks: Mapping[str, Block],
+    blocks: Blocks,
     budget: str,
     length: int,
     latency: Mapping[str, Mapping[int, float]] | None,
@@ -156,30 +158,33 @@ def budget_cost(
     return Latency({name: block.kind for name, block in pruned.items()}, latency)
 
 
-def density_of(model: nn.Module, blocks: Mapping[str, Block]) -> float:
-    """The share of the layers' parameters that masks above 0 keep. On meta, where masks have no values, all of them."""
+def density_of(model: nn.Module, blocks: Blocks) -> float:
+    """The share of the layers' parameters before the first cut that masks above 0 keep. On meta, where masks have no values,
+    of all that is there.
+    """
     masks = {name: host_mask(model, block) for name, block in blocks.items()}
     kept = {name: len(mask) if mask.is_meta else int(mask.count_nonzero()) for name, mask in masks.items()}
     cost = cost_of(model, blocks)
-    full = cost.total({name: block.count for name, block in blocks.items()})
+    full = cost.total(blocks.full)
     return cost.total(kept) / full if full else 1.0
 
 
-def _channels(model: nn.Module, blocks: Mapping[str, Block], name: str, direction: str) -> dict[str | None, float]:
+def _channels(model: nn.Module, blocks: Blocks, name: str, direction: str) -> dict[str | None, float]:
     """One side of a module as {block: channels that each of it has there, None: channels that always stay}."""
-    width = side_width(model.get_submodule(name), direction)
+    before, full = {} if blocks.origin is None else blocks.origin.widths, blocks.full
+    width = before.get((name, direction)) or side_width(model.get_submodule(name), direction)
     form: dict[str | None, float] = {}
     covered = 0
     for block_name, block in blocks.items():
         for side in block.sides:
-            if side.module == name and side.side == direction and block.count:
+            if side.module == name and side.side == direction and full[block_name]:
                 stretch = width // side.parts
-                form[block_name] = form.get(block_name, 0.0) + stretch / block.count
+                form[block_name] = form.get(block_name, 0.0) + stretch / full[block_name]
                 covered += stretch
     return form if covered else {None: float(width)}
 
 
-def channels(model: nn.Module, blocks: Mapping[str, Block], name: str, direction: str, counts: Counts) -> float:
+def channels(model: nn.Module, blocks: Blocks, name: str, direction: str, counts: Counts) -> float:
     """How many channels one side of a module has when `counts` of each block are left."""
     form = _channels(model, blocks, name, direction)
     return sum(value * (1 if block is None else counts[block]) for block, value in form.items())

@@ -1,10 +1,10 @@
-"""What a cut removes, and how modules and config say their new sizes: shared by `shrink` (a stock copy) and `APTModel.cut` (in place)."""
+"""What a cut removes, and how modules and config say their new sizes: shared by `shrink` (a stock copy) and cuts in place."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,22 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter.layer import APTAdapter
-from ..optim.resize import Resize, resizable_state, resize_parameters
 from .architectures.lookup import (
     Architecture,
     Block,
     Blocks,
+    as_blocks,
     ends_with,
     find_blocks,
     in_encoder,
     output_layer,
-    row_of,
     side_width,
     stored,
     weight_dim,
 )
-from .block_masks import get_mask, lanes_of
-from .wrappers import MaskedEmbedding, is_carrier
+from .block_masks import host_mask, lanes_of
+from .wrappers import MaskedEmbedding
 
 logger = logging.getLogger("apt_ext")
 
@@ -49,8 +48,10 @@ class Removal:
     spared: tuple[str, ...] = ()
 
 
-def removal(model: nn.Module, blocks: Mapping[str, Block]) -> Removal:
-    """What the exact zeros of the masks remove; nothing is changed.
+def removal(model: nn.Module, blocks: Mapping[str, Block], masks: Mapping[str, Tensor] | None = None) -> Removal:
+    """What the exact zeros of masks remove; nothing is changed.
+
+    masks  {block: [count]} for those that do not count as the model has them
 
     Where stock classes cannot run with nothing left one head or neuron stays, under its mask of zero. ValueError where layers would not be
     alike that have to be, or no dimension of the residual stream is kept. RuntimeError where the model has no values.
@@ -58,11 +59,11 @@ def removal(model: nn.Module, blocks: Mapping[str, Block]) -> Removal:
     for module in model.modules():
         if isinstance(module, APTAdapter):
             module.settle("cut")
-    masks = {name: get_mask(model, block) for name, block in blocks.items()}
-    if any(mask.is_meta for mask in masks.values()):
+    found = {name: host_mask(model, block) for name, block in blocks.items()} | dict(masks or {})
+    if any(mask.is_meta for mask in found.values()):
         raise RuntimeError("model: expected masks with values, got a model on meta (apt_ext.plan says what a cut would do)")
-    kept = {name: mask.cpu() != 0 for name, mask in masks.items()}
-    row = row_of(model, blocks)
+    kept = {name: found[name].cpu() != 0 for name in blocks}
+    row = as_blocks(model, blocks).row
     spared = () if row is None else tuple(_spare(row, model, blocks, kept))
     if row is not None and row.alike:
         _check_alike(blocks, kept)
@@ -123,7 +124,7 @@ def decodes(row: Architecture, model: nn.Module) -> bool:
 
 def alike(model: nn.Module, blocks: Mapping[str, Block]) -> list[list[str]]:
     """Groups of blocks of heads of which the same have to stay in each; none where layers are free."""
-    row = row_of(model, blocks)
+    row = as_blocks(model, blocks).row
     heads = [name for name, block in blocks.items() if block.kind == "heads"] if row is not None and row.alike else []
     return list({group[0]: group for group in (_same_part(name, blocks) for name in heads)}.values())
 
@@ -205,43 +206,6 @@ def replace_parameters(model: nn.Module, changes: Changes) -> None:
         module._parameters.update({name: cut[old] for name, old in module._parameters.items() if old in cut})
 
 
-def cut_in_place(model: nn.Module, blocks: Blocks, optimizer: object | None, agree: Callable[..., None]) -> Blocks:
-    """Remove from a model with adapters what its masks prune; returns the blocks that are left. What `APTModel.cut` promises.
-
-    Every Parameter keeps its identity, and is resized with its gradient and optimizer state; the frozen ones too, so that all of it is
-    checked and allocated before the first change. `agree` (see `agreement.change`) is called with what every rank must hold alike.
-    """
-    gone = removal(model, blocks)
-    merged = next((name for name in gone.lanes if getattr(model.get_submodule(name), "merged", False)), None)
-    if merged is not None:
-        raise RuntimeError(f"cut: {merged} is merged under its present masks; unmerge it first")
-    by_parameter = parameter_changes(model, gone.lanes)
-    resizable_state(list(by_parameter), optimizer)
-    agree(*gone.kept.values())
-    with torch.no_grad():
-        changes = []
-        for parameter, dims in by_parameter.items():
-            value = selected(parameter.detach(), dims)
-            changes += [Resize(parameter, value, dim, kept) for dim, kept in dims.items()]
-        masks = [_mask_change(carrier, sides) for name, sides in gone.lanes.items() if is_carrier(carrier := model.get_submodule(name))]
-    configured = copied_configs(model)
-    resize_parameters(changes, optimizer)
-    for module, config in configured:
-        module.config = config
-    for change in masks:
-        change()
-    tell_modules(model, gone.lanes)
-    report_spared(gone.spared)
-    return tell_blocks(model, blocks.row)
-
-
-def _mask_change(carrier: nn.Module, sides: dict[str, Tensor]) -> Callable[[], None]:
-    """The change of a carrier's masks to the channels that stay (see `APTAdapter.mask_change`)."""
-    masks = {f"mask_{direction}": carrier.get_buffer(f"mask_{direction}") for direction in sides}
-    kept = {name: mask.index_select(0, sides[name.removeprefix("mask_")].to(mask.device)) for name, mask in masks.items()}
-    return carrier.mask_change(kept)  # type: ignore[operator, no-any-return]  # both kinds of carriers have it
-
-
 # -- what modules and config say about themselves ----------------------------------------------------------------------
 
 
@@ -261,7 +225,10 @@ def tell_modules(model: nn.Module, lanes: Lanes) -> None:
 
 
 def tell_blocks(model: nn.Module, row: Architecture | None) -> Blocks:
-    """Set what attention modules say about their heads, and the config where all layers agree; returns the blocks as they are now."""
+    """Set what attention modules say about their heads, and the config where all layers agree; returns the blocks as they are now.
+
+    They have no `origin`.
+    """
     blocks = find_blocks(model, row)
     for block in blocks.values():
         if block.rule is not None and block.owner:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ MANIFEST_FILE = "apt_manifest.json"
 _FILES = (CONFIG_FILE, TENSORS_FILE)
 _FORMAT = 1  # of the two files
 _MOST_TEXT = 1 << 20  # bytes of a configuration
+_MOST_BEFORE = 64  # times as many there may have been before a cut, of a base that was cut alike
 
 
 def save(
@@ -105,15 +106,16 @@ class Checkpoint:
         return self._saved
 
     @contextmanager
-    def tensors(self, expected: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        """The tensors, which are those of `expected` in name, shape and dtype; a rank may be any that fits.
+    def tensors(self, expected: Mapping[str, Tensor], blocks: Mapping[str, int]) -> Iterator[dict[str, Tensor]]:
+        """The tensors, which `check` is still to judge; a file much larger than those of `expected` is not read.
+
+        blocks  {block: how many there are of it}: what was saved after a cut says which are left of how many
 
         What is refused within this context, by us or by who loads them, becomes a ValueError that names the file.
         """
         with error_prefix(str(self._tensors.path), ValueError):
-            found = tensor_file.read(self._tensors, _most_values(expected))
-            _validate(found, expected)
-            yield found
+            cuts = {name: _MOST_BEFORE * (count + 1) for name, count in blocks.items()}
+            yield tensor_file.read(self._tensors, {**_most_values(expected), **cuts})
 
 
 def _free_dim(name: str) -> int | None:
@@ -121,18 +123,22 @@ def _free_dim(name: str) -> int | None:
     return {"lora_A": 0, "lora_B": 1}.get(name.rpartition(".")[2])
 
 
-def _most_values(expected: dict[str, Tensor]) -> dict[str, int]:
-    """{name: how many values it may have}: a rank goes up to min(N, K), or to what it is after a cut."""
+def _most_values(expected: Mapping[str, Tensor]) -> dict[str, int]:
+    """{name: how many values it may have}: a rank goes up to the wider side, for a cut may have left less of it."""
     most = {name: like.numel() for name, like in expected.items()}
     for name, A in expected.items():
         B = expected.get(f"{name.removesuffix('lora_A')}lora_B") if name.endswith("lora_A") else None
         if B is not None and A.dim() == B.dim() == 2:
-            rank = max(min(A.shape[1], B.shape[0]), A.shape[0])
+            rank = max(A.shape[1], B.shape[0], A.shape[0])
             most |= {name: rank * A.shape[1], f"{name.removesuffix('lora_A')}lora_B": rank * B.shape[0]}
     return most
 
 
-def _validate(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def check(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], ranks: Mapping[str, int]) -> None:
+    """ValueError unless the tensors are those of `expected` in name, shape and dtype.
+
+    ranks  {adapter: the highest rank that it may have}
+    """
     if found.keys() != expected.keys():
         missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
         raise ValueError(f"expected the tensors of this model: {len(missing)} missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}")
@@ -140,12 +146,14 @@ def _validate(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     if others:
         shown = listed(others, 4, "; ")
         raise ValueError(
-            f"expected layers of the widths that this base model has, got others: {shown}. A checkpoint holds no base weights: one that "
-            "was saved after a cut fits only a base that was cut as its own was (what apt_ext.export wrote holds all and needs none)"
+            f"expected layers of the widths that this base model has, got others: {shown}. A checkpoint holds no base weights, and "
+            "this one does not say what was cut: it fits only a base of its own widths (what apt_ext.export wrote holds all and "
+            "needs none)"
         )
     for name, like in expected.items():
         dtype, shape, free = found[name].dtype, list(found[name].shape), _free_dim(name)
-        fits = (size <= max(like.shape) if dim == free else size == like.shape[dim] for dim, size in enumerate(shape))
+        most = max(ranks.get(name.rpartition(".")[0], 0), like.shape[free] if free is not None else 0)
+        fits = (size <= most if dim == free else size == like.shape[dim] for dim, size in enumerate(shape))
         if len(shape) != like.dim() or not all(fits):
             raise ValueError(
                 f"{name}: expected shape {['rank' if dim == free else size for dim, size in enumerate(like.shape)]}, got {shape}"
@@ -154,7 +162,7 @@ def _validate(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
             raise ValueError(f"{name}: expected dtype {like.dtype}, got {dtype}")
 
 
-def _other_widths(found: dict[str, Tensor], expected: dict[str, Tensor]) -> Iterator[str]:
+def _other_widths(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Iterator[str]:
     """The masks, which are as long as a layer is wide, of another length."""
     for name, like in expected.items():
         if name.rpartition(".")[2] in ("mask_in", "mask_out") and found[name].shape != like.shape:

@@ -31,6 +31,8 @@ class SavesAdapters(Protocol):
     model: Any
     apt_config: Any
     saved: Any
+    blocks: Any
+    target: Any
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write the adapters."""
@@ -71,10 +73,14 @@ class AdapterSaving:
         self.model, self.config, self.saved = apt.model, apt.apt_config, apt.saved
         self._kind: Any = type(apt)
         self._apt: weakref.ref[SavesAdapters] | None = weakref.ref(apt)
+        self._blocks, self._target = apt.blocks, apt.target
         self._said = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_apt": None}  # a copy of the APTModel puts in another
+        # A copy of the APTModel puts in another; one of the model alone is what the model is now.
+        apt = self._living()
+        now = {} if apt is None else {"_blocks": apt.blocks, "_target": apt.target}
+        return {**vars(self), **now, "_apt": None}
 
     def __call__(
         self,
@@ -105,8 +111,13 @@ class AdapterSaving:
             )
 
     def _whole(self) -> SavesAdapters:
-        apt = self._apt() if self._apt is not None else None
-        if apt is not None and apt.model is self.model:
+        apt = self._living()
+        if apt is not None:
             return apt
-        made: SavesAdapters = self._kind(self.model, self.config, find_blocks(self.model), self.saved)
+        made: SavesAdapters = self._kind(self.model, self.config, self._blocks, self.saved)
+        made.target = self._target
         return made
+
+    def _living(self) -> SavesAdapters | None:
+        apt = self._apt() if self._apt is not None else None
+        return apt if apt is not None and apt.model is self.model else None

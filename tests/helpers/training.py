@@ -8,7 +8,8 @@ from families import FAMILIES
 import apt_ext
 from apt_ext import APTConfig, Controller, adapters, get_apt_model
 
-SHORT = {"schedule": {"start": 2, "end": 14, "events": 3}}
+SCHEDULE = {"schedule": {"start": 2, "end": 14, "events": 3}}
+SHORT = {**SCHEDULE, "shrink": "compact"}  # the model keeps its sizes, so that masks can be looked at
 
 
 def batch_for(family, seed):

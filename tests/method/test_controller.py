@@ -52,7 +52,7 @@ def test_masks_move_by_alpha_and_are_binary_after_events(per_step):
     family = FAMILIES["bert"]
     apt, optimizer = built(family, uniform=False)
     schedule = Schedule(start=4, end=28, events=2, window=8, per_step=per_step)
-    controller = Controller(apt, optimizer, 40, schedule=schedule)
+    controller = Controller(apt, optimizer, 40, schedule=schedule, shrink="none")
     before, out, fractions = masks_of(apt), {name: mask == 0 for name, mask in masks_of(apt).items()}, 0
     for step in range(1, 41):
         train(apt, optimizer, controller, family, 1, first=step)
@@ -106,7 +106,8 @@ def test_the_real_density_is_within_one_block_of_the_target(monkeypatch, budget,
     budget, _, more = budget.partition(" with ")
     apt, optimizer = built(family, uniform=uniform, prune=["heads", "neurons", *more.split()])
     once = Schedule(start=2, end=12, events=1)
-    controller = Controller(apt, optimizer, 16, schedule=once, budget=budget, latency=tables if budget == "latency" else None)
+    latency = tables if budget == "latency" else None
+    controller = Controller(apt, optimizer, 16, schedule=once, budget=budget, latency=latency, shrink="none")
     calls = []
     monkeypatch.setattr(apt_ext.method.controller, "search", lambda *args: calls.append(args) or search(*args))
     train(apt, optimizer, controller, family, 16)
@@ -180,7 +181,7 @@ def test_from_the_first_event_on_adapters_are_compacted(compact):
     family = FAMILIES["bert"]
     plain, _, _ = finished("bert")
     apt, optimizer = built(family)
-    controller, seen = Controller(apt, optimizer, 16, compact=compact, **SHORT), []
+    controller, seen = Controller(apt, optimizer, 16, **{**SHORT, "shrink": "compact" if compact else "none"}), []
     for step in range(16):
         train(apt, optimizer, controller, family, 1, first=step)
         seen.append(any(adapter.compacted for _, adapter in adapters(apt)))
@@ -449,20 +450,3 @@ def test_a_change_that_is_refused_changes_nothing():
     other.merge_weights()
     with pytest.raises(RuntimeError, match=f"step: {first} is merged under its present masks"):
         controller.step()
-
-
-def test_a_cut_before_the_end_is_an_error_that_says_what_to_do():
-    family = FAMILIES["bert"]
-    apt, optimizer = built(family, prune=["heads", "neurons"])
-    controller = Controller(apt, optimizer, 16, growth=1.0, **SHORT)
-    first = controller.steps.events[0]
-    train(apt, optimizer, controller, family, first)
-    assert controller.density < 1 and not controller.done
-    apt.cut(optimizer)
-    before = copy.deepcopy(controller.state_dict())
-    with pytest.raises(RuntimeError, match=r"observe: block '.*' has \d+ where .* \d+: the model was cut; call remove\(\)"):
-        train(apt, optimizer, controller, family, 1, first=first + 1)
-    after = controller.state_dict()
-    assert after["step"] == first and all(torch.equal(mask, before["masks"][name]) for name, mask in after["masks"].items())
-    controller.remove()
-    train(apt, optimizer, Controller(apt, optimizer, 16, density=0.9, growth=1.0, **SHORT), family, 4)

@@ -17,7 +17,7 @@ def test_growth_is_what_its_argument_says(monkeypatch, growth):
     apt, optimizer = built(family)
     controller = Controller(apt, optimizer, 16, growth=growth, **SHORT)
     start, found = controller.adapter_parameters, controller.importance.adapters
-    monkeypatch.setattr(apt_ext.method.controller, "grown_ranks", lambda *args: calls.append(args) or grown_ranks(*args))
+    monkeypatch.setattr(apt_ext.method.select.rank_growth, "grown_ranks", lambda *args: calls.append(args) or grown_ranks(*args))
     factor, expected = ("lora_A", {}) if growth.importance == "signed" else ("lora_B", {})
     for step in range(1, 17):
         apt(**batch_for(family, step)).loss.backward()

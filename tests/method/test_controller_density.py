@@ -67,7 +67,7 @@ def test_a_merge_leaves_the_density_that_is_in_the_weights():
 def test_a_small_fraction_counts_as_kept():
     """In a window in which masks have fallen below a half."""
     apt, optimizer = built(BERT, uniform=False)
-    controller = Controller(apt, optimizer, 40, schedule=Schedule(start=0, end=10, events=1))
+    controller = Controller(apt, optimizer, 40, schedule=Schedule(start=0, end=10, events=1), shrink="none")
     train(apt, optimizer, controller, BERT, 8)
     fractions = torch.cat([apt.get_block_mask(name) for name in apt.blocks])
     assert bool(((fractions > 0) & (fractions < 0.5)).any()) and bool((fractions > 0).all())
@@ -85,7 +85,7 @@ def test_what_is_above_0_at_an_event_may_rise_again(monkeypatch):
     """Masks that move at every step are fractions at an event before the last."""
     apt, optimizer = built(BERT, prune=["neurons"], uniform=False, density=0.8)
     schedule = Schedule(start=0, end=16, events=2, window=8, per_step=True)
-    controller = Controller(apt, optimizer, 40, schedule=schedule)
+    controller = Controller(apt, optimizer, 40, schedule=schedule, shrink="none")
     first = torch.arange(20) < 10
     steered(controller, apt, monkeypatch, first)
     train(apt, optimizer, controller, BERT, 8)

@@ -20,7 +20,8 @@ TABLES = {"heads": {0: 0.0, 3: 1.0}, "neurons": {0: 0.0, 20: 1.0}}
     ("options", "kind", "words"),
     [
         ({"log": 3}, TypeError, "log: expected a function of one line, or None, got int"),
-        ({"compact": 1}, TypeError, "compact must be a bool, got int"),
+        ({"shrink": 1}, ValueError, "shrink must be 'cut' or 'compact' or 'none', got 1"),
+        ({"shrink": "release"}, ValueError, "shrink must be .*, got 'release'"),
         ({"joint": "no"}, TypeError, "joint must be a bool, got str"),
         ({"kurtosis": -1}, ValueError, "kurtosis must be at least 0, got -1"),
         ({"kurtosis": NAN}, ValueError, "kurtosis must be a finite number, got nan"),
@@ -41,7 +42,7 @@ def test_arguments_of_the_controller(options, kind, words):
     apt, optimizer = built(BERT)
     before = hooks(apt, optimizer)
     with pytest.raises(kind, match=words):
-        Controller(apt, optimizer, 16, budget="latency" if "latency" in options else "parameters", **SHORT, **options)
+        Controller(apt, optimizer, 16, budget="latency" if "latency" in options else "parameters", **{**SHORT, **options})
     assert hooks(apt, optimizer) == before
     Controller(apt, optimizer, 16, **SHORT)  # nothing of the other one is left
 

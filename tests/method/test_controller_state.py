@@ -72,7 +72,7 @@ def test_every_entry_of_a_state_is_looked_at_before_anything_changes():
     [
         ((), [1], TypeError, "state: expected a dict, got list"),
         ((), None, TypeError, "state: expected a dict, got NoneType"),
-        ((), {}, ValueError, "state: expected the keys of a state_dict.* got 10 missing, 'step' first"),
+        ((), {}, ValueError, "state: expected the keys of a state_dict.* got 11 missing, 'step' first"),
         (("step",), -1, ValueError, r"state\['step'\] must be at least 0, got -1"),
         (("step",), 17, ValueError, r"state\['step'\]: expected at most total_steps = 16, got 17"),
         (("step",), 3.0, TypeError, r"state\['step'\] must be an int, got float"),

@@ -38,7 +38,7 @@ def with_an_outlier(name):
 def keeps_the_head(name, schedule, kurtosis):
     apt = with_an_outlier(name)
     optimizer = torch.optim.SGD(adapter_parameters(apt), lr=0.0)
-    controller = Controller(apt, optimizer, 6, schedule=schedule, growth=1.0, kurtosis=kurtosis)
+    controller = Controller(apt, optimizer, 6, schedule=schedule, growth=1.0, kurtosis=kurtosis, shrink="none")
     for _ in range(6):
         apt(**batch_for(FAMILIES[name], 0)).loss.backward()
         controller.observe()

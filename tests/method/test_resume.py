@@ -96,7 +96,7 @@ def test_a_state_that_does_not_fit_is_refused_and_changes_nothing():
         second.load_state_dict(state)
     new.set_block_mask("0.neurons", mask)
     other, others = built(family, **CONFIG["bert"])
-    shorter = Controller(other, others, 16, schedule={"start": 2, "end": 12, "events": 3}, **OPTIONS["bert"])
+    shorter = Controller(other, others, 16, schedule={"start": 2, "end": 12, "events": 3}, **OPTIONS["bert"], shrink="compact")
     other.load_state_dict(apt.state_dict())
     with pytest.raises(ValueError, match="state: expected the schedule .*'end': 12"):
         shorter.load_state_dict(state)

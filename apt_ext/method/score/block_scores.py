@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from ...common.checks import FLOATING, checked_keys, checked_mapping, checked_number
 from ...model import APTModel
-from ...pruning.architectures.lookup import in_encoder, is_encoder_decoder
+from ...pruning.architectures.lookup import in_encoder, is_encoder_decoder, side_width
+from ...pruning.block_masks import host_mask
 from ...pruning.cut import alike
 from .kurtosis import outliers, row_outliers
 from .salience import Salience
@@ -44,11 +45,26 @@ class BlockScores:
         signed = [name for name in self._readers if name in sites and (apt.blocks[name].kind == "heads" or "hidden" in self.blocks)]
         behind = [site for site in sites if not in_encoder(apt.model, apt.blocks[self._stream.get(site, site)])]
         decoder = behind if is_encoder_decoder(apt.model) else ()
+        self._sites = {site: "hidden" if site in self._stream else site for site in sites}  # {site: block}
+        self._readers_of = {site: module for site, (module, _) in sites.items()}
         self.salience = Salience(apt.model, sites, decay, signed if kurtosis else (), decoder)
         self._outliers: dict[str, Tensor] = {}  # of the weights at the last look
 
     def _module(self, name: str) -> nn.Module:
         return self.apt.model.get_submodule(name)
+
+    def follow_cut(self, kept: Mapping[str, Tensor]) -> bool:
+        """The model was cut, and of each block what `kept` ([count] bool, on the host) says is left.
+
+        False where a backward before the cut was heard, which is forgotten.
+        """
+        self.blocks = {name: self.apt.blocks[name] for name in self.blocks}
+        self.salience.select({site: kept[block] for site, block in self._sites.items()})
+        fits = all(len(found[0]) == side_width(self._readers_of[site], "in") for site, found in self.salience.sums().items())
+        if not fits:
+            self.salience.forget()
+        self._outliers = {name: value[kept[name].to(value.device)] for name, value in self._outliers.items()}
+        return fits
 
     def look_for_outliers(self) -> None:
         """Read the weights for the kurtosis: some passes over them, so not at every step."""
@@ -73,12 +89,17 @@ class BlockScores:
             found["hidden"] = sum((averages[site] for site in self._stream if site in averages), found["hidden"])
         for kind in {block.kind for block in blocks.values()} if self._outliers else ():
             names = [name for name, block in blocks.items() if block.kind == kind]
-            mean = torch.cat([found[name] for name in names]).mean()
+            there = torch.cat([found[name][self._kept(name).to(found[name].device)] for name in names])
+            mean = there.mean() if len(there) else 0.0
             found |= {name: found[name] + self.kurtosis * mean * self._outliers[name] for name in names}
         for group in self._alike:
             found |= dict.fromkeys(group, sum((found[name] for name in group), torch.zeros((), device=like.device)))
         flat = torch.cat([found[name].float() for name in blocks]).cpu() if blocks else torch.zeros(0, device="cpu")
         return dict(zip(blocks, torch.split(flat, [block.count for block in blocks.values()]), strict=True))
+
+    def _kept(self, name: str) -> Tensor:
+        """Which of a block are there in any way, so that a mask and a cut give the same: [count] bool, on the host."""
+        return host_mask(self.apt.model, self.blocks[name]) != 0
 
     def state_dict(self) -> dict[str, Any]:
         return {"salience": self.salience.state_dict(), "outliers": {name: value.clone() for name, value in self._outliers.items()}}

@@ -38,8 +38,11 @@ def outliers(reader: nn.Module, mean: Tensor | None, count: int) -> Tensor:
 
 @torch.no_grad()
 def row_outliers(reader: nn.Module, mean: Tensor | None) -> Tensor:
-    """The same of each output of `reader`, over its inputs: [out_features]; 0 for masked outputs."""
-    return kurtosis(_products(reader, mean, rows=False)).clamp_min(0).sqrt()
+    """The same of each output of `reader`, over its inputs: [out_features]; 0 for masked outputs. Masked inputs do not count."""
+    products = _products(reader, mean, rows=False)
+    if isinstance(reader, APTAdapter) and not bool((reader.mask_in != 0).all()):
+        products = products[:, reader.mask_in != 0]
+    return kurtosis(products).clamp_min(0).sqrt()
 
 
 def _products(reader: nn.Module, mean: Tensor | None, rows: bool = True) -> Tensor:

@@ -163,6 +163,19 @@ class Salience:
                 self._means.add({name: len(sums[name][2]) for name in signed}, torch.cat([sums[name][2] for name in signed]))
         self.forget()
 
+    def select(self, sites: Mapping[str, Tensor]) -> None:
+        """Go on with what a cut has left: of each of these sites the blocks `sites` ([count] bool, on the host)."""
+        scores, means = self._scores.state(), self._means.state()
+        for name, kept in sites.items():
+            if name in scores:
+                scores[name] = scores[name][kept.to(scores[name].device)]
+            if name in means:
+                each = len(means[name]) // max(len(kept), 1)
+                means[name] = means[name][kept.to(means[name].device).repeat_interleave(each)]
+            self._counts[name] = int(kept.sum())
+        self._scores.replace(scores)
+        self._means.replace(means)
+
     @property
     def listening(self) -> bool:
         """Whether the hooks are there."""

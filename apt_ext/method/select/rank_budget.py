@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...adapter.layer import APTAdapter
+from ...adapter.rank import Uncut, increase_rank
 from ...common.checks import FLOATING, checked_choice, checked_int, checked_mapping, checked_number
 from ...distributed.dtensor import is_sharded, whole
 from ...optim.initial_state import OptimizerLike
@@ -88,6 +89,12 @@ class AdapterImportance:
         self._averages.replace(zeros)
         self._alike, self._seen = list(by_columns.values()), []
 
+    def follow_cut(self) -> None:
+        """Factors have fewer columns: those that are alike are others; the averages stay."""
+        averages = self._averages.state()
+        self.restart()
+        self._averages.replace(averages)
+
     @torch.no_grad()
     def observe(self) -> None:
         """Read the gradients (accumulated over micro-batches). One without counts 0, and is named."""
@@ -120,11 +127,12 @@ class AdapterImportance:
         ranks: Mapping[str, int],
         optimizer: OptimizerLike,
         generator: torch.Generator,
+        uncut: Mapping[str, Uncut],
     ) -> None:
-        """Give the adapters these ranks; `model` holds them, and may be compiled."""
+        """Give the adapters these ranks; `model` holds them, and may be compiled. `uncut`: their sizes before the first cut."""
         self.advice.of_growth(model, ranks)
         for name, rank in ranks.items():
-            self.adapters[name].increase_rank(rank, optimizer=optimizer, generator=generator)
+            increase_rank(self.adapters[name], rank, optimizer=optimizer, generator=generator, uncut=uncut[name])
 
     def importance(self) -> dict[str, float]:
         """One plain number for each adapter; waits for the device once."""

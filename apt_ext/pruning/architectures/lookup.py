@@ -11,8 +11,10 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
+from .origin import Origin
 from .table import ARCHITECTURES, TASK_HEADS
 from .types import Architecture, Block, BlockRule, Layers, Side, Stream
 
@@ -71,19 +73,42 @@ def architecture_of(model: nn.Module) -> Architecture | None:
 
 
 class Blocks(dict[str, Block]):
-    """The blocks of a model by name, in order, with the row of the table that they were found by (None: there is none)."""
+    """The blocks of a model by name, in order.
 
-    def __init__(self, row: Architecture | None, blocks: Mapping[str, Block] | None = None) -> None:
+    row     the row of the table that they were found by; None: there is none
+    origin  what there was before the first cut; None: the model was not cut
+    """
+
+    def __init__(self, row: Architecture | None, blocks: Mapping[str, Block] | None = None, origin: Origin | None = None) -> None:
         super().__init__(blocks or {})
-        self.row = row
+        self.row, self.origin = row, origin
 
-    def __reduce__(self) -> tuple[type[Blocks], tuple[Architecture | None, dict[str, Block]]]:
-        return Blocks, (self.row, dict(self))
+    def __reduce__(self) -> tuple[type[Blocks], tuple[Architecture | None, dict[str, Block], Origin | None]]:
+        return Blocks, (self.row, dict(self), self.origin)
+
+    @property
+    def full(self) -> dict[str, int]:
+        """{block: how many there were before the first cut}."""
+        before = {} if self.origin is None else self.origin.counts
+        return {name: before.get(name, block.count) for name, block in self.items()}
+
+    def of_kinds(self, kinds: Collection[str]) -> Blocks:
+        """Return the blocks of these kinds."""
+        return Blocks(self.row, {name: block for name, block in self.items() if block.kind in kinds}, self.origin)
 
 
-def row_of(model: nn.Module, blocks: Mapping[str, Block]) -> Architecture | None:
-    """The row that `blocks` of this model were found by; of a mapping that does not say it, that of the table."""
-    return blocks.row if isinstance(blocks, Blocks) else architecture_of(model)
+def origin_of(model: nn.Module, blocks: Blocks) -> Origin:
+    """Return what the blocks of this model were before the first cut: what they are, where there was none."""
+    if blocks.origin is not None:
+        return blocks.origin
+    left = {name: torch.ones(block.count, dtype=torch.bool, device="cpu") for name, block in blocks.items()}
+    sides = {(side.module, side.side) for block in blocks.values() for side in block.sides}
+    return Origin(left, {(name, side): side_width(model.get_submodule(name), side) for name, side in sides})
+
+
+def as_blocks(model: nn.Module, blocks: Mapping[str, Block]) -> Blocks:
+    """These blocks of the model; of a mapping that says no row, with that of the table."""
+    return blocks if isinstance(blocks, Blocks) else Blocks(architecture_of(model), blocks)
 
 
 def is_registered(row: Architecture) -> bool:
