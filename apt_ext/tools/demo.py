@@ -12,6 +12,7 @@ import torch
 import apt_ext
 
 from .data import ARCHIVE, Missing, encoder_directory, load_reviews, split_reviews
+from .measuring import around_events
 from .models import check_weights, transformers_offline
 from .phases import compare, reload, train
 from .places import check_export, replace_json
@@ -47,6 +48,9 @@ def demo(output: Path, *, seed: int = 0, steps: int | None = None, archive: Path
     output.mkdir(parents=True, exist_ok=True)
 
     trained = {method: run_apart(train, method, recipe, archive, output, quick) for method in METHODS}
+    events = trained["apt"]["events"]
+    for found in trained.values():  # a dense LoRA's over the same steps, which have the same batches
+        found["step_seconds"] = around_events(found["step_seconds"], events)
     for method in METHODS:
         check(method, trained[method], reload(output / method, output / f"{method}.check.safetensors"))
     report: dict[str, Any] = {

@@ -32,6 +32,22 @@ def spread(values: Sequence[float]) -> Spread:
     return {"median": middle, "low": low, "high": high, "rounds": list(values)}
 
 
+def around_events(seconds: Sequence[float], events: Sequence[int]) -> dict[str, dict[str, Any] | None]:
+    """Sum up the steps "before" the first and "after" the last of these events: median, quartiles and number.
+
+    Steps count from 1, and a step that ends with an event is of neither range. An empty range is None; without events
+    all steps are before.
+    """
+    first, last = (min(events), max(events)) if events else (len(seconds) + 1, len(seconds))
+    ranges = {"before": seconds[: max(first - 1, 0)], "after": seconds[last:]}
+    return {name: _summed_up(values) if values else None for name, values in ranges.items()}
+
+
+def _summed_up(seconds: Sequence[float]) -> dict[str, Any]:
+    found = spread(seconds)
+    return {"steps": len(found.pop("rounds")), **found}
+
+
 def in_turn(
     calls: Mapping[str, Callable[[], object]], rounds: int, synchronize: Callable[[], None] = lambda: None
 ) -> dict[str, list[float]]:

@@ -53,15 +53,17 @@ def train(method: str, recipe: Recipe, archive: Path, output: Path, quick: bool)
     apt = method == "apt"
     before = adapter_parameter_count(model)
     batches = training_batches(examples["train"], pad, recipe.batch, recipe.seed)
-    seconds = fit(model, batches, recipe, method, prune=apt)
-    neurons = {name: block for name, block in model.blocks.items() if block.kind == "neurons"}
+    counts = {name: block.count for name, block in model.blocks.items() if block.kind == "neurons"}
+    fitted = fit(model, batches, recipe, method, prune=apt)
     result: dict[str, Any] = {
-        "training_seconds": seconds,
+        "training_seconds": fitted.seconds,
+        "step_seconds": fitted.step_seconds,
+        "events": fitted.events,
         "peak_memory_bytes": peak_memory(),
         "adapter_parameters": [before, adapter_parameter_count(model)],
         "ranks": {name: adapter.rank for name, adapter in apt_ext.adapters(model) if adapter.rank},
-        "kept": {name: int((model.get_block_mask(name) != 0).sum()) for name in neurons},
-        "counts": {name: block.count for name, block in neurons.items()},
+        "kept": {name: int((model.get_block_mask(name) != 0).sum()) for name in counts},
+        "counts": counts,
         "masks_are_binary": all(bool((mask * (1 - mask) == 0).all()) for mask in map(model.get_block_mask, model.blocks)),
     }
     batch = batch_of(examples["validation"][:32], pad)

@@ -59,19 +59,37 @@ class Recipe:
         )
 
 
-def fit(model: apt_ext.APTModel, batches: Iterable[Batch], recipe: Recipe, label: str, prune: bool = False) -> float:
-    """Train `model` for recipe.steps with one AdamW throughout, under a Controller if it is to prune; returns the seconds it took."""
+@dataclass(frozen=True)
+class Fitted:
+    """Hold how a training run went.
+
+    seconds       that it took
+    step_seconds  of every step
+    events        the steps at whose end the Controller pruned and let ranks grow; they count from 1
+    """
+
+    seconds: float
+    step_seconds: list[float]
+    events: list[int]
+
+
+def fit(model: apt_ext.APTModel, batches: Iterable[Batch], recipe: Recipe, label: str, prune: bool = False) -> Fitted:
+    """Train `model` for recipe.steps with one AdamW throughout, under a Controller if it is to prune."""
     optimizer, schedule = adamw(apt_ext.adapter_parameters(model), recipe.lr, recipe.steps, recipe.warm_up)
     growth = apt_ext.Growth(recipe.budget, recipe.rank_limit)
     controller = apt_ext.Controller(model, optimizer, recipe.steps, growth=growth, seed=recipe.seed, log=tqdm.write) if prune else None
     model.train()
+    step_seconds = []
     started = time.perf_counter()
     bar = tqdm(range(recipe.steps), desc=label, unit="step", mininterval=1)
     for _, batch in zip(bar, batches):  # noqa: B905  # the batches have no end
+        began = time.perf_counter()
         loss = model(**batch).loss
         update(loss, optimizer, schedule, recipe.max_norm, controller)
+        step_seconds.append(time.perf_counter() - began)
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-    return time.perf_counter() - started
+    events = [event["step"] for event in controller.history] if controller is not None else []
+    return Fitted(time.perf_counter() - started, step_seconds, events)
 
 
 @torch.no_grad()

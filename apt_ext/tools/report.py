@@ -17,11 +17,21 @@ _ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("sentences/s, median", lambda m: f"{m['sentences_per_second']['median']:.0f}"),
     ("sentences/s, min-max", lambda m: "{min:.0f}-{max:.0f}".format(**m["sentences_per_second"])),
     ("training time", lambda m: f"{m['training_seconds']:.0f} s"),
+    ("ms a step, before pruning", lambda m: _milliseconds(m["step_seconds"]["before"])),
+    ("ms a step, after the last event", lambda m: _milliseconds(m["step_seconds"]["after"])),
     ("peak memory, training", lambda m: f"{m['peak_memory_bytes'] / 1e6:.0f} MB"),
     ("adapter parameters", lambda m: "{:,d} -> {:,d}".format(*m["adapter_parameters"])),
 )
 # of a legend: beside the bars, not on them
 _BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": 2, "frameon": False}
+
+
+def _milliseconds(found: dict[str, Any] | None) -> str:
+    """Write the median and the quartiles of steps, if there were any."""
+    if found is None:
+        return "no such step"
+    median, low, high = (f"{1e3 * found[name]:.1f}" for name in ("median", "low", "high"))
+    return f"{median} ({low}-{high})"
 
 
 def table(report: dict[str, Any]) -> str:
@@ -35,8 +45,9 @@ def table(report: dict[str, Any]) -> str:
     recipe = report["recipe"]
     notes = f"{recipe['steps']} optimizer steps each, seed {recipe['seed']}, {report['threads']} threads, {report['seconds']:.0f} s."
     said = "Speed: the exported models in turn. Memory: resident high-water mark of each training's own process, libraries included."
+    steps = "A step: median (quartiles), for both methods of the steps before APT's first event and after its last."
     quick = ["Quick run: its accuracies mean nothing."] if report["quick"] else []
-    return "\n".join(["", *lines, "", notes, said, *quick])
+    return "\n".join(["", *lines, "", notes, said, steps, *quick])
 
 
 def figure_class() -> Any:

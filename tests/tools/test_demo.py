@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import apt_ext
-from apt_ext.tools import data, demo, processes, report
+from apt_ext.tools import data, demo, measuring, processes, report
 from apt_ext.tools.cli import main
 from apt_ext.tools.data import Example, Missing, Review
 
@@ -165,6 +165,7 @@ def method_result(name: str) -> dict[str, object]:
         "disk_bytes": 76_700_000,
         "sentences_per_second": {"median": 300.0, "min": 290.0, "max": 310.4, "rounds": []},
         "training_seconds": 100.0,
+        "step_seconds": measuring.around_events([0.04, 0.06, 0.05, 0.9, 0.021, 0.9], [4, 6]),
         "peak_memory_bytes": 1_300_000_000,
         "adapter_parameters": [258_048, 1_022_592],
         "ranks": {f"bert.encoder.layer.{i}.{linear}": 8 + i for i in range(2) for linear in ("attention.self.query", "output.dense")},
@@ -180,9 +181,24 @@ def made_report() -> dict[str, object]:
 
 def test_table_has_a_column_for_each_method_and_says_what_it_measured() -> None:
     text = report.table(made_report())
-    assert len({line.find("|") for line in text.splitlines()[3:12]}) == 1
+    assert len({line.find("|") for line in text.splitlines()[3:14]}) == 1
     for part in ("84.8 %", "290-310", "258,048 -> 1,022,592", "30 optimizer steps", "2 threads", "libraries included", "mean nothing"):
         assert part in text
+    assert "50.0 (45.0-55.0)" in text and "no such step" in text
+
+
+@pytest.mark.parametrize(
+    ("events", "before", "after"),
+    [([2, 4], [1], [5, 6]), ([1], [], [2, 3, 4, 5, 6]), ([3, 6], [1, 2], []), ([], [1, 2, 3, 4, 5, 6], [])],
+)
+def test_steps_before_the_first_and_after_the_last_event(events, before, after):
+    found = measuring.around_events([1.0, 2.0, 3.0, 4.0, 5.0, 6.0], events)
+    for name, steps in {"before": before, "after": after}.items():
+        if not steps:
+            assert found[name] is None
+            continue
+        assert found[name]["steps"] == len(steps) and found[name]["median"] == sum(steps) / len(steps)
+        assert steps[0] <= found[name]["low"] <= found[name]["median"] <= found[name]["high"] <= steps[-1]
 
 
 def test_a_picture_is_written(tmp_path: Path) -> None:
@@ -220,3 +236,6 @@ def test_the_whole_path(tmp_path: Path) -> None:
     assert set(apt["kept"].values()) == {768}
     assert apt["adapter_parameters"][1] <= written["recipe"]["budget"] * apt["adapter_parameters"][0]
     assert apt["encoder_parameters"] < written["methods"]["lora"]["encoder_parameters"]
+    assert set(apt["counts"].values()) == {1536} and apt["events"]
+    for method in written["methods"].values():
+        assert method["step_seconds"]["after"]["steps"] == 8 - apt["events"][-1]
