@@ -26,7 +26,7 @@ class Row:
     teacher   None, "self" (the student when pruning starts) or "lora" (a finished dense LoRA of the same seed,
               trained besides)
     kurtosis  the weight of outliers
-    compact   adapters compute on kept rows and columns only
+    shrink    how the Controller makes steps cheaper; None: its default
     extra     not among the rows that "all" means
     """
 
@@ -38,7 +38,7 @@ class Row:
     growth: float = 1.0
     teacher: str | None = None
     kurtosis: float = 0.0
-    compact: bool = True
+    shrink: str | None = None
     extra: bool = False
 
     @property
@@ -62,7 +62,7 @@ _ENCODER_ROWS = {
     "apt-nogrowth": Row("APT without growth", gradual=True),
     "apt-self": _apt("APT, self-distilled", teacher="self"),
     "apt-lora": _apt("APT with a LoRA teacher", teacher="lora"),
-    "apt-wide": _apt("APT, full-size until the end", compact=False, extra=True),
+    "apt-wide": _apt("APT, full-size until the end", shrink="none", extra=True),
 }
 _DECODER_ROWS = {
     "lora": Row("dense LoRA"),
@@ -70,7 +70,7 @@ _DECODER_ROWS = {
     "oneshot-kurtosis": Row("one-shot prune with kurtosis, then LoRA", once="salience", kurtosis=1.0),
     "apt": _apt("APT"),
     "apt-kurtosis": _apt("APT with kurtosis", kurtosis=1.0),
-    "apt-wide": _apt("APT, full-size until the end", compact=False, extra=True),
+    "apt-wide": _apt("APT, full-size until the end", shrink="none", extra=True),
 }
 
 

@@ -104,8 +104,8 @@ def train(
             density=density if row.gradual else 1.0,
             growth=row.growth,
             kurtosis=row.kurtosis,
-            compact=row.compact,
             seed=seed,
+            **({} if row.shrink is None else {"shrink": row.shrink}),
         )
     _fit(model, batches, steps, clock, optimizer, schedule, controller, distiller)
     clock.stop()
