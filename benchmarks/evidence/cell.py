@@ -21,7 +21,7 @@ import torch
 
 import apt_ext
 from apt_ext.tools.data import Missing
-from apt_ext.tools.measuring import in_turn
+from apt_ext.tools.measuring import around_events, in_turn
 from apt_ext.tools.models import transformers_offline
 from apt_ext.tools.places import replace_json
 from apt_ext.tools.processes import peak_memory, restart_peak
@@ -130,6 +130,7 @@ def _trained_and_scored(place: Place, cell: Cell) -> tuple[dict[str, Any], Any]:
         "adapter_parameters": list(trained.adapter_parameters),
         "history": trained.clock.history,
         "seconds": {"training": trained.clock.seconds, "teacher": teacher_seconds},
+        "step_seconds": around_events(trained.clock.step_seconds, trained.events),
         "peak_memory_bytes": peak,
         "memory_before_bytes": before,
     }

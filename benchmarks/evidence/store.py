@@ -193,6 +193,7 @@ _TRIED: dict[str, Any] = {
 _FINISHED = {**_TRIED, "scores": {"validation": _NUMBER, "test": _NUMBER}}
 _OPTIONAL = {
     "inference": {"speedup": _NUMBER, "batch": int, "length": int, "dtype": str},
+    "step_seconds": dict,
     "warmed": bool,
     "cudnn_attention": bool,
 }

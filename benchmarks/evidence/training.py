@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,26 +28,44 @@ EVALUATIONS = 8
 
 @dataclass
 class Clock:
-    """Count the seconds of training, evaluations left out, and keep the validation score at some steps."""
+    """Count the seconds of training and of each step, evaluations left out.
+
+    Keep the validation score at some steps. On CUDA the clock of the steps is the device's, which waits for nobody.
+    """
 
     data: Data
     steps: int
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
     now: int = 0
+    step_seconds: list[float] = field(default_factory=list)
     _since: float | None = None
+    _marks: list[Any] = field(default_factory=list)  # since when it runs: now, and the end of each step
 
     def run(self) -> None:
         wait(self.data.on)
         self._since = time.perf_counter()
+        self._mark()
 
     def stop(self) -> None:
         assert self._since is not None
         wait(self.data.on)
         self.seconds, self._since = self.seconds + time.perf_counter() - self._since, None
+        pairs = list(pairwise(self._marks))
+        cuda = self.data.on.type == "cuda"
+        self.step_seconds += [one.elapsed_time(two) / 1e3 if cuda else two - one for one, two in pairs]
+        self._marks.clear()
+
+    def _mark(self) -> None:
+        if self.data.on.type != "cuda":
+            self._marks.append(time.perf_counter())
+            return
+        self._marks.append(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
+        self._marks[-1].record()
 
     def stepped(self, model: nn.Module) -> None:
         self.now += 1
+        self._mark()
         if self.now % max(self.steps // EVALUATIONS, 1) == 0:
             self.stop()
             with autocast(self.data.on):
@@ -59,8 +78,9 @@ class Clock:
 class Trained:
     """Hold what training made.
 
-    model  an APTModel, or the stock one
-    kept   {kind: how many stay in each layer}
+    model   an APTModel, or the stock one
+    kept    {kind: how many stay in each layer}
+    events  the steps after which something was pruned or ranks grew; they count from 1
     """
 
     model: Any
@@ -68,6 +88,7 @@ class Trained:
     ranks: dict[str, int]
     adapter_parameters: tuple[int, int]
     kept: dict[str, list[int]]
+    events: list[int]
 
 
 def train(
@@ -81,7 +102,7 @@ def train(
         optimizer, schedule = _optimizer(list(stock.parameters()), rate, task.steps, data.on)
         _fit(stock, data.training(seed), task.steps, clock, optimizer, schedule)
         clock.stop()
-        return Trained(stock, clock, {}, (0, 0), {})
+        return Trained(stock, clock, {}, (0, 0), {}, [])
     model = apt_ext.get_apt_model(stock, adapter_config(task, density))
     before, counts = adapter_parameter_count(model), {name: block.count for name, block in model.blocks.items()}
     batches = data.training(seed)
@@ -96,6 +117,7 @@ def train(
     steps = task.steps - first
     optimizer, schedule = _optimizer([*apt_ext.adapter_parameters(model), *distiller.parameters()], rate, steps, data.on)
     controller = None
+    asked: dict[str, Any] = {} if row.shrink is None else {"shrink": row.shrink}
     if row.gradual or row.growth > 1:
         controller = apt_ext.Controller(
             model,
@@ -105,12 +127,14 @@ def train(
             growth=row.growth,
             kurtosis=row.kurtosis,
             seed=seed,
-            **({} if row.shrink is None else {"shrink": row.shrink}),
+            **asked,
         )
     _fit(model, batches, steps, clock, optimizer, schedule, controller, distiller)
     clock.stop()
+    events = [first] if row.once else []
     if controller is not None:
         controller.remove()
+        events += [first + event["step"] for event in controller.history]
         if row.gradual:
             counts |= {name: int((model.get_block_mask(name) != 0).sum()) for name in model.blocks}
     kinds = dict.fromkeys(block.kind for block in model.blocks.values() if block.kind != "hidden")
@@ -120,6 +144,7 @@ def train(
         {name: adapter.rank for name, adapter in apt_ext.adapters(model) if adapter.rank},
         (before, adapter_parameter_count(model)),
         {kind: [counts[name] for name, block in model.blocks.items() if block.kind == kind] for kind in kinds},
+        events,
     )
 
 

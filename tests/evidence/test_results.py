@@ -46,6 +46,9 @@ def test_every_row_is_a_line_with_all_that_was_asked_for(place, task, density, c
             assert min(result["kept"]["heads"]) >= 1 and sum(result["kept"]["neurons"]) < 32 * len(result["kept"]["neurons"])
         else:
             assert result["kept"]["weights"] == 1
+        steps = result["step_seconds"]
+        assert (steps["after"] is None) == (not row.gradual and row.once is None) and (steps["before"] or steps["after"])
+        assert all(found is None or 0 < found["low"] <= found["median"] <= found["high"] for found in steps.values())
         if not row.whole:
             before, after = result["adapter_parameters"]
             assert (after > before) == (row.growth > 1) or row.once
