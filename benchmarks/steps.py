@@ -219,7 +219,8 @@ def controlled_run(work, device, **shrink):
         "after": measured(step, work.warm, work.steps, device),
     }
     controller.remove()
-    return {**parts, "history": controller.history}
+    history = [{key: event[key] for key in ("step", "density", "kept")} for event in controller.history]
+    return {**parts, "history": history}
 
 
 def run_of(name, work, device):
