@@ -200,6 +200,9 @@ class APTModel(Adapted):
         of the table. Their shapes then follow the masks: a compiled model compiles once more at the first change. A weight that is tied to
         another module's is kept whatever `dense` says.
 
+        The copies take the bytes of what is kept, beside all weights. Where little or nothing is pruned that
+        is a second set of weights, and one line of the logger "apt_ext" says so. `cut` needs none.
+
         Nothing has changed when this raises TypeError, ValueError or RuntimeError (an adapter is merged, sharded by FSDP or on meta; not
         enough memory).
         """
@@ -213,6 +216,7 @@ class APTModel(Adapted):
             undo()
             self._chained = chained
             raise
+        compact_model.say_memory(self.model)
 
     def _link_chains(self) -> None:
         compact_model.link_chains(self.model, self.blocks.values() if self._chained else ())

@@ -70,7 +70,7 @@ class Packing:
         undo = self._undo(adapter)
         try:
             self.store.restore(adapter.weight)
-            self.current = PackedWeight(adapter.mask_in, adapter.mask_out, self.source(adapter)) if on else None
+            self.current = self._packed(adapter) if on else None
             self.store.place = dense if on else "keep"
             self.offload(adapter)
             self.remember_weight(adapter)
@@ -78,6 +78,15 @@ class Packing:
             undo()
             raise
         self.compare_chains()
+
+    def _packed(self, adapter: APTAdapter) -> PackedWeight:
+        """Return a copy of what is kept now: the present one written anew where a CUDA graph reads it."""
+        kept, source = self.current, self.source(adapter)
+        size = len(adapter.mask_out), len(adapter.mask_in)
+        if kept is None or not kept.is_captured or kept.full_size() != size:
+            return PackedWeight(adapter.mask_in, adapter.mask_out, source)
+        kept.change(**adapter.host_masks(), matrix=source, anew=True)()
+        return kept
 
     def _undo(self, adapter: APTAdapter) -> Callable[[], None]:
         """A function that brings back what is now, without allocating anything."""
@@ -137,6 +146,21 @@ class Packing:
 
         return make
 
+    def change_with_weight(self, adapter: APTAdapter, masks: dict[str, Mask]) -> Callable[[], None]:
+        """Prepare as `change` does, for a weight that is written before the change is made."""
+        kept = self.current
+        if kept is None:
+            return lambda: self.renew(adapter)
+        change = kept.change(**(adapter.host_masks() | masks), matrix=adapter.matrix, anew=True)
+
+        def make() -> None:
+            change(self.source(adapter))
+            self.offload(adapter)
+            self.remember_weight(adapter)
+            self.compare_chains()
+
+        return make
+
     def follow_written(self, adapter: APTAdapter) -> None:
         """Follow masks that others wrote into their buffers."""
         if self.current is not None:
@@ -145,8 +169,7 @@ class Packing:
     def renew(self, adapter: APTAdapter) -> None:
         """Copy anew: the weight is another, or the sizes are."""
         kept = self.current
-        sizes = len(adapter.mask_in), len(adapter.mask_out)
-        if kept is not None and (len(kept.position_in), len(kept.position_out)) == sizes:
+        if kept is not None and kept.full_size() == (len(adapter.mask_out), len(adapter.mask_in)):
             kept.change(**adapter.host_masks(), matrix=self.source(adapter), anew=True)()
         elif kept is not None:
             self.current = kept = None  # its memory first

@@ -32,6 +32,7 @@ from .counts import sparsity_stats
 from .mask import SIDES, Mask
 from .mask_change import mask_change, mask_gradients, see_written, settle
 from .merge import Merge
+from .second_copy import say_second_copy
 from .shared_memory import hold, join, release
 
 
@@ -361,8 +362,8 @@ class APTAdapter(MaskCarrier):
         ``compact(False)`` undoes it. A state_dict holds nothing of it.
 
         dense says where the whole W [N, K] is meanwhile:
-            "keep"  where it was. The copy has room for all of W: twice W's bytes on the device.
-            "cpu"   in host memory: W's bytes there, and the room for all of W on the device. Every change of zeros copies from the host.
+            "keep"  where it was. What is kept takes its bytes beside it: a second W, and logged, if that is all.
+            "cpu"   in host memory. The device has what is kept; every change of zeros copies it from there.
                     ``weight`` then reads NaN, and what computes full-size (a forward with masks of its own, disable_adapter) is refused;
                     merge_weights, state_dict and load_state_dict bring the weight back as long as they need it.
         `APTModel.cut` gives the memory of what is pruned back.
@@ -377,6 +378,7 @@ class APTAdapter(MaskCarrier):
         self.packing.check(self, on, dense)
         self.settle("compact")
         self.packing.switch(self, on, dense)
+        say_second_copy([self])
 
     # -- rank --------------------------------------------------------------------------------------------------------
 

@@ -44,11 +44,13 @@ class PendingLoad:
 
     masks       what the state holds of them
     has_weight  the state holds the base layer's weight
+    follow      what follows for a compacted adapter
     undo        where the state is merged: what brings back all that was before, since merging again can fail
     """
 
     masks: dict[str, Mask]
     has_weight: bool
+    follow: Callable[[], None]
     undo: Callable[[], None] | None
 
 
@@ -109,8 +111,13 @@ def _load(
     if merged and metadata.get("assign_to_params_buffers"):  # the merge writes, and not into the state, nor into what another adapter keeps
         keys = [prefix + f"base_layer.{name}" for name in ("weight", "bias")]
         bases = {key: state[key].detach().clone() for key in keys if key in state}
+    follow = adapter.packing.change_with_weight(adapter, held)
     adapter.packing.store.restore(adapter.weight)  # the whole weight, which torch copies into
-    undo = _undo(adapter) if merged else None  # merging again can still fail
+    try:
+        undo = _undo(adapter) if merged else None  # merging again can still fail
+    except BaseException:
+        adapter.packing.offload(adapter)
+        raise
 
     # Nothing above changed anything; from here on the adapter takes the saved form.
     with torch.inference_mode(False), torch.no_grad():
@@ -125,7 +132,7 @@ def _load(
     for name, value in {**factors, **masks}.items():
         state[prefix + name] = value
     state |= bases
-    adapter.pending_load = PendingLoad(held, "base_layer.weight" in own, undo)
+    adapter.pending_load = PendingLoad(held, "base_layer.weight" in own, follow, undo)
 
 
 @dataclass(frozen=True)
@@ -245,7 +252,10 @@ def _after_load(adapter: APTAdapter, _incompatible: Any) -> None:
         adapter.history.note(factors=object())  # others than before
         if loaded.has_weight and adapter.weight is not None and not merged_into(adapter.weight):
             adapter.merge.foreign.clear()
-    adapter.packing.renew(adapter)
+    if loaded is None:
+        adapter.packing.renew(adapter)
+    else:
+        loaded.follow()
     adapter.guard_factors()
     if loaded is not None and loaded.undo is not None:
         try:
@@ -260,6 +270,7 @@ def _undo(adapter: APTAdapter) -> Callable[[], None]:
     tensors = [adapter.lora_A, adapter.lora_B, adapter.mask_in, adapter.mask_out, adapter.weight, adapter.bias]
     copies = [None if tensor is None else tensor.detach().clone() for tensor in tensors]
     rank, merge, ones = adapter.rank, copy.copy(adapter.merge), adapter.known_ones()
+    repack = adapter.packing.change_with_weight(adapter, {})
 
     def undo() -> None:
         adapter.packing.store.restore(adapter.weight)
@@ -270,7 +281,7 @@ def _undo(adapter: APTAdapter) -> Callable[[], None]:
                     tensor.set_(copy) if tensor.shape != copy.shape else tensor.copy_(copy)  # type: ignore[call-overload]
         adapter.merge = merge
         adapter.take_rank(rank)
-        adapter.packing.renew(adapter)
+        repack()
         if adapter.merged:
             hold(adapter)
         adapter.note_ones(ones)

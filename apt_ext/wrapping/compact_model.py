@@ -9,6 +9,7 @@ from torch import nn
 
 from ..adapter.chain import Chain
 from ..adapter.layer import APTAdapter
+from ..adapter.second_copy import say_second_copy, unsaid
 from ..adapter.shared_memory import indexed
 from ..adapter.weight_store import PLACES
 from ..common.checks import error_prefix
@@ -38,12 +39,18 @@ def compact(model: nn.Module, on: bool, dense: str) -> Callable[[], None]:
     try:
         for _, adapter, place in work:
             back = _way_back(adapter)
-            adapter.compact(on, place)
+            with unsaid():  # one line for all of them is enough
+                adapter.compact(on, place)
             done.append(back)
     except BaseException:  # of memory there was not enough
         undo()
         raise
     return undo
+
+
+def say_memory(model: nn.Module) -> None:
+    """Log one line where the copies of what `model` keeps are nearly a second set of weights."""
+    say_second_copy(module for module in model.modules() if isinstance(module, APTAdapter))
 
 
 def _computes_packed(module: nn.Module) -> bool:
@@ -55,9 +62,12 @@ def _way_back(adapter: APTAdapter) -> Callable[[], None]:
     compacted, place = adapter.compacted, adapter.packing.store.place
 
     def undo() -> None:
-        adapter.compact(False)
-        if compacted:
-            adapter.compact(True, place)
+        kept = adapter.packing.current
+        with unsaid():
+            if not compacted or kept is None or not kept.is_captured:
+                adapter.compact(False)  # its memory first; what a CUDA graph reads stays
+            if compacted:
+                adapter.compact(True, place)
 
     return undo
 

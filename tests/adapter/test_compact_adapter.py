@@ -467,7 +467,9 @@ def test_an_x_that_does_not_fit_is_named(compact, base, dropout):
 @pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # the profiler itself, torch 2.11
 def test_autocast_casts_what_is_in_use():
     adapter = make(dtype=torch.float32)
+    adapter.set_masks(torch.ones(10), (torch.arange(7) < 6).float())  # whole widths of 8 by 10
     adapter.compact()
+    adapter.packing.current.note_capture()  # so that there is more than what is in use
     x = torch.randn(3, 10)
     for m_in, m_out in ((torch.ones(10), torch.ones(7)), ((torch.arange(10) < 3).float(), torch.ones(7))):
         adapter.set_masks(m_in, m_out)

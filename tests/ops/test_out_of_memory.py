@@ -29,7 +29,15 @@ int posix_memalign(void** out, size_t alignment, size_t size) {
 }
 """
 COMPACT_MODEL = ("compact a model", "put a compact model on the cpu")
-WHOLE_MODEL = (*COMPACT_MODEL, "set_block_mask", "set_block_mask of the stream", "cut", "shrink", "merge_and_unload")
+WHOLE_MODEL = (
+    *COMPACT_MODEL,
+    "set_block_mask",
+    "set_block_mask of a compact model",
+    "set_block_mask of the stream",
+    "cut",
+    "shrink",
+    "merge_and_unload",
+)
 
 
 @pytest.fixture(scope="module")
