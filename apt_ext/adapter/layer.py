@@ -362,7 +362,7 @@ class APTAdapter(MaskCarrier):
         ``compact(False)`` undoes it. A state_dict holds nothing of it.
 
         dense says where the whole W [N, K] is meanwhile:
-            "keep"  where it was. What is kept takes its bytes beside it: a second W, and logged, if that is all.
+            "keep"  where it was. What is kept takes its bytes beside it: a second W, logged, if that is all.
             "cpu"   in host memory. The device has what is kept; every change of zeros copies it from there.
                     ``weight`` then reads NaN, and what computes full-size (a forward with masks of its own, disable_adapter) is refused;
                     merge_weights, state_dict and load_state_dict bring the weight back as long as they need it.

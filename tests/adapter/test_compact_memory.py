@@ -209,6 +209,30 @@ def test_more_that_cannot_be_had_changes_nothing(dense, monkeypatch):
     torch.testing.assert_close(adapter(x), expected(wide(), x))
 
 
+@DENSE
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_load_has_its_memory_before_it_writes(dense, assign, merged, monkeypatch):
+    """And copies what is kept of the weight that it has loaded."""
+    adapter, source = wide(), wide()
+    adapter.set_masks(first(30, K), first(7, N))
+    adapter.compact(dense=dense)
+    with torch.no_grad():
+        source.weight.add_(1)
+    x = torch.randn(3, K, dtype=torch.float64)
+    want = source(x)
+    if merged:
+        source.merge_weights()
+    state = {key: value.clone() for key, value in source.state_dict().items()}
+    with monkeypatch.context() as patch:
+        calls = failing(patch, at=2)
+        adapter.eval().load_state_dict(state, assign=assign)
+    assert len(calls) == 1 and adapter.merged == merged
+    adapter.unmerge_weights()
+    assert is_tight(adapter)
+    torch.testing.assert_close(adapter(x), want)
+
+
 def test_less_that_cannot_be_had_is_done_with_what_there_is(monkeypatch):
     adapter, x = wide(), torch.randn(3, K, dtype=torch.float64)
     adapter.compact()
