@@ -23,7 +23,11 @@ def batch_for(family, seed):
 def built(family, seed=0, sizes=None, **config):
     """A model (of these sizes) to be pruned to 65 %, without dropout, and its optimizer."""
     torch.manual_seed(seed)
-    dropouts = {"BertConfig": ("hidden_dropout_prob", "attention_probs_dropout_prob"), "T5Config": ("dropout_rate",)}
+    dropouts = {
+        "BertConfig": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+        "GPT2Config": ("resid_pdrop", "embd_pdrop", "attn_pdrop"),
+        "T5Config": ("dropout_rate",),
+    }
     none = dict.fromkeys(dropouts.get(family.config, ()), 0.0)
     model = family.model(seed=seed, **none, **(sizes or {}))
     apt = get_apt_model(model, APTConfig(**{"r": 2, "prune": ["heads", "neurons"], "density": 0.65, "round_to": 4, **config})).train()
