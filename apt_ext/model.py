@@ -171,7 +171,8 @@ class APTModel(Adapted):
 
         Weights, factors, masks, gradients and the state of `optimizer` (one, a list, or accelerate's wrapper) are cut with it; every
         Parameter stays the same object, and the blocks are numbered anew. An optimizer that is not given raises at its next step. Where
-        `shrink` lets one head or neuron stay, it stays here under its mask of zero. A rank may then be above min(N, K) of its linear.
+        `shrink` lets one head or neuron stay, it stays here under its mask of zero. A rank may then be above min(N, K) of its linear. A
+        Controller at work goes on with what is left, if this comes after its `step` and before the next backward.
 
         Nothing has changed when this raises ValueError (layers that have to keep the same heads, nothing kept of the residual stream) or
         RuntimeError (an adapter is merged; optimizer state that cannot be resized; a Parameter that DDP or FSDP holds; ranks of a process
@@ -337,7 +338,7 @@ class APTModel(Adapted):
     # -- save and load -----------------------------------------------------------------------------------------------
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write adapters, masks and the modules that train whole into the directory `path`, which is made if it is missing.
+        """Write adapters, masks, the modules that train whole and what cuts have left into the directory `path`, made if it is missing.
 
         Three files: apt_config.json, apt_model.safetensors, and apt_manifest.json with their sizes and hashes; other files there stay.
         They are complete on the disk before anything changes, and take the place of older ones in one step: whenever the process is killed,
