@@ -12,7 +12,7 @@ from ..adapter.layer import APTAdapter
 from ..distributed.dtensor import is_sharded
 from ..model import APTModel
 from ..optim.initial_state import state_starts
-from ..optim.resize import resizable_state
+from ..optim.resize import resizable_state, wrapper_of
 from ..wrapping.module_hooks import is_compiled
 
 logger = logging.getLogger("apt_ext")
@@ -71,7 +71,9 @@ def _why_no_cut(apt: APTModel, optimizers: Sequence[Optimizer]) -> tuple[type[Ex
     for one in optimizers:
         held = any(id(parameter) in wanted for group in one.param_groups for parameter in group["params"])
         if held and state_starts(one) is None:
-            return ValueError, f"expected an optimizer whose state can follow a cut, got {type(one).__name__}"
+            return ValueError, f"the state of {type(one).__name__} cannot follow a cut"
+    if (wrapper := wrapper_of(parameters)) is not None:
+        return RuntimeError, f"{wrapper} holds the Parameters, and would go on with the old ones after a cut"
     try:
         resizable_state(parameters, list(optimizers))
     except RuntimeError as error:

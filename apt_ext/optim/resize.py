@@ -2,6 +2,7 @@
 
     resize_parameters    values, gradients and optimizer state change size together, or nothing changes
     resizable_state      the optimizer state that this changes; every refusal that does not depend on the new size
+    wrapper_of           what data-parallel wrapper holds one of some Parameters
     refuse_gathered      and refuse_pieces: a Parameter that a wrapper has put in the place of the adapter's own
     draw_rows            Gaussian rows, the same on every rank of a process group
     write_rows           puts them into reserved storage, also where FSDP2 has sharded it
@@ -150,7 +151,7 @@ def resizable_state(params: Sequence[nn.Parameter], optimizer: object | None = N
         if param.grad is not None and (param.grad.shape != param.shape or param.grad.layout is not torch.strided):
             got = f"{param.grad.layout} of shape {tuple(param.grad.shape)}"
             raise RuntimeError(f"param: expected a dense .grad of the Parameter's shape {tuple(param.shape)}, got {got}; call zero_grad()")
-    if (wrapper := _wrapper_of(params)) is not None:
+    if (wrapper := wrapper_of(params)) is not None:
         raise RuntimeError(
             f"param: expected a Parameter that no wrapper holds, got one held by {wrapper}, which would go on with the old storage. "
             "Reserve the rows from the start with max_rank, or delete the wrapper, resize, and wrap again"
@@ -179,7 +180,7 @@ def resizable_state(params: Sequence[nn.Parameter], optimizer: object | None = N
 def refuse_gathered(param: Tensor, call: str) -> None:
     """RuntimeError where `param` stands in for FSDP2's sharded one (from all-gather to reshard), as writes there are lost."""
     # Every Parameter that an adapter made is marked, so only what somebody else put there is searched for.
-    if not is_guarded(param) and not is_sharded(param) and (wrapper := _wrapper_of([param])) is not None:
+    if not is_guarded(param) and not is_sharded(param) and (wrapper := wrapper_of([param])) is not None:
         raise RuntimeError(
             f"{call}: {wrapper} has the Parameter gathered at present, and what is written into it would be lost; "
             "do it after backward(), or call reshard() on the module given to fully_shard first"
@@ -194,7 +195,7 @@ def refuse_pieces(param: Tensor, shape: tuple[int, ...]) -> None:
         )
 
 
-def _wrapper_of(params: Sequence[Tensor]) -> str | None:
+def wrapper_of(params: Sequence[Tensor]) -> str | None:
     """The class name of a living data-parallel wrapper that holds one of `params`, or None.
 
     A wrapper leaves no mark on a Parameter that Python can see, so the living objects are searched: some 0.1 s, for a rare event, and only

@@ -228,3 +228,32 @@ def test_copies_are_whole_and_go_on_by_themselves(name):
     second = Controller(twin, its, 16, density=0.6, **SCHEDULE)
     train(twin, its, second, FAMILIES[name], 16)
     assert second.density <= 0.6 and all_of(twin, its, second)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("hidden", [False, True])
+def test_memory_of_a_step_falls_with_each_event(hidden):
+    """What the allocator holds between steps, and its peak within one."""
+    family = FAMILIES["llama"]
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
+    apt, _ = built(family, sizes=sizes, prune=["heads", "neurons", *["hidden"] * hidden], density=0.3)
+    apt.to("cuda", torch.float32)
+    optimizer = torch.optim.AdamW(apt_ext.adapter_parameters(apt), lr=1e-4, fused=True)
+    controller = Controller(apt, optimizer, 16, growth=1.0, **SCHEDULE)
+    batch = {key: value.cuda() for key, value in batch_for(family, 0).items()}
+    held, peaks = {}, {}
+    for step in range(1, 17):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        apt(**batch).loss.backward()
+        controller.observe()
+        optimizer.step()
+        optimizer.zero_grad()
+        peaks[step] = torch.cuda.max_memory_allocated()
+        controller.step()
+        held[step] = torch.cuda.memory_allocated()
+    frozen = sum(p.nbytes for p in apt.parameters() if not p.requires_grad)
+    for before, after in zip((5, 7, 11), (7, 11, 15), strict=True):
+        assert held[after] < held[before] and peaks[after] < peaks[before], (before, after)
+    assert held[15] < 2 * frozen and peaks[16] < 0.75 * peaks[5]
