@@ -310,9 +310,10 @@ class Controller:
         blocks, config = self._record.pruned, self.config
         self.groups = groups_of(self.model.model, blocks, config.round_to, config.uniform, self.floor) if blocks else []
         if not fits:
+            remedy = "call step() again" if call == "step" else "run the backward again"
             raise RuntimeError(
                 f"{call}: the model was cut between a backward and this call, so what that backward told of its blocks has other sizes "
-                "and was dropped; cut after step() and before the next backward, or call zero_grad() and run the backward again"
+                f"and was dropped; cut between step() and a backward; now call zero_grad(), and {remedy}"
             )
 
     def remove(self) -> None:

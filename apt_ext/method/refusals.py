@@ -46,10 +46,11 @@ def note_controller(model: APTModel, controller: Any) -> None:
 
 
 def check_held(found: Mapping[str, APTAdapter], optimizers: Sequence[Optimizer]) -> None:
-    """ValueError unless the optimizers hold every factor that requires a gradient."""
+    """ValueError unless the optimizers hold every factor that requires a gradient, but those that a cut has emptied."""
     held = {id(parameter) for one in optimizers for group in one.param_groups for parameter in group["params"]}
     factors = {f"{name}.{factor}": getattr(adapter, factor) for name, adapter in found.items() for factor in ("lora_A", "lora_B")}
-    missing = [name for name, parameter in factors.items() if parameter.requires_grad and id(parameter) not in held]
+    wanted = {name: one for name, one in factors.items() if one.requires_grad and one.numel()}
+    missing = [name for name, one in wanted.items() if id(one) not in held]
     if missing:
         refuse_gathered(factors[missing[0]], "Controller")
         raise ValueError(

@@ -11,11 +11,15 @@ from ...pruning.architectures.lookup import stored, weight_dim
 
 
 def kurtosis(values: Tensor, dim: int = -1) -> Tensor:
-    """Excess kurtosis along `dim`: m4 / m2^2 - 3 with the central moments m_k = mean((x - mean)^k); 0 where all values are equal.
+    """Excess kurtosis along `dim`: m4 / m2^2 - 3 with the central moments m_k = mean((x - mean)^k).
+
+    0 where all values are equal or there are none.
 
     SciPy's `kurtosis(fisher=True, bias=True)`. Computed in float32 (float64 for float64).
     """
     values = values.to(torch.promote_types(values.dtype, torch.float32))
+    if not values.shape[dim]:
+        return values.sum(dim)
     scale = values.abs().amax(dim, keepdim=True)
     centred = values / torch.where(scale > 0, scale, 1)  # small numbers keep their fourth power
     centred = centred - centred.mean(dim, keepdim=True)
@@ -33,7 +37,8 @@ def outliers(reader: nn.Module, mean: Tensor | None, count: int) -> Tensor:
     mean  [in_features] of the inputs, up to one factor; None: ones, which gives the same where a block is one channel
     """
     products = _products(reader, mean)  # [out, in]
-    return kurtosis(products.t().reshape(count, -1)).clamp_min(0).sqrt()
+    each = products.numel() // max(count, 1)  # a cut may have left no block
+    return kurtosis(products.t().reshape(count, each)).clamp_min(0).sqrt()
 
 
 @torch.no_grad()

@@ -157,7 +157,8 @@ class Salience:
             alike.setdefault((channels, absolute.device, absolute.dtype), []).append(name)
         for (channels, _, _), names in alike.items():
             now = torch.cat([sums[name][0] for name in names]).mul_(torch.cat([sums[name][1] for name in names]))
-            self._scores.add({name: self._counts[name] for name in names}, now if channels == 1 else now.view(-1, channels).sum(1))
+            each = now if channels < 2 else now.view(-1, channels).sum(1)  # 0 where a cut has left no block
+            self._scores.add({name: self._counts[name] for name in names}, each)
             signed = [name for name in names if name in self._signed]
             if signed:
                 self._means.add({name: len(sums[name][2]) for name in signed}, torch.cat([sums[name][2] for name in signed]))
@@ -199,6 +200,12 @@ class Salience:
             _forget_compiled()
         self.forget()
 
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError(
+            "Controller, Salience: expected to stay with the model that they listen to, got a copy or a pickle "
+            "of one; make another for a copy of the model, and give it state_dict()"
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """The averages; what has come since the last update is not part of it."""
         return {"scores": self._scores.state(), "means": self._means.state()}
@@ -215,7 +222,7 @@ class Salience:
         if not self._signed.issuperset(state["means"]):
             raise ValueError(f"state: expected means of {sorted(self._signed)}, got {sorted(state['means'])}")
         for name, mean in state["means"].items():
-            if mean.numel() % self._counts[name]:
+            if mean.numel() % max(self._counts[name], 1):
                 raise ValueError(f"state: expected a multiple of {self._counts[name]} means for {name!r}, got {mean.numel()}")
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
