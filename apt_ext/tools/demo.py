@@ -22,7 +22,7 @@ from .report import figure_class, table, write_plot
 
 STEPS, QUICK_STEPS = 500, 20
 METHODS = {"lora": "dense LoRA", "apt": "APT"}
-_CLOSE = 1e-4  # how far the logits of the cut model may be from those of the masked one, float32
+_CLOSE = 1e-4  # how far the logits of the exported model may be from those of the trained one, float32
 
 
 class CheckFailed(Exception):
@@ -85,7 +85,11 @@ def check(method: str, trained: dict[str, Any], reloaded: dict[str, Any]) -> Non
         raise CheckFailed(f"{name}: stock transformers does not load the exported model: {reloaded['error']}")
     facts = [
         ("every mask ended at exactly 0 or 1", trained["masks_are_binary"], ""),
-        (f"cut model = masked model within {_CLOSE:g}", trained["cut_minus_masked"] <= _CLOSE, f"{trained['cut_minus_masked']:.1e}"),
+        (
+            f"exported model = trained model within {_CLOSE:g}",
+            trained["exported_minus_trained"] <= _CLOSE,
+            f"{trained['exported_minus_trained']:.1e}",
+        ),
         (f"reloaded in a fresh process without apt_ext as {reloaded['class']}", reloaded["class"].startswith("transformers."), ""),
         ("reloaded logits = saved logits, bitwise", reloaded["bitwise"], f"{reloaded['difference']:.1e}"),
     ]

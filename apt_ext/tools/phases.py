@@ -67,14 +67,14 @@ def train(method: str, recipe: Recipe, archive: Path, output: Path, quick: bool)
         "masks_are_binary": all(bool((mask * (1 - mask) == 0).all()) for mask in map(model.get_block_mask, model.blocks)),
     }
     batch = batch_of(examples["validation"][:32], pad)
-    masked = logits_of(model, [batch])[0]
+    expected = logits_of(model, [batch])[0]
     small = apt_ext.shrink(model) if apt else model.merge_and_unload()
     apt_ext.export(small, output / method)
     logits = logits_of(small, [batch])[0]
     _save_check(output / f"{method}.check.safetensors", batch, logits)
     return {
         **result,
-        "cut_minus_masked": (logits - masked).abs().max().item(),
+        "exported_minus_trained": (logits - expected).abs().max().item(),
         "validation_accuracy": accuracy(small, sorted_batches(examples["validation"], pad)),
     }
 

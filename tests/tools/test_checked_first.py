@@ -166,7 +166,7 @@ def test_a_demo_of_too_few_reviews(tmp_path, capsys, unloaded, sources, monkeypa
 
 def test_the_demos_report_is_there_before_the_clock_runs(tmp_path, capsys, sources, monkeypatch):
     output = tmp_path / "out"
-    trained = {"masks_are_binary": True, "cut_minus_masked": 0.0, "validation_accuracy": 0.8}
+    trained = {"masks_are_binary": True, "exported_minus_trained": 0.0, "validation_accuracy": 0.8}
     again = {"class": "transformers.X", "apt_ext_imported": False, "bitwise": True, "difference": 0.0}
 
     def apart(function, *arguments):

@@ -132,7 +132,7 @@ def test_peak_memory_is_in_bytes() -> None:
 
 
 def trained(**changes: object) -> dict[str, object]:
-    return {"masks_are_binary": True, "cut_minus_masked": 1e-7, **changes}
+    return {"masks_are_binary": True, "exported_minus_trained": 1e-7, **changes}
 
 
 def reloaded(**changes: object) -> dict[str, object]:
@@ -143,8 +143,8 @@ def reloaded(**changes: object) -> dict[str, object]:
     ("one", "two", "message"),
     [
         (trained(masks_are_binary=False), reloaded(), "exactly 0 or 1"),
-        (trained(cut_minus_masked=2e-4), reloaded(), "cut model = masked"),
-        (trained(cut_minus_masked=float("nan")), reloaded(), "cut model = masked"),
+        (trained(exported_minus_trained=2e-4), reloaded(), "exported model = trained"),
+        (trained(exported_minus_trained=float("nan")), reloaded(), "exported model = trained"),
         (trained(), reloaded(bitwise=False, difference=1e-6), "bitwise.*1.0e-06"),
         (trained(), reloaded(**{"class": "apt_ext.model.APTModel"}), "fresh process"),
         (trained(), {"error": ["OSError: no config"]}, "no config"),
