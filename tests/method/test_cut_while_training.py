@@ -242,7 +242,7 @@ def test_memory_of_a_step_falls_with_each_event(hidden):
     optimizer = torch.optim.AdamW(apt_ext.adapter_parameters(apt), lr=1e-4, fused=True)
     controller = Controller(apt, optimizer, 16, growth=1.0, **SCHEDULE)
     batch = {key: value.cuda() for key, value in batch_for(family, 0).items()}
-    held, peaks = {}, {}
+    held, peaks, frozen = {}, {}, {}
     for step in range(1, 17):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -253,7 +253,7 @@ def test_memory_of_a_step_falls_with_each_event(hidden):
         peaks[step] = torch.cuda.max_memory_allocated()
         controller.step()
         held[step] = torch.cuda.memory_allocated()
-    frozen = sum(p.nbytes for p in apt.parameters() if not p.requires_grad)
+        frozen[step] = sum(p.nbytes for p in apt.parameters() if not p.requires_grad)
     for before, after in zip((5, 7, 11), (7, 11, 15), strict=True):
-        assert held[after] < held[before] and peaks[after] < peaks[before], (before, after)
-    assert held[15] < 2 * frozen and peaks[16] < 0.75 * peaks[5]
+        gone = frozen[before] - frozen[after]
+        assert gone > 0 and held[before] - held[after] >= 0.95 * gone and peaks[before] - peaks[after] >= 0.95 * gone

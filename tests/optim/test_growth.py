@@ -42,6 +42,17 @@ def test_keep_cuts_value_gradient_and_state():
     assert optimizer.state[A]["sum"].shape == (4, 0) == A.grad.shape
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_value_is_copied_unless_it_is_fresh(fresh):
+    """What others hold stays theirs; what nobody holds is taken as it is."""
+    parameter, value = nn.Parameter(torch.zeros(3, 2)), torch.ones(2, 2)
+    resize_parameters([Resize(parameter, value, 0, torch.tensor([0, 2]), fresh=fresh)])
+    assert (parameter.data_ptr() == value.data_ptr()) == fresh
+    other = nn.Parameter(torch.zeros(3, 2, dtype=torch.bfloat16))
+    resize_parameters([Resize(other, value, 0, torch.tensor([0, 2]), fresh=fresh)])
+    assert other.dtype == torch.bfloat16 and torch.equal(other.float(), value)
+
+
 def test_two_dimensions_of_one_parameter_at_once():
     p = nn.Parameter(torch.arange(12.0).view(3, 4))
     optimizer = SGD([p], lr=0.1, momentum=0.9)

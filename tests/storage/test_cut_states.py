@@ -255,6 +255,18 @@ def test_a_parent_of_the_model_loads_it_too():
     assert apt.density == cut.density and apt.target == cut.target
 
 
+def test_a_copy_of_the_model_inside_saves_what_was_cut(tmp_path):
+    """Taken before and after a cut; it has lost its APTModel."""
+    family = FAMILIES["bert"]
+    apt, optimizer, controller = fresh("bert", "cut")
+    train(apt, optimizer, controller, family, 11)
+    inside = copy.deepcopy(apt.model)
+    inside.save_pretrained(tmp_path)
+    again = APTModel.from_pretrained(built(family)[0].merge_and_unload(), tmp_path)
+    assert again.blocks.full == apt.blocks.full and again.target == apt.target and not again.target_reached
+    close(outputs(again.eval(), family.inputs()), outputs(apt.eval(), family.inputs()), 0)
+
+
 # -- Controller.save and load -------------------------------------------------------------------------------------------------------------
 
 
