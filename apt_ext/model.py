@@ -87,6 +87,9 @@ def get_apt_model(model: nn.Module, config: APTConfig) -> APTModel:
 class APTModel(Adapted):
     """A model with adapters; made by `get_apt_model` or `APTModel.from_pretrained`. `forward` and unknown attributes are the model's own.
 
+    An instance's class is a subclass with the name and the forward signature of the model's class, by which Trainer finds labels
+    and columns.
+
     model       the model itself, with adapters in the place of linears
     apt_config  the APTConfig that it was built with
     blocks      {name: Block}: what can be pruned: "<layer>.heads", "<layer>.neurons" ("encoder.<layer>..." and "decoder.<layer>...", with
@@ -117,10 +120,6 @@ class APTModel(Adapted):
             if name == "model" or name.startswith("__"):
                 raise
             return getattr(super().__getattr__("model"), name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own."""
-        return self.model(*args, **kwargs)
 
     @property
     def blocks(self) -> Blocks:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from ..common.stock_class import own_class
 from ..pruning.architectures.lookup import Architecture, find_blocks
 from ..pruning.sizes import Sizes
 from .formats import stock_failures
@@ -71,7 +72,7 @@ class AdapterSaving:
 
     def __init__(self, apt: SavesAdapters) -> None:
         self.model, self.config, self.saved = apt.model, apt.apt_config, apt.saved
-        self._kind: Any = type(apt)
+        self._kind: Any = own_class(type(apt))
         self._apt: weakref.ref[SavesAdapters] | None = weakref.ref(apt)
         self._blocks, self._target = apt.blocks, apt.target
         self._said = False

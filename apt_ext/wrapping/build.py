@@ -13,6 +13,7 @@ from torch import nn
 from ..adapter.layer import APTAdapter
 from ..common.checks import checked_module, error_prefix, linear_shape, listed
 from ..common.names import covered, parameters_of
+from ..common.stock_class import LooksStock
 from ..config import APTConfig, ends_with, select
 from ..pruning.architectures.lookup import (
     Blocks,
@@ -51,10 +52,8 @@ _FLOAT16 = (
 logger = logging.getLogger("apt_ext")
 
 
-class Adapted(nn.Module):
+class Adapted(LooksStock):
     """The root of a model with adapters, which it holds as `model`."""
-
-    model: nn.Module
 
 
 @dataclass(frozen=True)

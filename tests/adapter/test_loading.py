@@ -79,7 +79,7 @@ LAST = "model.bert.pooler.dense."
         ({LAST + "rank": torch.tensor(9)}, ValueError, "pooler.dense.rank must lie between"),
         ({LAST + "base_layer.weight": torch.ones(3, 3)}, ValueError, r"must have shape \[24, 24\], got \[3, 3\]"),
         ({"model.classifier.weight": torch.ones(2, 24)}, ValueError, r"model.classifier.weight must have shape \[3, 24\], got \[2, 24\]"),
-        ({"model.more": torch.ones(1)}, RuntimeError, r"keys of this APTModel, got 1 Unexpected key\(s\) in state_dict \(model.more\)"),
+        ({"model.more": torch.ones(1)}, RuntimeError, r"keys of this Bert.*, got 1 Unexpected key\(s\) in state_dict \(model.more\)"),
         ("model.classifier.bias", RuntimeError, r"1 Missing key\(s\) in state_dict \(model.classifier.bias\)"),
     ],
 )

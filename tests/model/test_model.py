@@ -240,7 +240,7 @@ def test_a_models_own_copying_does_not_stand_for_the_wrappers():
 
     apt = get_apt_model(Own(nn.Linear(4, 4)), APTConfig(r=2))
     other = copy.deepcopy(apt)
-    assert type(other) is APTModel and type(other.model) is Own and other.model is not apt.model
+    assert isinstance(other, APTModel) and type(other.model) is Own and other.model is not apt.model
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
@@ -249,7 +249,7 @@ def test_a_copy_is_complete_and_its_own(way):
     apt.set_block_mask("1.neurons", half())
     expected = apt(**batch()).logits
     other = copy.deepcopy(apt) if way == "deepcopy" else pickle.loads(pickle.dumps(apt))  # noqa: S301
-    assert type(other) is APTModel and other.model is not apt.model and other.apt_config == apt.apt_config
+    assert isinstance(other, APTModel) and other.model is not apt.model and other.apt_config == apt.apt_config
     assert torch.equal(other(**batch()).logits, expected)
     other.set_block_mask("1.neurons", torch.zeros(48))
     assert torch.equal(apt.get_block_mask("1.neurons"), half().float()) and torch.equal(apt(**batch()).logits, expected)
