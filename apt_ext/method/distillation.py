@@ -22,8 +22,9 @@ from ..common.checks import checked_int, checked_mapping, checked_number, checke
 from ..distributed.dtensor import is_sharded
 from ..model import APTModel, adapters
 from ..pruning.architectures.lookup import in_encoder, is_encoder_decoder
+from ..pruning.block_masks import take_carriers
 from ..pruning.float32_heads import Hook
-from ..wrapping import cut_states
+from ..wrapping import cut_states, model_state
 from .fingerprints import SharedWeights
 from .refusals import generator_state
 
@@ -313,14 +314,22 @@ class Distiller:
         if not (self.own and isinstance(self.teacher, APTModel)):
             self._load(got)
             return
-        before = self.teacher.blocks
-        with cut_states.cut_to(self.teacher.model, before, cut_states.read(got, before, "teacher.")) as blocks:
-            self.teacher.blocks = blocks
-            try:
-                self._load(got)
-            except BaseException:
-                self.teacher.blocks = before
-                raise
+        teacher, before = self.teacher, self.teacher.blocks
+        left = cut_states.read(got, before, "teacher.")
+        if left is None:
+            cut_states.refuse_less_cut(got, before, "teacher.")
+        placed: dict[str, nn.Module] = {}
+        streams = model_state.holds_stream_masks(got, before, "teacher.")
+        if streams:  # a refresh was after hidden dimensions could be masked; here none has been yet
+            placed = model_state.place_stream_carriers(teacher.model, before)
+        try:
+            with cut_states.cut_to(teacher.model, before, left) as blocks:
+                teacher.blocks = blocks
+                self._load(got if streams else {**model_state.own_carriers(teacher.model, "teacher."), **got})
+        except BaseException:
+            teacher.blocks = before
+            take_carriers(teacher.model, placed)
+            raise
         if self.teacher.blocks is not before:
             self._shared = SharedWeights({})  # it shares no memory with the student any more
 

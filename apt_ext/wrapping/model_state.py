@@ -69,12 +69,27 @@ def with_carriers(model: nn.Module, state: Mapping[str, Any], prefix: str) -> Ma
         own = [key for key in state if key.startswith(start)] if isinstance(carrier, StreamCarrier | MaskedLinear) else []
         if not own or f"{start}mask_out" in own:
             continue
-        fresh = {key: value for key, value in carrier.state_dict(prefix=start).items() if not key.startswith(f"{start}base_layer.")}
-        fresh |= {key: torch.ones_like(value) for key, value in fresh.items() if key.endswith((".mask_in", ".mask_out"))}
-        fresh |= {key: torch.tensor(False, device="cpu") for key in fresh if key.endswith(".merged")}
+        fresh = _under_ones(carrier, start)
         renamed = {f"{start}base_layer.{key.removeprefix(start)}": state[key] for key in own}
         versions = getattr(state, "_metadata", None)  # torch's, of each module
         state = OrderedDict({key: value for key, value in state.items() if key not in own} | renamed | fresh)
         if versions is not None:
             state._metadata = versions  # type: ignore[attr-defined]
     return state
+
+
+def own_carriers(model: nn.Module, prefix: str) -> dict[str, Tensor]:
+    """What `own_state` would hold of what carries masks of hidden dimensions, were those all ones; keys begin with `prefix`."""
+    found: dict[str, Tensor] = {}
+    for name, carrier in model.named_modules():
+        if isinstance(carrier, StreamCarrier | MaskedLinear):
+            found |= _under_ones(carrier, f"{prefix}{name}.")
+    return found
+
+
+def _under_ones(carrier: nn.Module, start: str) -> dict[str, Tensor]:
+    """The state of a carrier without what it wraps, under masks of ones."""
+    fresh = {key: value for key, value in carrier.state_dict(prefix=start).items() if not key.startswith(f"{start}base_layer.")}
+    fresh |= {key: torch.ones_like(value) for key, value in fresh.items() if key.endswith((".mask_in", ".mask_out"))}
+    fresh |= {key: torch.tensor(False, device="cpu") for key in fresh if key.endswith(".merged")}
+    return fresh

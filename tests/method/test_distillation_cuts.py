@@ -1,14 +1,17 @@
 """A Distiller of a student that was cut before, that is cut again, or whose weights others write into."""
 
 import copy
+import io
 from types import SimpleNamespace
 
 import pytest
 import torch
+from families import FAMILIES
 from students import passed, student, taught
 from torch.nn import functional as F
+from training import SCHEDULE, all_of, assert_equal, batch_for, built
 
-from apt_ext import adapter_parameters, adapters
+from apt_ext import Controller, adapter_parameters, adapters
 from apt_ext.method import Distiller
 
 WIDTH = 24
@@ -168,3 +171,96 @@ def test_any_write_into_a_frozen_weight_is_noticed(name):
         distiller.loss(batch, outputs)
     distiller.refresh()
     distiller.loss(batch, outputs)
+
+
+# -- a run that cuts -----------------------------------------------------------------------------------------
+
+LESS = "^state_dict: expected a state that was cut at least as far as this model, got one that keeps"
+CUTTING = {"prune": ["heads", "neurons", "hidden"], "density": 0.35, "round_to": 1, "uniform": False}
+
+
+def begin(name, **options):
+    """(model, optimizer, Controller, Distiller) before the first step: the uncut base."""
+    apt, _ = built(FAMILIES[name], **CUTTING)
+    distiller = Distiller(apt, "self", **options)
+    optimizer = torch.optim.AdamW([*adapter_parameters(apt), *distiller.parameters()], lr=1e-2)
+    return apt, optimizer, Controller(apt, optimizer, 16, log=lambda _: None, **SCHEDULE), distiller
+
+
+def go(parts, name, steps, refreshes=()):
+    """The losses of these steps, with a refresh before each of `refreshes`."""
+    apt, optimizer, controller, distiller = parts
+    losses = []
+    for step in steps:
+        if step in refreshes:
+            distiller.refresh()
+        batch = batch_for(FAMILIES[name], step)
+        loss = distiller.loss(batch, apt(**batch, **distiller.asks), 0.5)
+        loss.backward()
+        controller.observe()
+        optimizer.step()
+        optimizer.zero_grad()
+        controller.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_events_leave_the_teacher_as_it_was(name):
+    parts = begin(name)
+    apt, _, _, distiller = parts
+    batch = batch_for(FAMILIES[name], 99)
+    before = taught(distiller, batch)
+    for step in range(16):
+        if step == 8:  # between two events
+            distiller.refresh()
+            before = taught(distiller, batch)
+        go(parts, name, [step])
+        assert same(distiller, batch, before)
+    left = [{block: one.count for block, one in model.blocks.items()} for model in (apt, distiller.teacher)]
+    assert left[1] == parts[2].history[0]["kept"] and left[0] == parts[2].history[-1]["kept"] != left[1]
+
+
+# Before the first event; between events, with a teacher that was cut less than the student, and as much; after the last.
+@pytest.mark.parametrize("stop", [3, 7, 8, 9, 11, 15])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_a_distilled_run_that_stopped_goes_on_bitwise(name, stop):
+    refreshes = (2, 8, 11)
+    whole = begin(name)
+    go(whole, name, range(stop), refreshes)
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in whole], file)
+    again = begin(name)
+    for part, state in zip(again, torch.load(io.BytesIO(file.getvalue()), weights_only=True), strict=True):
+        part.load_state_dict(state)
+    counts = [{block: one.count for block, one in parts[3].teacher.blocks.items()} for parts in (whole, again)]
+    assert counts[0] == counts[1]
+    expected = go(whole, name, range(stop, 16), refreshes)
+    assert go(again, name, range(stop, 16), refreshes) == expected
+    assert_equal(all_of(*again[:3]), all_of(*whole[:3]))
+    assert again[2].history == whole[2].history
+
+
+def test_a_teacher_that_was_cut_less_is_refused_and_changes_nothing():
+    """The student was loaded first, and the Distiller made of it then: its teacher has lost what the state has."""
+    whole = begin("bert")
+    go(whole, "bert", range(9))  # the teacher is the uncut student of before
+    again = begin("bert")
+    again[0].load_state_dict(whole[0].state_dict())
+    late = Distiller(again[0], "self")
+    less = whole[3].state_dict()
+    batch = batch_for(FAMILIES["bert"], 99)
+    before, state = taught(late, batch), late.state_dict()
+    with pytest.raises(ValueError, match=LESS):
+        late.load_state_dict(less)
+    whole[3].refresh()
+    go(whole, "bert", range(9, 12))  # a second event
+    further = Distiller(whole[0], "self")
+    with pytest.raises(ValueError, match=LESS):
+        further.load_state_dict(whole[3].state_dict())
+    assert same(late, batch, before)
+    assert_equal(late.state_dict(), state)
+    again[3].load_state_dict(less)  # as the words say: one that was not cut as far
+    assert not same(again[3], batch, taught(whole[3], batch))  # that one was refreshed since
+    again[3].load_state_dict(whole[3].state_dict())
+    assert same(again[3], batch, taught(whole[3], batch))
