@@ -129,6 +129,7 @@ class APTModel(Adapted):
     @blocks.setter
     def blocks(self, blocks: Mapping[str, Block]) -> None:
         self._blocks = blocks if isinstance(blocks, Blocks) else Blocks(self._blocks.row, blocks)
+        stock_saving.note_blocks(self)
 
     @property
     def hidden_left(self) -> Tensor | None:

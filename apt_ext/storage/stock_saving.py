@@ -59,6 +59,13 @@ def install(apt: SavesAdapters) -> None:
         vars(apt.model)["push_to_hub"] = refuse_push
 
 
+def note_blocks(apt: SavesAdapters) -> None:
+    """Let the model inside know what its APTModel's blocks are: it may outlive the APTModel."""
+    saving = vars(apt.model).get("save_pretrained")
+    if isinstance(saving, AdapterSaving):
+        saving.note_blocks(apt)
+
+
 def refuse_push(*_: Any, **__: Any) -> None:
     """Raise RuntimeError: adapters are no model that stock transformers loads."""
     raise RuntimeError(
@@ -71,7 +78,8 @@ class AdapterSaving:
     """`save_pretrained` of the model inside an APTModel: that of the APTModel. Copies of the model alone have it too."""
 
     def __init__(self, apt: SavesAdapters) -> None:
-        self.model, self.config, self.saved = apt.model, apt.apt_config, apt.saved
+        self.config, self.saved = apt.apt_config, apt.saved
+        self._model: weakref.ref[nn.Module] = weakref.ref(apt.model)  # which holds this: let go, it is freed at once
         self._kind: Any = own_class(type(apt))
         self._apt: weakref.ref[SavesAdapters] | None = weakref.ref(apt)
         self._blocks, self._target = apt.blocks, apt.target
@@ -81,7 +89,21 @@ class AdapterSaving:
         # A copy of the APTModel puts in another; one of the model alone is what the model is now.
         apt = self._living()
         now = {} if apt is None else {"_blocks": apt.blocks, "_target": apt.target}
-        return {**vars(self), **now, "_apt": None}
+        return {**vars(self), **now, "_apt": None, "_model": self.model}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._model = weakref.ref(state["_model"])
+
+    @property
+    def model(self) -> Any:
+        """The model that this saves."""
+        return self._model()
+
+    def note_blocks(self, apt: SavesAdapters) -> None:
+        """Take over the blocks that `apt` has now, if it is the one that this saves."""
+        if self._living() is apt:
+            self._blocks = apt.blocks
 
     def __call__(
         self,

@@ -1,7 +1,9 @@
 """Blocks that an event cuts to nothing, and cuts by hand at moments that a Controller does not expect."""
 
 import copy
+import gc
 import pickle
+import weakref
 
 import pytest
 import torch
@@ -162,3 +164,30 @@ def test_a_controller_is_not_copied(copied):
     controller.log = None
     with pytest.raises(TypeError, match="^Controller, Salience: expected to stay with the model"):
         copied(controller)
+
+
+def test_the_model_inside_outlives_its_apt_model_and_saves_what_cuts_left(tmp_path):
+    family = FAMILIES["bert"]
+    apt = run("bert")[0]
+    inner, expected = apt.model, apt.eval()(**family.inputs()).logits
+    counts, gone = {name: block.count for name, block in apt.blocks.items()}, weakref.ref(apt)
+    del apt
+    gc.collect()
+    assert gone() is None
+    inner.save_pretrained(tmp_path)
+    again = APTModel.from_pretrained(family.model(), tmp_path).eval()
+    assert {name: block.count for name, block in again.blocks.items()} == counts
+    assert torch.equal(again(**family.inputs()).logits, expected)
+
+
+def test_a_model_that_is_let_go_is_freed_without_a_search_for_cycles():
+    """An own self that a Distiller replaces holds as much as a model."""
+    apt = built(FAMILIES["bert"])[0]
+    weight = apt.model.bert.encoder.layer[0].output.dense.weight
+    gone = [weakref.ref(thing) for thing in (apt, apt.model, weight)]
+    gc.disable()
+    try:
+        del apt, weight
+        assert [one() for one in gone] == [None] * 3
+    finally:
+        gc.enable()
