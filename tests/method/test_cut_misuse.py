@@ -14,12 +14,11 @@ from apt_ext import APTModel, Controller, adapter_parameters
 from apt_ext.method.score.kurtosis import kurtosis
 
 LEAST = {"prune": ["heads", "neurons", "hidden"], "density": 0.2, "round_to": 1, "uniform": False}
-NO_DROPOUT = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}}
 
 
 def run(name, shrink="cut", steps=16, **options):
     """(model, optimizer, Controller) of a run in which whole blocks go."""
-    apt, optimizer = built(FAMILIES[name], sizes=NO_DROPOUT.get(name), **LEAST)
+    apt, optimizer = built(FAMILIES[name], **LEAST)
     options = {"floor": 0, "shrink": shrink, "log": lambda _: None, **SCHEDULE, **options}
     controller = Controller(apt, optimizer, 16, **options)
     train(apt, optimizer, controller, FAMILIES[name], steps)
