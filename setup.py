@@ -50,6 +50,22 @@ def why_no_cuda(torch, home):
     return None
 
 
+def together(patterns):
+    """Write one source a folder that includes the folder's files, and return their paths.
+
+    Most of a compilation is torch's headers, which are so read once a folder.
+    """
+    found = []
+    for pattern in patterns:
+        whole = Path("build", "together", f"{Path(pattern).parent.name}.cpp")
+        text = "".join(f'#include "../../{path}"\n' for path in sorted(glob.glob(pattern)))
+        if not whole.is_file() or whole.read_text() != text:  # an old one that says the same is not compiled again
+            whole.parent.mkdir(parents=True, exist_ok=True)
+            whole.write_text(text)
+        found.append(str(whole))
+    return found
+
+
 def build_arguments():
     find_compiler()
     torch = find_torch()
@@ -90,7 +106,7 @@ def build_arguments():
     options = ["-O3", "-std=c++20", "-fopenmp", "-fvisibility=hidden", "-g0", *shlex.split(os.environ.get("CXXFLAGS", ""))]
     extension = (CUDAExtension if cuda else CppExtension)(
         name="apt_ext._C",
-        sources=sorted(path for pattern in SOURCES + CUDA_SOURCES * cuda for path in glob.glob(pattern)),
+        sources=together(SOURCES) + sorted(path for pattern in CUDA_SOURCES * cuda for path in glob.glob(pattern)),
         depends=glob.glob("csrc/**/*.*h", recursive=True),
         define_macros=[("APT_WITH_CUDA", None)] * cuda,
         extra_compile_args={"cxx": options, "nvcc": ["-O3", "-std=c++20", "-lineinfo"]},
