@@ -30,11 +30,13 @@ def first(count, size):
 
 # (kept inputs, kept outputs): down, up, none, all, other ones of as many
 SERIES = [(72, 40), (30, 40), (30, 7), (8, 8), (0, 0), (71, 39), (72, 40), (1, 40), (64, 24), (72, 1)]
-NEAR = {
-    torch.float64: {},
-    torch.float32: {"rtol": 1e-4, "atol": 1e-4},
-    torch.bfloat16: {"rtol": 2e-2, "atol": 0.2},
-}
+NEAR = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def assert_near(got, want, dtype):
+    """By their norms: a sum of rounded terms may be all rounding where it is small."""
+    far = (got.double() - want.double()).norm()
+    assert got.shape == want.shape and far <= NEAR[dtype] * want.double().norm(), float(far)
 
 
 def wide(dtype=torch.float64, **options):
@@ -73,7 +75,7 @@ def test_at_every_change_of_masks(dense, dtype):
         sizes.add(bytes_of(adapter))
         x = torch.randn(5, K, dtype=dtype, requires_grad=True)
         for got, want in zip(outcome(adapter, x), outcome(twin, x), strict=True):
-            torch.testing.assert_close(got, want, **NEAR[dtype])
+            assert_near(got, want, dtype)
     assert len(sizes) > 6
     adapter.compact(False)
     assert adapter.packing.current is None and torch.equal(adapter(x), twin(x))

@@ -177,7 +177,7 @@ def test_a_cut_between_a_backward_and_observe_is_an_error_that_says_what_to_do()
     train(apt, optimizer, controller, family, 7)
     apt(**batch_for(family, 7)).loss.backward()
     apt.cut(optimizer)
-    with pytest.raises(RuntimeError, match="observe: the model was cut between a backward and this call.* cut after step"):
+    with pytest.raises(RuntimeError, match="observe: the model was cut between a backward and this call.* cut between step"):
         controller.observe()
     optimizer.zero_grad()
     train(apt, optimizer, controller, family, 9, first=7)
