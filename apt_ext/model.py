@@ -104,7 +104,6 @@ class APTModel(Adapted):
         super().__init__()
         self._register_state_dict_hook(save_target)  # type: ignore[no-untyped-call]
         self._register_state_dict_hook(_save_cuts)  # type: ignore[no-untyped-call]
-        self._register_load_state_dict_pre_hook(load_target, with_module=True)  # type: ignore[no-untyped-call]
         self._register_load_state_dict_pre_hook(_load_cuts, with_module=True)  # type: ignore[no-untyped-call]
         self.model = model
         self.apt_config = config
@@ -482,8 +481,13 @@ def _save_cuts(apt: APTModel, state: dict[str, Any], prefix: str, _metadata: Any
 
 @checked_before
 def _load_cuts(apt: APTModel, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A hook before torch's `load_state_dict`, which then finds the sizes of `state`; that is torch's own copy."""
+    """A hook before torch's `load_state_dict`, which then finds the sizes of `state`; that is torch's own copy.
+
+    It takes the target as well, once nothing can be refused: a wrapper's load comes here without the checks of ours.
+    """
+    target_after(apt.target, state, prefix)
     with cut_states.cut_to(apt.model, apt.blocks, cut_states.read(state, apt.blocks, prefix)) as blocks:
         apt.blocks = blocks
+    load_target(apt, state, prefix)
     for key in [key for key in state if key.startswith(prefix + cut_states.PREFIX)]:
         del state[key]

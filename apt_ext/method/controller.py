@@ -19,6 +19,7 @@ from ..config import APTConfig, Schedule
 from ..distributed import agreement
 from ..distributed.dtensor import is_sharded
 from ..optim.initial_state import OptimizerLike, optimizers_of
+from ..optim.resize import one_search
 from ..pruning.architectures.lookup import Blocks
 from ..pruning.block_masks import host_mask, missing_carriers, put_carriers, take_carriers
 from ..pruning.cost import budget_cost
@@ -347,11 +348,11 @@ class Controller:
     def _change(self) -> float | None:
         """What the schedule says for this step; the salience of the last chunk that stays, where it is an event."""
         event = self.now in self.steps.events
-        masks, threshold = self._next_masks(hard=event)
-        ranks = self.ranks.next(self.now, self.steps) if event else {}
-        cuts = event and self._cuts(masks)
-        if masks or ranks or cuts:
-            with agreement.change(f"step {self.now} of the Controller") as agree:
+        with agreement.change(f"step {self.now} of the Controller") as agree, one_search():
+            masks, threshold = self._next_masks(hard=event)
+            ranks = self.ranks.next(self.now, self.steps) if event else {}
+            cuts = event and self._cuts(masks)
+            if masks or ranks or cuts:
                 touched = {side.module for name in masks for side in self.blocks[name].sides} | ranks.keys()
                 check_change(self.model, touched, ranks, self.optimizer)
                 cut = self._checked_cut(masks) if cuts else None

@@ -3,6 +3,7 @@
     resize_parameters    values, gradients and optimizer state change size together, or nothing changes
     resizable_state      the optimizer state that this changes; every refusal that does not depend on the new size
     wrapper_of           what data-parallel wrapper holds one of some Parameters
+    one_search           lets many changes search for wrappers once
     refuse_gathered      and refuse_pieces: a Parameter that a wrapper has put in the place of the adapter's own
     draw_rows            Gaussian rows, the same on every rank of a process group
     write_rows           puts them into reserved storage, also where FSDP2 has sharded it
@@ -17,7 +18,9 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +33,9 @@ from ..distributed import agreement
 from ..distributed.dtensor import is_sharded, replicated
 from .initial_state import SHARED, optimizers_of, start_value, state_starts
 from .step_guard import guard, in_closure, is_guarded, stale
+
+# Within `one_search`: the living wrappers, once they were searched for.
+_known: ContextVar[list[list[nn.Module]] | None] = ContextVar("apt_ext.resize.known", default=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,17 +219,33 @@ def wrapper_of(params: Sequence[Tensor]) -> str | None:
         wrappers += (engine,)
     wanted = set(map(id, params))
 
-    def search() -> str | None:
-        for thing in gc.get_objects():
-            # type(), not isinstance: asking a proxy for its class may run its code
-            if issubclass(type(thing), wrappers) and not wanted.isdisjoint(map(id, thing.parameters())):
-                return type(thing).__name__
-        return None
+    def living() -> list[nn.Module]:
+        # type(), not isinstance: asking a proxy for its class may run its code
+        return [thing for thing in gc.get_objects() if issubclass(type(thing), wrappers)]
 
-    if search() is None:
+    def holder(found: list[nn.Module]) -> str | None:
+        return next((type(one).__name__ for one in found if not wanted.isdisjoint(map(id, one.parameters()))), None)
+
+    known = _known.get()
+    if known is None:
+        known = []
+    if not known:
+        known.append(living())
+    if holder(known[0]) is None:
         return None
+    known.clear()
     gc.collect()  # a deleted wrapper may still await it: only one that survives counts
-    return search()
+    return holder(living())
+
+
+@contextmanager
+def one_search() -> Iterator[None]:
+    """Within this context wrappers are searched for once, however many Parameters change: none is made meanwhile."""
+    token = _known.set([])
+    try:
+        yield
+    finally:
+        _known.reset(token)
 
 
 def write_rows(param: nn.Parameter, rows: Tensor, start: int) -> None:

@@ -1,5 +1,5 @@
 """DDP, FSDP2 and the agreement of ranks: two gloo processes, started once, make the checks of wrapped_checks, agreement_checks,
-controller_checks and checkpoint_checks."""
+controller_checks, cut_checks and checkpoint_checks."""
 
 import json
 import pathlib
@@ -219,6 +219,37 @@ def test_a_refused_state_leaves_no_carrier(both):
 
 def test_a_run_goes_on_with_another_number_of_ranks(both):
     both("a_run_goes_on_with_another_number_of_ranks")
+
+
+# -- cuts -----------------------------------------------------------------------------------------------------
+
+
+def test_ranks_cut_alike(both):
+    both("ranks_cut_alike")
+
+
+def test_a_salience_that_differs_refuses_the_cut(both):
+    both("a_salience_that_differs_on_one_rank_refuses_the_cut_on_every_rank")
+
+
+def test_a_mask_that_others_set_refuses_the_cut(both):
+    both("a_mask_that_others_set_on_one_rank_refuses_the_cut_on_every_rank")
+
+
+def test_under_ddp_the_default_is_compact(both):
+    both("under_ddp_the_default_is_compact_and_a_cut_is_refused_on_every_rank")
+
+
+def test_under_fsdp_the_default_is_compact(both):
+    both("under_fsdp_the_default_is_compact_and_a_cut_is_refused_on_every_rank")
+
+
+def test_a_wrapper_that_comes_after_the_controller(both):
+    both("a_wrapper_that_comes_after_the_controller_makes_it_compact")
+
+
+def test_a_cut_state_is_refused_under_ddp(both):
+    both("a_cut_state_is_refused_by_a_model_that_ddp_holds")
 
 
 # -- one process --------------------------------------------------------------------------------------------------------------------------

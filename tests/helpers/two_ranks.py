@@ -14,6 +14,7 @@ from datetime import timedelta
 import agreement_checks  # noqa: F401
 import checkpoint_checks  # noqa: F401
 import controller_checks  # noqa: F401
+import cut_checks  # noqa: F401
 import torch
 import wrapped_checks  # noqa: F401  after the others: its last check ends the group
 from torch import distributed as dist
