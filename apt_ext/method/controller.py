@@ -181,7 +181,7 @@ class Controller:
 
             self._dense = self.cost.total(blocks.full)
             self._initial = self.density
-            self.shrink = chosen_mode(shrink, model, self.model, self.ranks.adapters, optimizers) if self.blocks else "none"
+            self.shrink = chosen_mode(shrink, model, self.model, self.blocks, self.ranks.adapters, optimizers)
             self._by_default, self._compacted = shrink is None, False
             if growing := self.ranks.growing():
                 check_can_grow(growing, optimizers, growth.budget)
@@ -371,7 +371,7 @@ class Controller:
         """Whether there is something to cut at this event, which brings these masks."""
         gone = any(not bool({**self._record.masks, **masks}[name].all()) for name in self.blocks)
         if gone and self.shrink == "cut" and self._by_default and self.model.blocks.origin is None:  # or compiled, or wrapped, by now
-            self.shrink = chosen_mode(None, self.model, self.model, self.ranks.adapters, optimizers_of(self.optimizer))
+            self.shrink = chosen_mode(None, self.model, self.model, self.blocks, self.ranks.adapters, optimizers_of(self.optimizer))
         return gone and self.shrink == "cut"
 
     def _checked_cut(self, masks: Mapping[str, Tensor]) -> Cut:

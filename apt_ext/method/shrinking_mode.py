@@ -13,24 +13,32 @@ from ..distributed.dtensor import is_sharded
 from ..model import APTModel
 from ..optim.initial_state import state_starts
 from ..optim.resize import resizable_state, wrapper_of
+from ..pruning.architectures.lookup import Block, stored
+from ..pruning.block_masks import submodule
 from ..wrapping.module_hooks import is_compiled
 
 logger = logging.getLogger("apt_ext")
 
 
 def chosen_mode(
-    shrink: str | None, model: nn.Module, apt: APTModel, adapters: Mapping[str, APTAdapter], optimizers: Sequence[Optimizer]
+    shrink: str | None,
+    model: nn.Module,
+    apt: APTModel,
+    pruned: Mapping[str, Block],
+    adapters: Mapping[str, APTAdapter],
+    optimizers: Sequence[Optimizer],
 ) -> str:
     """Return the mode that `shrink` asks for; of None, "cut" where that can be, else "compact", of which the logger tells.
 
     model     what the Controller was given, which holds the APTModel
+    pruned    the blocks that will be
     adapters  those with a rank
 
     ValueError or RuntimeError where "cut" is asked for and cannot be.
     """
-    if shrink in ("compact", "none"):
-        return str(shrink)
-    impossible = _why_no_cut(apt, optimizers)
+    if shrink in ("compact", "none") or not pruned:
+        return shrink if pruned and shrink is not None else "none"
+    impossible = _why_no_cut(apt, pruned, optimizers)
     if shrink == "cut":
         if impossible is not None:
             kind, why = impossible
@@ -64,9 +72,17 @@ def say_compact(why: str, adapters: Mapping[str, APTAdapter]) -> None:
     )
 
 
-def _why_no_cut(apt: APTModel, optimizers: Sequence[Optimizer]) -> tuple[type[Exception], str] | None:
+def _why_no_cut(apt: APTModel, pruned: Mapping[str, Block], optimizers: Sequence[Optimizer]) -> tuple[type[Exception], str] | None:
     """The kind and words of the error of a cut that cannot be, or None."""
     parameters = [parameter for parameter in apt.parameters() if parameter.requires_grad]
+    given = {id(parameter) for one in optimizers for group in one.param_groups for parameter in group["params"]}
+    for side in (side for block in pruned.values() for side in block.sides):
+        for name, parameter in stored(submodule(apt.model, side.module)).named_parameters(recurse=False):
+            if parameter.requires_grad and id(parameter) not in given:
+                return ValueError, (
+                    f"{side.module}.{name} trains, becomes smaller with each cut, and is held by none of the optimizers that were given; "
+                    "give a list of all that hold something of this model"
+                )
     wanted = set(map(id, parameters))
     for one in optimizers:
         held = any(id(parameter) in wanted for group in one.param_groups for parameter in group["params"])

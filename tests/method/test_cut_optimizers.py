@@ -235,3 +235,20 @@ def test_state_that_shows_later_refuses_the_cut_that_was_asked_for():
         del state["slow"]
     controller.step()
     assert controller.now == 6 and apt.blocks.origin is not None
+
+
+def test_what_trains_in_an_optimizer_that_was_not_given_is_not_cut(caplog):
+    """Its next step would be refused, with the run already cut."""
+    family = FAMILIES["llama"]
+    config = {"prune": ["heads", "neurons", "hidden"], "modules_to_save": ["lm_head"]}
+    apt, _ = built(family, **config)
+    factors = [p for _, adapter in adapters(apt) if adapter.rank for p in (adapter.lora_A, adapter.lora_B)]
+    head = [p for p in adapter_parameters(apt) if not any(p is factor for factor in factors)]
+    ours, other = torch.optim.AdamW(factors), torch.optim.AdamW(head)
+    assert head
+    with pytest.raises(ValueError, match=r"^shrink: lm_head.weight trains, .* is held by none of the optimizers that were given"):
+        Controller(apt, ours, 16, shrink="cut", **SCHEDULE)
+    controller = Controller(apt, ours, 16, **SCHEDULE)
+    assert controller.shrink == "compact" and "lm_head.weight trains" in caplog.text
+    controller.remove()
+    assert Controller(apt, [ours, other], 16, **SCHEDULE).shrink == "cut"
