@@ -147,13 +147,13 @@ def under_ddp_the_default_is_compact_and_a_cut_is_refused_on_every_rank(rank):
     apt, optimizer = built(FAMILY, **CONFIG)
     model = DistributedDataParallel(apt)
     before, listened = modules_of(apt), hooks(apt, optimizer)
-    with pytest.raises(RuntimeError, match="^shrink: .*held by DistributedDataParallel.*shrink='compact' leaves"):
+    with pytest.raises(RuntimeError, match="^shrink: DistributedDataParallel holds the Parameters.*shrink='compact' leaves"):
         Controller(model, optimizer, 16, growth=1.0, shrink="cut", **SCHEDULE)
     assert modules_of(apt) == before and hooks(apt, optimizer) == listened
     with warned() as said:
         controller = Controller(model, optimizer, 16, growth=1.0, log=lambda _: None, **SCHEDULE)
     said = [line for line in said if "compacted and not cut" in line]
-    assert len(said) == 1 and "held by DistributedDataParallel" in said[0] and controller.shrink == "compact"
+    assert len(said) == 1 and "DistributedDataParallel holds" in said[0] and controller.shrink == "compact"
     sizes = shapes(apt)
     for step in range(16):
         model(**rows(batch_for(FAMILY, step), rank)).loss.backward()
@@ -172,14 +172,14 @@ def under_fsdp_the_default_is_compact_and_a_cut_is_refused_on_every_rank(rank):
     model = sharded(apt)
     optimizer = torch.optim.AdamW(adapter_parameters(apt), lr=1e-3)
     before, listened = modules_of(apt), hooks(apt, optimizer)
-    with pytest.raises(RuntimeError, match="^shrink: .*held by FSDP.*shrink='compact' leaves"):
+    with pytest.raises(RuntimeError, match="^shrink: FSDP.* holds the Parameters.*shrink='compact' leaves"):
         Controller(model, optimizer, 16, growth=1.0, shrink="cut", **SCHEDULE)
     assert modules_of(apt) == before and hooks(apt, optimizer) == listened
     with warned() as said:
         controller = Controller(model, optimizer, 16, growth=1.0, **SCHEDULE)
     said = [line for line in said if "compacted and not cut" in line]
     assert len(said) == 1 and controller.shrink == "compact"
-    assert "held by FSDP" in said[0] and "they stay full-size under their masks" in said[0]
+    assert "FSDP or tensor parallelism (a DTensor) holds" in said[0] and "they stay full-size under their masks" in said[0]
 
 
 @check
@@ -203,7 +203,7 @@ def a_wrapper_that_comes_after_the_controller_makes_it_compact(rank):
         assert apt.blocks.origin is None and refused == (shrink is not None)
         if shrink is None:
             assert controller.shrink == "compact"
-            assert any("held by DistributedDataParallel" in line for line in said)
+            assert any("DistributedDataParallel holds" in line for line in said)
 
 
 @check
