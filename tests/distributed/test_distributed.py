@@ -29,7 +29,7 @@ def run(commands, outcome):
             processes.append(subprocess.Popen([sys.executable, *command], stdout=log, stderr=log))
     try:
         for process in processes:
-            process.wait(timeout=150)
+            process.wait(timeout=420)  # far more than it takes: only what hangs is ended
     except subprocess.TimeoutExpired:
         pass
     finally:
