@@ -1,4 +1,8 @@
-"""A model with adapters that looks like the stock model inside to code that asks for a class or a signature, such as Trainer."""
+"""A model with adapters that looks like the stock model inside to code that asks for a class or a signature, such as Trainer.
+
+Trainer, accelerate and TRL ask `isinstance(model, PreTrainedModel)` before they save. So the class of an APTModel around one
+derives from PreTrainedModel, and every attribute that comes from there is the inner model's own.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,9 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
+
+_PRETRAINED = ("transformers.modeling_utils", "PreTrainedModel")
+_OF_TORCH = {"__init__", "cuda", "eval", "float", "half", "to", "train"}  # what PreTrainedModel overrides and a wrapper must not
 
 _made: WeakKeyDictionary[type, dict[type, type]] = WeakKeyDictionary()  # {stock class: {our class: the one with its name}}
 
@@ -20,6 +27,9 @@ class LooksStock(nn.Module):
     """
 
     model: nn.Module
+
+    def __init__(self) -> None:
+        nn.Module.__init__(self)  # not that of PreTrainedModel, which may stand between
 
     def __new__(cls, model: nn.Module | None = None, *_: Any, **__: Any) -> LooksStock:
         return super().__new__(cls if model is None else class_for(cls, type(model)))
@@ -56,5 +66,33 @@ def class_for(kind: type, stock: type) -> type:
         with suppress(TypeError, ValueError):  # one of torch.jit or of C++ has none
             forward.__signature__ = inspect.signature(stock.forward)  # type: ignore[attr-defined]
         names = {"__module__": kind.__module__, "__doc__": kind.__doc__, "forward": forward, "made_for": stock.__name__}
-        of_stock[kind] = type(stock.__name__, (kind,), names)
+        pretrained = next((base for base in stock.__mro__ if (base.__module__, base.__name__) == _PRETRAINED), None)
+        bases = (kind,) if pretrained is None else (kind, _forwarding(pretrained, stock))
+        of_stock[kind] = type(stock.__name__, bases, names)
     return of_stock[kind]
+
+
+def _forwarding(pretrained: type, stock: type) -> type:
+    """Return a subclass of PreTrainedModel in which nothing is PreTrainedModel's: torch's where torch has it, else the inner model's."""
+    ours: dict[str, Any] = {name: getattr(nn.Module, name) for name in vars(pretrained) if name in _OF_TORCH}
+    forwarded = (name for name in dir(pretrained) if not hasattr(nn.Module, name))
+    ours |= {name: _Forwarded(stock, name) for name in forwarded}
+    ours["__init_subclass__"] = classmethod(lambda cls, **_: None)  # PreTrainedModel's reads annotations, of ours too
+    ours["__module__"], ours["__doc__"] = __name__, "PreTrainedModel to those who ask for the class; no code of it runs."
+    return type("Forwarding", (pretrained,), ours)
+
+
+class _Forwarded:
+    """An attribute that the model inside has; of the class, what the stock class has."""
+
+    def __init__(self, stock: type, name: str) -> None:
+        self._stock, self._name = stock, name
+
+    def __get__(self, instance: Any, owner: type) -> Any:
+        return getattr(self._stock if instance is None else instance.model, self._name)
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        setattr(instance.model, self._name, value)
+
+    def __delete__(self, instance: Any) -> None:
+        delattr(instance.model, self._name)
