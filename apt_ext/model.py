@@ -7,13 +7,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .adapter.layer import APTAdapter
 from .adapter.shared_memory import indexed
 from .adapter.state_dict import check_loadable, checked_before
-from .common.checks import checked_bool, checked_mapping, checked_module, error_prefix
+from .common.checks import checked_bool, checked_mapping, checked_module
 from .config import APTConfig, nearest
 from .distributed import agreement
 from .optim.initial_state import OptimizerLike
@@ -21,19 +20,17 @@ from .optim.step_guard import guard
 from .pruning.architectures.lookup import Block, Blocks
 from .pruning.block_masks import (
     get_mask,
-    merged_linear,
     missing_block,
     set_mask,
     take_carriers,
 )
 from .pruning.cost import density_of
-from .pruning.cut import folded
 from .pruning.cut_in_place import Cut, checked_cut
-from .pruning.float32_heads import follow, narrow
+from .pruning.float32_heads import follow
 from .pruning.target import KEY, Target, load_target, save_target, target_after
 from .pruning.wrappers import StreamCarrier
 from .storage import checkpoint, stock_saving
-from .wrapping import compact_model, cut_states, model_state, peft_factors
+from .wrapping import compact_model, cut_states, model_state, peft_factors, run_state, saving, unload
 from .wrapping.bases import refuse_peft
 from .wrapping.build import Adapted, build
 from .wrapping.compiled import unwrap
@@ -96,9 +93,13 @@ class APTModel(Adapted):
                 "decoder.<layer>.cross_heads", in encoder-decoders), and "hidden", the dimensions of the residual stream
     saved       the names of the modules that train whole, and of lone Parameters that do
     target      the Target of the last Controller that worked on it; None: none did
+    controller_state  the Controller's state in the Trainer checkpoint that was loaded last; None: there was none
+    trained_by  how many processes trained that together; None: no such checkpoint was loaded
     """
 
     target: Target | None = None
+    controller_state: dict[str, Any] | None = None
+    trained_by: int | None = None
 
     def __init__(self, model: nn.Module, config: APTConfig, blocks: Blocks, saved: list[str]) -> None:
         super().__init__()
@@ -303,40 +304,20 @@ class APTModel(Adapted):
         """
         if not checked_bool("unfinished", unfinished):
             self.refuse_unfinished("merge_and_unload")
-        for name, block in self.blocks.items():
-            if any(side.of == "norm" for side in block.sides) and not bool(self.get_block_mask(name).all()):
-                what = "hidden dimensions" if block.kind == "hidden" else f"{block.kind} of block {name!r}, over which a norm runs,"
-                raise RuntimeError(f"merge_and_unload: {what} are pruned, which no full-size model computes; use apt_ext.shrink")
-        found = list(adapters(self))
-        narrow(self.model, check=True)
-        values = folded(self.model, self.blocks.row)
-        merged_before = [adapter.merged for _, adapter in found]
-        with indexed():
-            try:
-                for name, adapter in found:
-                    with error_prefix(name):
-                        adapter.merge_weights(keep="cpu")
-            except BaseException:
-                for (_, adapter), merged in zip(found, merged_before, strict=True):
-                    if not merged:
-                        adapter.unmerge_weights()
-                raise
-            for name, adapter in found:
-                self.model.set_submodule(name, merged_linear(adapter))
-        for name, module in list(self.model.named_modules()):
-            if isinstance(module, StreamCarrier):
-                self.model.set_submodule(name, module.base_layer)
-        with torch.no_grad():
-            for parameter, value in values:
-                parameter.copy_(value)
-        narrow(self.model)
-        stock_saving.restore(self.model, self.blocks.row)
+        unload.merge_and_unload(self.model, self.blocks)
         self.blocks = Blocks(self.blocks.row)
         return self.model
 
     # -- save and load -----------------------------------------------------------------------------------------------
 
-    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+    def save_pretrained(
+        self,
+        path: str | os.PathLike[str],
+        is_main_process: bool | None = None,
+        state_dict: Mapping[str, Any] | None = None,
+        push_to_hub: bool = False,
+        **_: Any,
+    ) -> None:
         """Write adapters, masks, the modules that train whole and what cuts have left into the directory `path`, made if it is missing.
 
         Three files: apt_config.json, apt_model.safetensors, and apt_manifest.json with their sizes and hashes; other files there stay.
@@ -344,10 +325,17 @@ class APTModel(Adapted):
         `from_pretrained` finds the old state or the new, whole, and the next save removes what was left over.
         ValueError where `path`, or a directory of such a name in it, is in the way; OSError (disk full, read-only) leaves what was there.
         The `save_pretrained` of the model inside, which a Trainer that was given it calls, writes the same.
+
+        is_main_process  as Trainer and accelerate give it. False: nothing is written. True: the tensors go into model.safetensors,
+                         with a Controller's state, and `load_state_dict` of that file resumes a run
+        state_dict       gathered values, as FSDP needs it; None: the model's own
+
+        `push_to_hub` is refused with RuntimeError. Other arguments of the stock method do not matter.
         """
-        hidden = self.blocks["hidden"].sides if "hidden" in self.blocks else ()
-        stream = any(isinstance(self.model.get_submodule(side.module), StreamCarrier) for side in hidden)
-        checkpoint.save(path, self.apt_config, self.own_state(), stream, self.saved, self.target)
+        if push_to_hub:
+            stock_saving.refuse_push()
+        if is_main_process is not False:
+            saving.save(self, path, state_dict, for_trainer=is_main_process is True)
 
     def push_to_hub(self, *_: Any, unfinished: bool = False, **__: Any) -> None:
         """Refused with RuntimeError: `export` writes what stock transformers loads, `huggingface_hub.upload_folder` uploads it."""
@@ -371,7 +359,8 @@ class APTModel(Adapted):
                 if saved.stream:
                     model_state.place_stream_carriers(built.model, built.blocks)
                 with saved.tensors(apt.own_state(), apt.blocks.full) as tensors:
-                    apt._load_checked(tensors)
+                    apt.controller_state, apt.trained_by = run_state.controller_state(tensors), run_state.processes_of(tensors)
+                    apt.load_own_state(tensors if apt.trained_by is None else run_state.own(tensors), check=True)
                 apt.target = saved.target
                 apt._begin()
             return apt
@@ -413,6 +402,9 @@ class APTModel(Adapted):
         refuses, RuntimeError for keys where `strict`.
         """
         checked_mapping("state_dict", state_dict)
+        processes = run_state.processes_of(state_dict)
+        complete = processes is not None  # without the base
+        controller, state_dict = run_state.controller_state(state_dict), run_state.without_run(state_dict)
         target_after(self.target, state_dict)  # refused before anything changes
         left = cut_states.read(state_dict, self.blocks)  # likewise
         placed: dict[str, nn.Module] = {}
@@ -423,15 +415,18 @@ class APTModel(Adapted):
                 cut_states.refuse_less_cut(state_dict, self.blocks, "model.")
             with cut_states.cut_to(self.model, self.blocks, left) as blocks:
                 state_dict = model_state.with_carriers(self.model, state_dict, "model.")
-                own = cut_states.without(state_dict)
-                check_loadable(self, {key: value for key, value in own.items() if key != KEY}, strict)
+                own = {key: value for key, value in cut_states.without(state_dict).items() if key != KEY}
+                if complete:
+                    self._check_own(run_state.own(own), blocks)
+                check_loadable(self, own, strict and not complete)
         except BaseException:
             take_carriers(self.model, placed)
             raise
         self.blocks = blocks
-        loaded = super().load_state_dict(state_dict, strict, assign)
+        loaded = super().load_state_dict(state_dict, strict and not complete, assign)
+        self.controller_state, self.trained_by = controller, processes
         self._guard_trained()  # with `assign` Parameters are others
-        return loaded
+        return type(loaded)([], []) if complete else loaded
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> APTModel:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -454,24 +449,25 @@ class APTModel(Adapted):
         """
         return model_state.own_state(self.model, self.saved) | cut_states.tensors_of(self.blocks)
 
-    def load_own_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load what `own_state` returned, of tensors that were checked; a state that was cut cuts this model alike.
+    def load_own_state(self, tensors: Mapping[str, Tensor], check: bool = False) -> None:
+        """Load what `own_state` returned; a state that was cut cuts this model alike.
+
+        check  the tensors were not checked: ValueError unless they are this model's in name, shape and dtype
 
         Nothing has changed when this raises, but what an adapter refuses leaves adapters unmerged.
         """
         with cut_states.cut_to(self.model, self.blocks, cut_states.read(tensors, self.blocks)) as blocks:
-            model_state.load_own_state(self.model, self.saved, cut_states.without(tensors))
-        self.blocks = blocks
-
-    def _load_checked(self, tensors: Mapping[str, Tensor]) -> None:
-        """`load_own_state` of tensors that are checked here."""
-        with cut_states.cut_to(self.model, self.blocks, cut_states.read(tensors, self.blocks)) as blocks:
-            cut_states.raise_rank_limits(self.model, blocks)
-            limits = {name: adapter.rank_limit for name, adapter in adapters(self)}
             own = cut_states.without(tensors)
-            checkpoint.check(own, model_state.own_state(self.model, self.saved), limits)
+            if check:
+                self._check_own(own, blocks)
             model_state.load_own_state(self.model, self.saved, own)
         self.blocks = blocks
+
+    def _check_own(self, own: Mapping[str, Tensor], blocks: Blocks) -> None:
+        """ValueError unless the tensors are those of this model, which has these blocks now."""
+        cut_states.raise_rank_limits(self.model, blocks)
+        limits = {name: adapter.rank_limit for name, adapter in adapters(self)}
+        checkpoint.check(own, model_state.own_state(self.model, self.saved), limits)
 
 
 def _save_cuts(apt: APTModel, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
@@ -489,5 +485,6 @@ def _load_cuts(apt: APTModel, state: dict[str, Any], prefix: str, *_: Any) -> No
     with cut_states.cut_to(apt.model, apt.blocks, cut_states.read(state, apt.blocks, prefix)) as blocks:
         apt.blocks = blocks
     load_target(apt, state, prefix)
-    for key in [key for key in state if key.startswith(prefix + cut_states.PREFIX)]:
+    kept = cut_states.without(run_state.without_run(state, prefix), prefix)
+    for key in state.keys() - kept.keys():
         del state[key]

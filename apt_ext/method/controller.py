@@ -27,6 +27,7 @@ from ..pruning.cut import decodes
 from ..pruning.cut_in_place import Cut
 from ..pruning.target import BUDGETS, Target
 from ..storage import state_directory
+from ..wrapping.run_state import note_controller
 from .block_record import BlockRecord
 from .history import Event, checked_history, event, line
 from .outlook import Outlook, allowance, check_export, chosen, pruned_blocks, say_unpruned
@@ -40,7 +41,6 @@ from .refusals import (
     check_state,
     checked_scores,
     gradients_came,
-    note_controller,
     refuse_second,
 )
 from .schedule import Steps, step_mask

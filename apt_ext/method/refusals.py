@@ -3,7 +3,6 @@ nothing, a state that is not whole."""
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -18,10 +17,9 @@ from ..model import APTModel, adapters
 from ..optim.initial_state import OptimizerLike, state_starts
 from ..optim.resize import refuse_gathered, resizable_state
 from ..pruning.block_masks import submodule
+from ..wrapping.run_state import controller_of
 
 MODES = ("cut", "compact", "none")  # what becomes of what a Controller prunes
-
-_controllers: weakref.WeakKeyDictionary[APTModel, weakref.ref[Any]] = weakref.WeakKeyDictionary()  # the last one of each model
 
 
 def apt_model_in(model: nn.Module) -> APTModel:
@@ -34,15 +32,11 @@ def apt_model_in(model: nn.Module) -> APTModel:
 
 def refuse_second(model: APTModel, expected: str = "no other Controller") -> None:
     """RuntimeError while a Controller is at work on `model`: it hears every backward, and does not know masks and ranks that others set."""
-    other = _controllers[model]() if model in _controllers else None
+    other = controller_of(model)
     if other is not None and other.listening:
         raise RuntimeError(
             f"model: expected {expected} at work on it, got one at step {other.now} of {other.steps.end}; call its remove() first"
         )
-
-
-def note_controller(model: APTModel, controller: Any) -> None:
-    _controllers[model] = weakref.ref(controller)
 
 
 def check_held(found: Mapping[str, APTAdapter], optimizers: Sequence[Optimizer]) -> None:

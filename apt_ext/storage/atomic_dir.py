@@ -247,20 +247,21 @@ class Sealed:
 
 
 @contextmanager
-def opened(directory: Path, manifest: str, names: Sequence[str] | None = None) -> Iterator[dict[str, Sealed]]:
+def opened(directory: Path, manifest: str, names: Sequence[str] | None = None, *others: Sequence[str]) -> Iterator[dict[str, Sealed]]:
     """The files of the sealed directory, all of one save, whatever `commit` does there meanwhile. ValueError naming the file.
 
-    Nothing has been read but the manifest, which must list just the files `names`; without, those that it lists are the ones.
+    Nothing has been read but the manifest, which must list just the files `names`, or those of one of `others`; without, those that it
+    lists are the ones.
     """
     with ExitStack() as stack:
         for _ in range(_TRIES):
             attempt = stack.enter_context(ExitStack())
-            text, entries = _manifest_text(directory, manifest, names)
+            text, entries = _manifest_text(directory, manifest, names, *others)
             files = {}
             for name in entries:
                 with error_prefix(str(directory / name), ValueError):
                     stream = attempt.enter_context(_open(directory, manifest, name))
-                if _manifest_text(directory, manifest, names)[0] != text:
+                if _manifest_text(directory, manifest, names, *others)[0] != text:
                     break
                 with error_prefix(str(directory / name), ValueError):
                     files[name] = Sealed(directory / name, stream, entries[name])
@@ -272,12 +273,14 @@ def opened(directory: Path, manifest: str, names: Sequence[str] | None = None) -
         yield files
 
 
-def _manifest_text(directory: Path, manifest: str, names: Sequence[str] | None) -> tuple[bytes, dict[str, dict[str, Any]]]:
+def _manifest_text(
+    directory: Path, manifest: str, names: Sequence[str] | None, *others: Sequence[str]
+) -> tuple[bytes, dict[str, dict[str, Any]]]:
     with error_prefix(str(directory / manifest), ValueError):
         with _open(directory, manifest, manifest) as stream:
             text = stream.read(_MOST_TEXT + 1)
         entries = _entries(text)
-        if names is not None and sorted(entries) != sorted(names):
+        if names is not None and all(sorted(entries) != sorted(one) for one in (names, *others)):
             raise ValueError(f"expected the files {sorted(names)}, got {sorted(entries)!r:.200}")
         return text, entries
 

@@ -21,10 +21,13 @@ from . import atomic_dir, tensor_file
 
 CONFIG_FILE = "apt_config.json"
 TENSORS_FILE = "apt_model.safetensors"
+RUN_FILE = "model.safetensors"  # what Trainer calls it: with a Controller's state, in place of TENSORS_FILE
 MANIFEST_FILE = "apt_manifest.json"
 _FILES = (CONFIG_FILE, TENSORS_FILE)
+_RUN_FILES = (CONFIG_FILE, RUN_FILE)
 _FORMAT = 1  # of the two files
 _MOST_TEXT = 1 << 20  # bytes of a configuration
+_MOST_OF_A_RUN = 1 << 23  # values of a Controller's state
 _MOST_BEFORE = 64  # times as many there may have been before a cut, of a base that was cut alike
 
 
@@ -35,12 +38,14 @@ def save(
     stream: bool,
     whole: list[str],
     target: Target | None,
+    file: str = TENSORS_FILE,
 ) -> None:
     """Write a checkpoint into the directory `path`; what `APTModel.save_pretrained` promises.
 
     stream  whether masks of hidden dimensions are among the tensors
     whole   the modules and Parameters that train whole: another base model may say otherwise
     target  what a Controller was to reach; left out where it is None, as in files of versions without it
+    file    of the tensors, TENSORS_FILE or RUN_FILE
     """
     from safetensors.torch import save as serialize
 
@@ -55,16 +60,16 @@ def save(
     # Copies: safetensors refuses tensors that share memory, as tied weights do.
     copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
     with atomic_dir.made(directory), atomic_dir.stage(directory, MANIFEST_FILE) as new:
-        (new / TENSORS_FILE).write_bytes(serialize(copies, {"format": "pt"}))
+        (new / file).write_bytes(serialize(copies, {"format": "pt"}))
         (new / CONFIG_FILE).write_text(text, encoding="utf-8")
         atomic_dir.seal(new, MANIFEST_FILE)
-        atomic_dir.commit(new, directory, MANIFEST_FILE, _FILES)
+        atomic_dir.commit(new, directory, MANIFEST_FILE, (CONFIG_FILE, file))
 
 
 @contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
     """The checkpoint in the directory `path`, one and the same whatever is saved there meanwhile. ValueError naming the file."""
-    with atomic_dir.opened(checked_path(path), MANIFEST_FILE, _FILES) as files:
+    with atomic_dir.opened(checked_path(path), MANIFEST_FILE, _FILES, _RUN_FILES) as files:
         yield Checkpoint(files)
 
 
@@ -72,7 +77,8 @@ class Checkpoint:
     """One that is open; its methods read and judge. ValueError naming the file."""
 
     def __init__(self, files: dict[str, atomic_dir.Sealed]) -> None:
-        self._config, self._tensors = files[CONFIG_FILE], files[TENSORS_FILE]
+        self._of_a_run = RUN_FILE in files
+        self._config, self._tensors = files[CONFIG_FILE], files[RUN_FILE if self._of_a_run else TENSORS_FILE]
         self.stream = False  # whether hidden masks are in it, once `config` was read
         self._saved: list[str] | None = None  # names of what trained whole, likewise; None: an older version wrote it
         self._heads_alone = False  # whether that version saved the task heads, and nothing else
@@ -115,7 +121,8 @@ class Checkpoint:
         """
         with error_prefix(str(self._tensors.path), ValueError):
             cuts = {name: _MOST_BEFORE * (count + 1) for name, count in blocks.items()}
-            yield tensor_file.read(self._tensors, {**_most_values(expected), **cuts})
+            run = {"": _MOST_OF_A_RUN} if self._of_a_run else {}
+            yield tensor_file.read(self._tensors, {**_most_values(expected), **cuts, **run})
 
 
 def _free_dim(name: str) -> int | None:

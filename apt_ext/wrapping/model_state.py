@@ -19,10 +19,14 @@ from ..pruning.wrappers import MaskedLinear, StreamCarrier
 
 def own_state(model: nn.Module, saved: list[str]) -> dict[str, Tensor]:
     """What belongs in a checkpoint, with the keys of the model's state_dict: adapters without their frozen bases, and `saved`."""
+    with indexed():
+        return own_of(model, saved, model.state_dict())
+
+
+def own_of(model: nn.Module, saved: list[str], state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What of a state of the model `own_state` returns."""
     carriers = (name for name, module in model.named_modules() if isinstance(module, APTAdapter | StreamCarrier))
     own = tuple(f"{name}." for name in carriers)
-    with indexed():
-        state = model.state_dict()
 
     def is_own(key: str) -> bool:
         return _is_saved(key, saved) or (key.startswith(own) and ".base_layer." not in key)
