@@ -47,9 +47,7 @@ class APTCallback(TrainerCallback):
     def __init__(self, **controller_arguments: Any) -> None:
         for name in controller_arguments:
             if name in _OWN:
-                raise TypeError(
-                    f"{name}: expected no such argument, because the Trainer's run gives it, got {controller_arguments[name]!r}"
-                )
+                raise TypeError(f"{name}: expected no such argument, because the run gives it, got {controller_arguments[name]!r}")
             if name not in _TAKEN:
                 raise TypeError(f"{name}: expected an argument of apt_ext.Controller, got another{nearest(name, _TAKEN)}")
         self.arguments = controller_arguments
