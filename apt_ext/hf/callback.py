@@ -5,16 +5,20 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..config import nearest
 from ..distributed import agreement
+from ..distributed.dtensor import is_sharded
 from ..method.controller import Controller
 from ..method.refusals import apt_model_in
 from ..model import APTModel
+from ..storage import state_directory
 from .refusals import refuse_run
 
 logger = logging.getLogger("apt_ext")
@@ -73,7 +77,7 @@ class APTCallback(TrainerCallback):
         self.controller = Controller(model, optimizer, state.max_steps, **arguments)
         if state.global_step:
             try:
-                _resume(self.controller, apt, state.global_step)
+                _resume(self.controller, apt, state.global_step, _checkpoint(args, state))
             except BaseException:
                 self.controller.remove()
                 raise
@@ -93,6 +97,11 @@ class APTCallback(TrainerCallback):
         self.controller.step()
         if unfinished and self._counts():
             _forget_best(state)
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Write the Controller's state beside FSDP's own files, which do not hold it."""
+        if self.controller is not None and _is_sharded(self.controller) and state.is_world_process_zero:
+            self.controller.save(_checkpoint(args, state))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Add density, ranks and what is kept to what is logged of training."""
@@ -144,13 +153,26 @@ def _forget_best(state: Any) -> None:
     state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
 
-def _resume(controller: Controller, apt: APTModel, step: int) -> None:
+def _checkpoint(args: Any, state: Any) -> Path:
+    """Where Trainer saves at this step."""
+    return Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+def _is_sharded(controller: Controller) -> bool:
+    return any(is_sharded(adapter.lora_A) for adapter in controller.ranks.adapters.values())
+
+
+def _resume(controller: Controller, apt: APTModel, step: int, own: Path) -> None:
+    """Go on from the state that came with the model; under FSDP, whose files do not hold it, from the directory `own`."""
     found, processes = apt.controller_state, agreement.ranks()
+    if found is None and _is_sharded(controller) and (own / state_directory.VALUES_FILE).is_file():
+        controller.load(own)
+        return
     if found is None:
         raise RuntimeError(
             f"resume_from_checkpoint: expected a checkpoint with a Controller's state, got one of step {step} without; a run without "
-            "APTCallback wrote it, or FSDP's own files did: begin a new run from its model (APTModel.from_pretrained), without "
-            "resume_from_checkpoint"
+            "APTCallback wrote it, or FSDP did and it is not that of this run's output_dir: begin a new run from its model "
+            "(APTModel.from_pretrained), without resume_from_checkpoint"
         )
     if apt.trained_by not in (None, processes):
         logger.warning(
