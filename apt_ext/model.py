@@ -310,14 +310,7 @@ class APTModel(Adapted):
 
     # -- save and load -----------------------------------------------------------------------------------------------
 
-    def save_pretrained(
-        self,
-        path: str | os.PathLike[str],
-        is_main_process: bool | None = None,
-        state_dict: Mapping[str, Any] | None = None,
-        push_to_hub: bool = False,
-        **_: Any,
-    ) -> None:
+    def save_pretrained(self, path: str | os.PathLike[str], **options: Any) -> None:
         """Write adapters, masks, the modules that train whole and what cuts have left into the directory `path`, made if it is missing.
 
         Three files: apt_config.json, apt_model.safetensors, and apt_manifest.json with their sizes and hashes; other files there stay.
@@ -326,16 +319,17 @@ class APTModel(Adapted):
         ValueError where `path`, or a directory of such a name in it, is in the way; OSError (disk full, read-only) leaves what was there.
         The `save_pretrained` of the model inside, which a Trainer that was given it calls, writes the same.
 
-        is_main_process  as Trainer and accelerate give it. False: nothing is written. True: the tensors go into model.safetensors,
-                         with a Controller's state, and `load_state_dict` of that file resumes a run
-        state_dict       gathered values, as FSDP needs it; None: the model's own
-
-        `push_to_hub` is refused with RuntimeError. Other arguments of the stock method do not matter.
+        options of the stock method, as Trainer and accelerate give them:
+            is_main_process  False: nothing is written
+            state_dict       gathered values, as FSDP needs it; None: the model's own
+            push_to_hub      refused with RuntimeError
+        Where one of the first two is given, the tensors go into model.safetensors, with a Controller's state, and a Trainer resumes from
+        that. Others do not matter.
         """
-        if push_to_hub:
+        if options.get("push_to_hub"):
             stock_saving.refuse_push()
-        if is_main_process is not False:
-            saving.save(self, path, state_dict, for_trainer=is_main_process is True)
+        if options.get("is_main_process", True):
+            saving.save(self, path, options.get("state_dict"), for_trainer=not options.keys().isdisjoint(("is_main_process", "state_dict")))
 
     def push_to_hub(self, *_: Any, unfinished: bool = False, **__: Any) -> None:
         """Refused with RuntimeError: `export` writes what stock transformers loads, `huggingface_hub.upload_folder` uploads it."""

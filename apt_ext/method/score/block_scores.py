@@ -117,5 +117,12 @@ class BlockScores:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Raises TypeError or ValueError, with nothing changed, for other blocks than these."""
         self.check_state(state)
-        self.salience.load_state_dict(state["salience"])
-        self._outliers = {name: value.clone() for name, value in state["outliers"].items()}
+        # What a file holds is on the CPU.
+        devices = {site: next(module.parameters()).device for site, module in self._readers_of.items()}
+        other = next(iter(devices.values()), torch.device("cpu"))
+
+        def placed(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: value.to(devices.get(name, other), copy=True) for name, value in values.items()}
+
+        self.salience.load_state_dict({key: placed(values) for key, values in state["salience"].items()})
+        self._outliers = placed(state["outliers"])
