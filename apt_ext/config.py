@@ -5,15 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Any
 
-from .common.checks import listed
-from .common.peft_config import translated
+from .common.checks import error_prefix, listed
+from .common.patterns import checked_regex, ends_with, matches
+from .common.peft_config import SAME, translated
 
 Patterns = list[str] | str
 ALL_LINEAR = "all-linear"
@@ -160,23 +160,23 @@ class APTConfig:
         output: str | None,
         *,
         drawn: Collection[str] = (),
-        experts: Collection[str] = (),
+        others: Mapping[str, str] | None = None,
     ) -> list[str]:
         """The names among `linears` that get an adapter, in their order.
 
         `saved` are the linears that train whole, `output` is the output layer of a language model; neither gets one
-        by "all-linear". `drawn` are those of `saved` that nobody asked to save: naming one gives it no adapter.
+        by "all-linear". `drawn` are those of `saved` that nobody asked to save: naming one gives it no adapter. `others`
+        {name: what it is} are no linears.
 
-        ValueError, with the nearest names, for a name, expression or pattern that matches nothing, only others
-        of `saved`, or only `experts`, Parameters that are no linears.
+        ValueError, with the nearest names, for a name, expression or pattern that matches nothing, or only others of
+        `saved` or `others`.
         """
         free = [name for name in linears if name not in saved]
         if self.target_modules == ALL_LINEAR:
             chosen = [name for name in free if name != output]
         else:
-            others = dict.fromkeys(saved, " of modules_to_save, which train whole; name others to save")
-            others |= dict.fromkeys(experts, ", 3-D Parameters of experts and no linears")
-            chosen = select("target_modules", self.target_modules, [*free, *drawn], others)
+            apart = dict(others or {}) | dict.fromkeys(saved, " of modules_to_save, which train whole; name others to save")
+            chosen = select("target_modules", self.target_modules, [*free, *drawn], apart)
             chosen = [name for name in chosen if name not in drawn]
         if self.exclude_modules is not None:
             excluded = set(select("exclude_modules", self.exclude_modules, linears))
@@ -203,13 +203,29 @@ class APTConfig:
 
     @classmethod
     def from_peft(cls, lora_config: Any, **more: Any) -> APTConfig:
-        """Translate a `peft.LoraConfig`, or the dict in an adapter_config.json; `more` are further fields, which win.
+        """Translate a `peft.LoraConfig`, or the dict of one in adapter_config.json; `more` are further fields of APTConfig.
 
-        Ranks, scalings (rsLoRA's too), dropout, targets and modules_to_save come through. PEFT's modules_to_save=None is
-        [] here. ValueError naming a field that asks for what there is not (DoRA, trained biases), TypeError for another
-        object.
+        Ranks, scalings (rsLoRA's too), dropout, targets, layers_to_transform and modules_to_save come through. PEFT's
+        modules_to_save=None is [] here, or with a task_type that has a head that head (None here). Names in it are whole
+        or begin behind a dot here; to PEFT "norm" is "input_layernorm" as well. How PEFT initialises factors does not come
+        through; the logger "apt_ext" says so where it is not PEFT's default.
+
+        ValueError naming a field of PEFT that asks for what there is not (DoRA, trained biases, target_parameters, ...),
+        and a field of `more` that is unknown or is PEFT's too with another value. TypeError for another object.
         """
-        return cls(**{**translated(lora_config), **more})
+        found = translated(lora_config)
+        _check_fields("more", cls, more)
+        for name in SAME:
+            said = found.get(name, _DEFAULTS[name])
+            if name in more and more[name] != said:
+                raise ValueError(
+                    f"{name}: expected it in lora_config alone, which says {said!r:.200}, got {more[name]!r:.200}; change the "
+                    f"LoraConfig, or the result with dataclasses.replace(config, {name}=...)"
+                )
+        return cls(**{**found, **more})
+
+
+_DEFAULTS = {entry.name: entry.default for entry in dataclasses.fields(APTConfig)} | {"rank_pattern": {}, "alpha_pattern": {}}
 
 
 def select(
@@ -224,13 +240,10 @@ def select(
     """
     found: set[str] = set()
     for entry in [patterns] if isinstance(patterns, str) else patterns:
-        if isinstance(patterns, str):
-            matches = re.compile(patterns).fullmatch
-        else:
-            matches = re.compile(rf"(?:.*\.)?{re.escape(entry)}").fullmatch
-        matched = [name for name in names if matches(name)]
+        with error_prefix(argument):
+            matched = [name for name in names if _is_meant(patterns, entry, name)]
+            apart = [] if matched else [name for name in others or () if _is_meant(patterns, entry, name)]
         if not matched:
-            apart = [name for name in others or () if matches(name)]
             if apart and others is not None:
                 why = f", which matches only {listed(apart, 4)}{others[apart[0]]}{nearest(entry, names)}"
             else:
@@ -240,9 +253,8 @@ def select(
     return [name for name in names if name in found]
 
 
-def ends_with(pattern: str, name: str) -> bool:
-    """Whether the regular expression matches the whole name or its end behind a dot (PEFT's rule for rank_pattern)."""
-    return re.match(rf"(.*\.)?({pattern})$", name) is not None
+def _is_meant(patterns: Patterns, entry: str, name: str) -> bool:
+    return matches(entry, name) if isinstance(patterns, str) else f".{name}".endswith(f".{entry}")
 
 
 def nearest(wanted: str, names: Iterable[str]) -> str:
@@ -274,7 +286,7 @@ def _check_number(name: str, value: Any) -> None:
 
 def _checked_names(name: str, value: Any, regex: bool) -> Any:
     if regex and isinstance(value, str):
-        return _checked_regex(name, value)
+        return checked_regex(name, value)
     if not isinstance(value, list | tuple | set) or not all(isinstance(entry, str) for entry in value):
         raise TypeError(f"{name}: expected a list of names{' or a regular expression' if regex else ''}, got {value!r}")
     if "" in value:
@@ -299,17 +311,7 @@ def _check_fields(argument: str, cls: type, values: Mapping[str, Any]) -> None:
             raise ValueError(f"{argument}: expected fields of {cls.__name__}, got {key!r}{nearest(str(key), known)}")
 
 
-def _checked_regex(name: str, value: str) -> str:
-    try:
-        re.compile(value)
-    except re.error as error:
-        raise ValueError(f"{name}: expected a regular expression, got {value!r} ({error})") from None
-    if not value:
-        raise ValueError(f"{name}: expected a regular expression, got an empty string")
-    return value
-
-
 def _checked_patterns(name: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
         raise TypeError(f"{name}: expected a dict with regular expressions as keys, got {value!r}")
-    return {_checked_regex(f"key of {name}", key): entry for key, entry in value.items()}
+    return {checked_regex(f"key of {name}", key): entry for key, entry in value.items()}

@@ -13,8 +13,9 @@ from torch import nn
 from ..adapter.layer import APTAdapter
 from ..common.checks import checked_module, error_prefix, linear_shape, listed
 from ..common.names import covered, parameters_of
+from ..common.patterns import ends_with
 from ..common.stock_class import LooksStock
-from ..config import APTConfig, ends_with, select
+from ..config import APTConfig, select
 from ..pruning.architectures.lookup import (
     Blocks,
     architecture_of,
@@ -30,7 +31,7 @@ from ..pruning.wrappers import MaskedLinear
 from .bases import is_quantised, refuse_peft, refuse_quantised
 from .compiled import unwrap
 from .drawn import drawn_anew
-from .experts import expert_parameters, not_adapted
+from .experts import expert_parameters, not_adapted, not_linear
 
 # They hand the weights of their linears to a fused function, so an adapter's forward would never be called.
 _READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
@@ -191,7 +192,7 @@ def match(model: nn.Module, config: APTConfig, saved: list[str] | None = None) -
     whole = {name for name in linears if covered(name, saved)}
     experts = expert_parameters(model)
     unasked = [name for name in linears if name in whole and not covered(name, asked)]
-    targets = config.targets(linears, whole, output_layer(model), drawn=unasked, experts=experts)
+    targets = config.targets(linears, whole, output_layer(model), drawn=unasked, others=not_linear(model, linears, experts))
     reached = linears if architecture_of(model) is not None else targets  # through blocks
     refuse_quantised((name, modules[name]) for name in reached)
     blocks = find_blocks(model)  # whose linears have weights to look at

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 
 from torch import nn
 
@@ -31,6 +32,15 @@ def not_adapted(model: nn.Module, experts: dict[str, nn.Parameter]) -> str:
         f"{', '.join(names)}: 3-D Parameters of experts, no linears, so they get no adapter and stay frozen: "
         f"{share:.0f} % of the weights of the layers"
     )
+
+
+def not_linear(model: nn.Module, linears: Collection[str], experts: Collection[str]) -> dict[str, str]:
+    """Return {name: what to say of it as a target} of `experts`, of the modules that hold them, and of all that is no linear."""
+    known = set(linears)
+    found = {
+        name: f", of class {type(module).__name__} and no linear" for name, module in model.named_modules() if name and name not in known
+    }
+    return found | dict.fromkeys((*(name.rpartition(".")[0] for name in experts), *experts), ", 3-D Parameters of experts and no linears")
 
 
 _EXPERT = re.compile("expert", re.IGNORECASE)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from ..adapter.layer import APTAdapter
 from ..common.checks import checked_path, error_prefix, linear_shape
 from ..common.names import covered
+from ..common.patterns import ends_with
 from ..common.peft_config import fields_of, scaling_of
-from ..config import APTConfig, ends_with
+from ..config import APTConfig
 from ..storage.atomic_dir import json_object
 from .bases import is_of_peft
 from .compiled import uncompiled
@@ -63,8 +64,8 @@ class Lora:
             lora_dropout=self.fields.get("lora_dropout") or 0.0,
             target_modules=list(pairs),
             modules_to_save=list(self.saved),
-            rank_pattern={re.escape(name): len(pair.A) for name, pair in odd.items()},
-            alpha_pattern={re.escape(name): pair.scaling * len(pair.A) for name, pair in other.items()},
+            rank_pattern={exactly(name): len(pair.A) for name, pair in odd.items()},
+            alpha_pattern={exactly(name): pair.scaling * len(pair.A) for name, pair in other.items()},
         )
 
     def check(self, model: nn.Module, adapters: Mapping[str, APTAdapter], saved: Iterable[str]) -> None:
@@ -120,6 +121,11 @@ def read(peft: Any) -> Lora:
     if not isinstance(peft, str | os.PathLike):
         raise TypeError(f"peft: expected a directory or a PeftModel, got {type(peft).__name__}")
     return _of_directory(checked_path(peft))
+
+
+def exactly(name: str) -> str:
+    """The key of rank_pattern and alpha_pattern that is this name and not the end of another."""
+    return "^" + re.escape(name)
 
 
 def fitting(pair: Pair, model: nn.Module, name: str) -> Pair:
@@ -233,11 +239,11 @@ def _lora(fields: dict[str, Any], tensors: Mapping[str, Tensor], scalings: Mappi
 
 
 def _saved_module(name: str, modules_to_save: Iterable[str]) -> str:
-    """The module that PEFT has trained whole, of a name within it: the outermost that `modules_to_save` names."""
+    """The module that PEFT has trained whole, of a name within it: the outermost that ends with one of `modules_to_save`."""
     parts = name.split(".")
     for end in range(1, len(parts)):
         module = ".".join(parts[:end])
-        if any(ends_with(wanted, module) for wanted in modules_to_save):
+        if module.endswith(tuple(modules_to_save)):  # PEFT's rule: "classifier" is "pre_classifier" as well
             return module
     raise ValueError(
         f"expected factors of linears and modules_to_save, got {name}; PEFT writes embeddings that were resized or are "

@@ -8,6 +8,7 @@ import torch
 from families import FAMILIES, keep_first, outputs
 
 from apt_ext import APTConfig, APTModel, adapters, get_apt_model, shrink
+from apt_ext.common import patterns
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -93,6 +94,15 @@ def test_modules_that_trained_whole_come_through(name, saved, tmp_path):
     assert {p.dtype for p in again.parameters() if p.requires_grad} == {torch.float32}
 
 
+def test_modules_are_saved_whose_names_end_so_without_a_dot(tmp_path):
+    family, model = FAMILIES["llama"], trained("llama", lora("llama", modules_to_save=["norm"]))
+    model.save_pretrained(tmp_path)
+    for source in (model, tmp_path):
+        apt = APTModel.from_peft(family.model(), source).eval()
+        assert len(apt.saved) == 5  # with both norms of both layers, as in PEFT
+        torch.testing.assert_close(outputs(apt, family.inputs())[0], outputs(model, family.inputs())[0], rtol=1e-5, atol=1e-5)
+
+
 def test_the_head_of_a_task_comes_through(tmp_path):
     family = FAMILIES["bert"]
     config = peft.LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS")
@@ -160,9 +170,8 @@ def test_what_there_is_not_is_refused_by_name(fields, words, tmp_path):
 
 def test_what_only_a_model_can_resolve_is_refused_by_the_config_alone():
     for fields, words in (
-        ({"layers_to_transform": [1]}, "layers_to_transform"),
         ({"target_modules": None}, "target_modules"),
-        ({"use_rslora": True, "rank_pattern": {"q_proj": 3}, "alpha_pattern": {"q_proj": 3}}, "use_rslora"),
+        ({"use_rslora": True, "rank_pattern": {"q_pro[j]": 3}, "alpha_pattern": {"q_proj": 3}}, "use_rslora"),
     ):
         with pytest.raises(ValueError, match=words):
             APTConfig.from_peft(lora("llama", **fields))
@@ -281,6 +290,17 @@ def test_what_cannot_be_read_is_refused_and_nothing_changes(change, tmp_path):
         APTModel.from_peft(base, source)
     assert [(name, id(module)) for name, module in base.named_modules()] == before
     assert all(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_an_expression_in_a_file_that_would_take_years_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(patterns, "SECONDS", 0.2)
+    directory = adapter_at(tmp_path / "peft")
+    values = json.loads((directory / "adapter_config.json").read_text())
+    (directory / "adapter_config.json").write_text(json.dumps({**values, "alpha_pattern": {r"(?:\w|\w\w)+!": 3}}))
+    base = FAMILIES["llama"].model()
+    with pytest.raises(ValueError, match="adapter_model.safetensors: expected a regular expression that is tried on a name within 0.2 s"):
+        APTModel.from_peft(base, directory)
+    assert not list(adapters(base))
 
 
 @pytest.mark.parametrize(
