@@ -6,6 +6,7 @@ from ._version import __version__
 from .adapter.layer import APTAdapter
 from .config import APTConfig, Schedule
 from .exporting.directories import export
+from .exporting.peft_directories import to_peft
 from .exporting.shrinking import shrink
 from .method.controller import Controller
 from .method.planner import Plan, plan
@@ -40,6 +41,7 @@ __all__ = [
     "reference",
     "register_architecture",
     "shrink",
+    "to_peft",
 ]
 
 

@@ -41,6 +41,7 @@ _TOKENIZER_FILES = (
     "tokenizer.model",
     "sentencepiece.bpe.model",
 )
+_REMEDY = "or write it for apt_ext.load_export with per_layer=True, or use the model as shrink returned it"
 # How far outputs may differ between two processes whose tensors are bitwise the same: a BLAS adds in another order at other addresses,
 # and a loader derives constants in the model's dtype that a conversion had rounded.
 _CLOSE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -91,12 +92,22 @@ def export(
             assert blocks.row is not None  # without one there is no such format
             own_format.save(small, new, blocks.row, max_shard_size=max_shard_size)
         else:
-            type(written).save_pretrained(written, new, max_shard_size=max_shard_size)  # not the instance's, see `saving`
-        _carry_tokenizer(tokenizer, small, new)
-        atomic_dir.seal(new, MANIFEST)
-        _compare(small, new, loader, beside / "exchange.safetensors")
+            save_stock(written, new, max_shard_size)
+        complete(small, new, loader, tokenizer)
         atomic_dir.place(new, target)
     return "apt_ext.load_export" if loader == "apt_ext" else loader
+
+
+def save_stock(written: Any, directory: Path, max_shard_size: int | str = "5GB") -> None:
+    """What stock transformers writes: the class's own `save_pretrained`, not the instance's (see `stock_saving`)."""
+    type(written).save_pretrained(written, directory, max_shard_size=max_shard_size)
+
+
+def complete(small: Any, directory: Path, loader: str, tokenizer: Any = None) -> None:
+    """Add the tokenizer to what was saved and seal it; ValueError unless a fresh process loads the same model from there."""
+    _carry_tokenizer(tokenizer, small, directory)
+    atomic_dir.seal(directory, MANIFEST)
+    _compare(small, directory, loader, directory.with_name("exchange.safetensors"))
 
 
 def check_class(model: nn.Module) -> None:
@@ -112,8 +123,8 @@ def check_class(model: nn.Module) -> None:
         raise ValueError(f"model: expected a class of transformers, which others can load, got {kind.__module__}.{kind.__name__}")
 
 
-def expressed(small: Any, per_layer: bool, blocks: Blocks | None = None) -> tuple[Any, str]:
-    """The model under a class and config that can say its sizes, and what loads it; ValueError where there is none."""
+def expressed(small: Any, per_layer: bool, blocks: Blocks | None = None, remedy: str = _REMEDY) -> tuple[Any, str]:
+    """The model under a class and config that can say its sizes, and what loads it; ValueError with `remedy` where there is none."""
     blocks = find_blocks(small) if blocks is None else blocks
     row, sizes, kind = blocks.row, Sizes.of(small, blocks), type(small)
     failures = stock_failures(small.config, sizes) or stock_trial(small, sizes)
@@ -127,10 +138,7 @@ def expressed(small: Any, per_layer: bool, blocks: Blocks | None = None) -> tupl
     if per_layer and row is not None:
         return small, "apt_ext"
     also = f"; nor can another class say it: {'; '.join(others)}" if row is not None and row.retype is not None and others else ""
-    raise ValueError(
-        f"model: expected sizes that a stock config can say, but {'; '.join(failures)}{also}; or write it for apt_ext.load_export with "
-        "per_layer=True, or use the model as shrink returned it"
-    )
+    raise ValueError(f"model: expected sizes that a stock config can say, but {'; '.join(failures)}{also}; {remedy}")
 
 
 def _retyped(small: Any, model_type: str) -> Any:
@@ -164,7 +172,7 @@ def _compare(small: Any, directory: Path, loader: str, exchange: Path) -> None:
     """ValueError unless a fresh process loads the same tensors, and computes the same from them."""
     from safetensors.torch import load_file, save_file
 
-    inputs, expected = _probe(small)
+    inputs, expected = probe(small)
     if expected is not None:
         save_file({name: tensor.cpu().contiguous().clone() for name, tensor in inputs.items()}, exchange)
     found = reloaded(directory, loader, exchange)
@@ -176,14 +184,20 @@ def _compare(small: Any, directory: Path, loader: str, exchange: Path) -> None:
         raise ValueError(f"model: expected {name} to load the same values again, but {difference}")
     if expected is None:
         return
-    output = load_file(exchange)["output"]
-    within = _CLOSE.get(expected.dtype, 0.0) * max(float(expected.abs().max()), 1.0) if expected.numel() else 0.0
-    if output.shape != expected.shape or not bool(((output - expected.cpu()).abs() <= within).all()):
-        far = float((output - expected.cpu()).abs().max()) if output.shape == expected.shape else "another shape"
+    far = apart(load_file(exchange)["output"], expected.cpu())
+    if far:
         raise ValueError(f"model: expected {name} to compute the same from the same tensors, but an output differs by {far}")
 
 
-def _probe(small: Any) -> tuple[dict[str, Tensor], Tensor | None]:
+def apart(output: Tensor, expected: Tensor) -> float | str | None:
+    """How far an output is from what was expected, where that is more than rounding."""
+    if output.shape != expected.shape:
+        return "another shape"
+    within = _CLOSE.get(expected.dtype, 0.0) * max(float(expected.abs().max()), 1.0) if expected.numel() else 0.0
+    return None if bool(((output - expected).abs() <= within).all()) else float((output - expected).abs().max())
+
+
+def probe(small: Any) -> tuple[dict[str, Tensor], Tensor | None]:
     """transformers' own dummy inputs, one row of them, and the model's first output; None where it wants other inputs."""
     words = getattr(small.config, "vocab_size", None) or 1  # an index beyond them would end a CUDA context
     inputs = {name: (tensor[:1] % words).to(small.device) for name, tensor in small.dummy_inputs.items() if isinstance(tensor, Tensor)}
