@@ -26,8 +26,8 @@ from .peft_parts import Parts, flat, taken_apart
 
 _ADAPTER, _BASE = "adapter", "base"
 _REMEDY = (
-    "one base for PEFT has to be a stock directory: prune with uniform=True, which gives all layers one width, or write a "
-    "merged model with apt_ext.export(model, path, per_layer=True)"
+    "PEFT needs a stock base: prune to sizes that its config can say (uniform=True gives all layers one width, and "
+    "Controller(export='stock') checks them before training), or merge the adapters with apt_ext.export(model, path, per_layer=True)"
 )
 # {the end of a class's name: PEFT's task}
 _TASKS = {
@@ -40,7 +40,7 @@ _TASKS = {
 }
 # What PEFT saves for a task whether or not it is asked to, and what a class must have for it.
 _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-_NEEDED = {"CAUSAL_LM": "prepare_inputs_for_generation", "SEQ_2_SEQ_LM": "_prepare_encoder_decoder_kwargs_for_generation"}
+_NEEDED = {"CAUSAL_LM": "prepare_inputs_for_generation", "SEQ_2_SEQ_LM": "prepare_inputs_for_generation"}
 
 
 def to_peft(model: APTModel, path: str | os.PathLike[str], *, unfinished: bool = False) -> None:
@@ -80,7 +80,9 @@ def to_peft(model: APTModel, path: str | os.PathLike[str], *, unfinished: bool =
         check_class(parts.base)
         written, loader = expressed(parts.base, False, remedy=_REMEDY)
         name = os.path.join(os.fspath(path), _BASE)
-    config = peft.LoraConfig(**_fields(parts, written, model.apt_config.lora_dropout, name))
+    fields = _fields(parts, written, model.apt_config.lora_dropout, name)
+    config = peft.LoraConfig(**fields)
+    config.target_modules = fields["target_modules"]  # of which it has made a set, in another order in each process
     with atomic_dir.made(target.parent), atomic_dir.stage(target.parent, target.name) as beside:
         new = beside / "new"
         adapter = new / _ADAPTER
@@ -176,6 +178,9 @@ def _card(parts: Parts, name: str | None, loader: str | None) -> str:
     ranks, kind = [len(pair.A) for pair in parts.pairs.values()], loader or type(parts.base).__name__
     hub = f"base_model: {name}\n" if name and loader is None else ""
     base = f"{name}, pruned, for {loader} of transformers" if loader else name or "the model that it was trained on"
+    stock = type(parts.base).__module__.partition(".")[0] == "transformers"
+    lines = [f"from transformers import {kind}", ""] if stock else [""]
+    lines += [f'base = {kind}.from_pretrained("{name or "..."}", dtype="auto")' if stock else "base = ...  # as it was trained on"]
     return f"""---
 library_name: peft
 {hub}tags:
@@ -193,9 +198,7 @@ Written by apt_ext {__version__}, which fine-tunes while it prunes (APT, arXiv 2
 
 ```python
 from peft import PeftModel
-from transformers import {kind}
-
-base = {kind}.from_pretrained("{name or "..."}", dtype="auto")
+{chr(10).join(lines)}
 model = PeftModel.from_pretrained(base, "adapter")
 ```
 """
@@ -212,7 +215,8 @@ def _compare(parts: Parts, directory: Path, inputs: dict[str, Tensor], expected:
         for name in parts.saved:
             for value in parts.base.get_submodule(name).state_dict().values():
                 value.zero_()
-    with warnings.catch_warnings():
+    devices = {parameter.device.index for parameter in parts.base.parameters() if parameter.is_cuda}
+    with torch.random.fork_rng(devices=list(devices)), warnings.catch_warnings():  # PEFT draws factors before it loads them
         warnings.simplefilter("ignore")  # PEFT's on tied weights, which are saved together
         try:
             loaded: Any = peft.PeftModel.from_pretrained(parts.base, str(directory))

@@ -156,17 +156,16 @@ def _check_values(model: APTModel) -> None:
 
 def _check_masks(model: APTModel) -> None:
     """ValueError for fractions, and for a block whose mask says less than its lanes do."""
-    blocks: dict[str, str] = {side.module: name for name, block in model.blocks.items() for side in block.sides}
+    found = [(f"block {name!r}", host_mask(model.model, block)) for name, block in model.blocks.items()]
     for name, module in model.model.named_modules():
-        if not isinstance(module, APTAdapter | StreamCarrier):
-            continue
-        for mask in module.host_masks().values():
-            if Mask(mask).has_fractions:
-                where = f"block {blocks[name]!r}" if name in blocks else name
-                raise ValueError(
-                    f"model: expected masks of exact zeros and ones, since PEFT has no masks, got fractions in {where}; set them "
-                    "to 0 or 1, train to the Controller's last event, or merge them with apt_ext.export"
-                )
+        if isinstance(module, APTAdapter | StreamCarrier):
+            found += [(f"{mask_name} of {name}", mask) for mask_name, mask in module.host_masks().items()]
+    soft = next((where for where, mask in found if Mask(mask).has_fractions), None)
+    if soft is not None:
+        raise ValueError(
+            f"model: expected masks of exact zeros and ones, since PEFT has no masks, got fractions in {soft}; set them "
+            "to 0 or 1, train to the Controller's last event, or merge them with apt_ext.export"
+        )
     for name, block in model.blocks.items():
         _check_lanes(model.model, name, block)
 
