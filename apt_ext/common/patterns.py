@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from functools import cache
 
-SECONDS = 2.0  # for one expression and one name; real ones take microseconds
+SECONDS = 1.0  # for one expression and one name; real ones take microseconds
 _NAMES = re.compile(r"\^?(?:[\w.-]|\\[.-])*")  # expressions over which nothing can take long
 
 

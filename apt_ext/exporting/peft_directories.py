@@ -91,7 +91,7 @@ def to_peft(model: APTModel, path: str | os.PathLike[str], *, unfinished: bool =
             save_stock(written, new / _BASE)
             complete(parts.base, new / _BASE, loader)
             (new / "exchange.safetensors").unlink(missing_ok=True)
-        _save(parts, config, adapter, _card(parts, name, loader if parts.changed else None))
+        _save(parts, config, adapter, _card(parts, os.fspath(path), name, loader if parts.changed else None))
         _compare(parts, adapter, inputs, expected)
         atomic_dir.sync(new)
         atomic_dir.place(new, target)
@@ -173,8 +173,8 @@ def _save(parts: Parts, config: Any, directory: Path, card: str) -> None:
     atomic_dir.seal(directory, MANIFEST)
 
 
-def _card(parts: Parts, name: str | None, loader: str | None) -> str:
-    """The text of README.md; `loader` is the class that loads our base, None: there is none of ours."""
+def _card(parts: Parts, path: str, name: str | None, loader: str | None) -> str:
+    """The text of README.md in `path`/adapter; `loader` is the class that loads our base, None: there is none of ours."""
     ranks, kind = [len(pair.A) for pair in parts.pairs.values()], loader or type(parts.base).__name__
     hub = f"base_model: {name}\n" if name and loader is None else ""
     base = f"{name}, pruned, for {loader} of transformers" if loader else name or "the model that it was trained on"
@@ -199,22 +199,15 @@ Written by apt_ext {__version__}, which fine-tunes while it prunes (APT, arXiv 2
 ```python
 from peft import PeftModel
 {chr(10).join(lines)}
-model = PeftModel.from_pretrained(base, "adapter")
+model = PeftModel.from_pretrained(base, "{os.path.join(path, _ADAPTER)}")
 ```
 """
 
 
 def _compare(parts: Parts, directory: Path, inputs: dict[str, Tensor], expected: Tensor | None) -> None:
-    """ValueError unless PEFT loads the same factors and modules from `directory`, and computes the same with them.
-
-    It wraps the base of `parts`, in which what trained whole is zero before: those values have to come from the file.
-    """
+    """ValueError unless PEFT, around the base of `parts`, loads the same from `directory` and computes the same with it."""
     import peft
 
-    with torch.no_grad():
-        for name in parts.saved:
-            for value in parts.base.get_submodule(name).state_dict().values():
-                value.zero_()
     devices = {parameter.device.index for parameter in parts.base.parameters() if parameter.is_cuda}
     with torch.random.fork_rng(devices=list(devices)), warnings.catch_warnings():  # PEFT draws factors before it loads them
         warnings.simplefilter("ignore")  # PEFT's on tied weights, which are saved together

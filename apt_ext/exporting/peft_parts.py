@@ -47,7 +47,7 @@ def taken_apart(model: APTModel) -> Parts:
     """The parts of a copy of `model`, which is untouched.
 
     ValueError for masks that no stock base holds (fractions; heads that are masked in part), layers that have to keep
-    the same heads, and no factors. RuntimeError for values that are sharded, on meta or not finite.
+    the same heads, and no factors. RuntimeError for values that are sharded, on meta or not finite, and within `disable_adapter`.
     """
     _check_values(model)
     _check_masks(model)
@@ -148,6 +148,8 @@ def _without_masks(model: nn.Module, name: str, adapter: APTAdapter) -> tuple[Pa
 
 
 def _check_values(model: APTModel) -> None:
+    if any(adapter.disabled for _, adapter in adapters(model)):
+        raise RuntimeError("to_peft: expected adapters that act, got disabled ones; call it outside of disable_adapter()")
     for name, parameter in model.model.named_parameters():
         if is_sharded(parameter) or parameter.is_meta:
             what = "sharded by FSDP2" if is_sharded(parameter) else "on meta"

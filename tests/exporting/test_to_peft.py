@@ -125,6 +125,17 @@ def test_one_that_the_stock_class_needs_stays_with_zeros(tmp_path, caplog):
     assert "one stays, with output weights of zero" in caplog.text
 
 
+def test_the_lines_of_the_card_load_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    family = FAMILIES["llama"]
+    apt = keep_first(adapted(family), neurons=8)
+    to_peft(apt, "out")
+    card = (tmp_path / "out" / "adapter" / "README.md").read_text()
+    names = {}
+    exec(card.partition("```python")[2].partition("```")[0], names)  # noqa: S102
+    torch.testing.assert_close(outputs(names["model"].eval(), family.inputs())[0], outputs(apt, family.inputs())[0])
+
+
 def test_a_block_that_is_gone_has_no_adapter(tmp_path):
     family = FAMILIES["llama"]
     apt = adapted(family)

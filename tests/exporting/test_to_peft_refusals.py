@@ -162,10 +162,14 @@ def changed(tensors, config):
         tensors["base_model.model.lm_head.weight"] = tensors["base_model.model.lm_head.weight"] * 2
         return "the values of lm_head.weight differ"
 
-    return {"values": values, "scaling": scaling, "missing": missing, "head": head}
+    def absent():
+        del tensors["base_model.model.lm_head.weight"]
+        return "PEFT to load the adapter again, but it does not: KeyError"
+
+    return {"values": values, "scaling": scaling, "missing": missing, "head": head, "absent": absent}
 
 
-@pytest.mark.parametrize("what", ["values", "scaling", "missing", "head"])
+@pytest.mark.parametrize("what", ["values", "scaling", "missing", "head", "absent"])
 def test_what_does_not_come_back_is_refused(what, tmp_path, monkeypatch):
     from safetensors.torch import load_file, save_file
 
@@ -192,6 +196,12 @@ def test_a_mask_by_hand_that_contradicts_its_block_is_found_by_an_output(tmp_pat
     with pytest.raises(ValueError, match="compute the same, but an output differs by .*set by hand"):
         to_peft(apt, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_within_disable_adapter_it_is_refused(tmp_path):
+    apt = adapted(FAMILIES["llama"])
+    with apt.disable_adapter(), pytest.raises(RuntimeError, match="call it outside of disable_adapter"):
+        to_peft(apt, tmp_path / "out")
 
 
 def test_without_peft_a_sentence_says_what_to_install(tmp_path, monkeypatch):

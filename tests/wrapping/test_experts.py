@@ -57,7 +57,9 @@ def test_the_defaults_take_it_and_say_what_is_left_out(kind, caplog, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("targets", [["gate_up_proj"], ["q_proj", "experts.gate_up_proj"], r".*experts\.gate_up_proj"], ids=str)
+@pytest.mark.parametrize(
+    "targets", [["gate_up_proj"], ["q_proj", "experts.gate_up_proj"], ["experts"], r".*experts\.gate_up_proj"], ids=str
+)
 def test_experts_named_as_targets_are_refused_in_words(kind, targets):
     base = model(kind)
     near = "gate_proj" if kind == "Qwen2Moe" and "experts" not in str(targets) else "nearest: "
