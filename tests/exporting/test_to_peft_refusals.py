@@ -9,7 +9,7 @@ import torch
 from families import FAMILIES, adapted, keep_first, mask_all, outputs, some
 from peft_checks import WARNINGS, check, loaded
 
-from apt_ext import APTConfig, Controller, adapters, to_peft
+from apt_ext import APTConfig, Controller, adapters, get_apt_model, to_peft
 from apt_ext.exporting import peft_directories
 from apt_ext.storage import atomic_dir
 
@@ -46,9 +46,17 @@ def refused(name):
         value.set_masks(mask_out=(torch.arange(24) > 2).float())
         return apt, ValueError, "attention.self.value: expected masks that set_block_mask has set.* within one of block '0.heads'"
     if what == "no ranks":
-        for _, adapter in adapters(apt):
-            adapter._rank = 0
-        return apt, ValueError, "expected an adapter with a rank"
+        apt = get_apt_model(family.model(), APTConfig(r=2, target_modules=["output.dense"], exclude_modules=["attention.output.dense"]))
+        masks = {name: torch.zeros(block.count) for name, block in apt.blocks.items() if block.kind == "neurons"}
+        return mask_all(apt, masks), ValueError, "expected an adapter with a rank on what is kept, got none"
+    if what == "tied by hand":
+        keep_first(apt, hidden=16)
+        apt.model.lm_head.set_masks(mask_out=(torch.arange(50) > 2).float())
+        return apt, ValueError, "lm_head: expected .*got zeros over a weight that is tied: .*embed_tokens.weight = lm_head.weight"
+    if what == "norm by hand":
+        keep_first(apt, hidden=16)
+        apt.model.model.norm.set_masks((torch.arange(24) < 15).float())
+        return apt, ValueError, "model.norm: expected .*got zeros there that no block has"
     if what == "meta":
         return apt.to("meta"), RuntimeError, "to_peft: expected a model whose values are all here, got .* on meta"
     if what == "stock":
@@ -56,9 +64,10 @@ def refused(name):
     raise AssertionError(what)
 
 
-@pytest.mark.parametrize(
-    "name", ["bert fractions", "bert fractions by hand", "bert widths", "bert heads", "bert part of a head", "bert meta", "bert stock"]
-)
+REFUSED = ("fractions", "fractions by hand", "widths", "heads", "part of a head", "meta", "stock", "no ranks")
+
+
+@pytest.mark.parametrize("name", [*(f"bert {what}" for what in REFUSED), "llama-tied tied by hand", "llama-tied norm by hand"])
 def test_what_no_stock_base_and_adapter_hold_is_refused_in_words(name, tmp_path):
     apt, kind, words = refused(name)
     with pytest.raises(kind, match=words):
