@@ -1,9 +1,12 @@
 // Register every op of op_table.h with the dispatcher (torch.ops.apt_ext), and bind it with pybind11
 // (apt_ext._C).
 #include <ATen/SequenceNumber.h>
+#include <ATen/Version.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/record_function.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
 
 #include <map>
 #include <optional>

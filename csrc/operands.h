@@ -1,9 +1,9 @@
 // Operands of the ops: structures instead of loose arguments, and what is done to them before the arithmetic.
 #pragma once
 
-#include <ATen/ATen.h>
-#include <ATen/autocast_mode.h>
+#include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 
 #include <limits>
 #include <vector>

@@ -1,6 +1,8 @@
 // Autograd, autocast and batching of a compacted layer.
 #include "../ops/compact_linear.h"
 
+#include <ATen/ops/constant_pad_nd.h>
+
 #include "composite.h"
 #include "layer.h"
 

@@ -1,6 +1,8 @@
 #include "composite.h"
 
-#include <ATen/ATen.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/mm.h>
+#include <ATen/ops/where.h>
 
 namespace apt {
 namespace {

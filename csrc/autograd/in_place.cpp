@@ -1,5 +1,4 @@
 // Autograd of the ops that write in place: nothing written may need a gradient, and every write is counted.
-#include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include "../ops/compact_linear.h"

@@ -1,7 +1,7 @@
 // Shared by the loops of the CPU: types, wide masks, and how work is cut.
 #pragma once
 
-#include <ATen/ATen.h>
+#include <c10/util/Half.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -18,13 +18,13 @@
 #endif
 
 // Define something for each type: target_clones takes no templates, so each type gets its overload.
-#define APT_EACH_TYPE(define) define(double) define(float) define(at::Half) define(BFloat16Bits)
+#define APT_EACH_TYPE(define) define(double) define(float) define(c10::Half) define(BFloat16Bits)
 
 namespace apt::cpu {
 
 template <class Body>
 void visit(DType dtype, Body&& body) {
-  visit_types<at::Half, BFloat16Bits>(dtype, body);
+  visit_types<c10::Half, BFloat16Bits>(dtype, body);
 }
 
 // Widen a mask, so that inner loops read one type. Masks are small beside any matrix.

@@ -1,5 +1,8 @@
 // Merge factors into a weight on the CPU.
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
+#include <ATen/ops/mm.h>
 
 #include <atomic>
 #include <bit>

@@ -2,6 +2,9 @@
 // one body serves real devices, fake tensors and symbolic shapes.
 #include "apt_linear.h"
 
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
 #include <string>
 #include <utility>
 

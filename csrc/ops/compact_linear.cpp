@@ -1,5 +1,8 @@
 #include "compact_linear.h"
 
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
 #include <algorithm>
 #include <string>
 #include <utility>

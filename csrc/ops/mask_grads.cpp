@@ -1,5 +1,8 @@
 #include "mask_grads.h"
 
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/where.h>
+
 #include <algorithm>
 #include <utility>
 #include <vector>

@@ -1,5 +1,7 @@
 #include "merge.h"
 
+#include <ATen/ops/zeros.h>
+
 #include <utility>
 
 #include "../checks.h"

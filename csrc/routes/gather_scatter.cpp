@@ -1,6 +1,6 @@
 #include "gather_scatter.h"
 
-#include <ATen/ATen.h>
+#include <ATen/ops/empty.h>
 
 #include "../device.h"
 
@@ -54,7 +54,8 @@ Tensor scattered(const Tensor& values, const KeptSide& side, const OptTensor& bi
   const bool staged = can_stage(out, side.size);
   Tensor from = staged ? aligned_rows(values.contiguous()) : values.contiguous();
   OptTensor mask = held_mask(side.mask, staged);
-  OptTensor added = bias.has_value() ? OptTensor(bias->contiguous()) : std::nullopt;
+  OptTensor added;
+  if (bias.has_value()) added = bias->contiguous();
   ScatterArgs args{};
   args.M = out.size(0), args.E = side.size, args.kept = side.width;
   args.values = from.const_data_ptr();

@@ -1,6 +1,8 @@
 #include "low_rank_passes.h"
 
-#include <ATen/ATen.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/mm.h>
 
 #include "../device.h"
 #include "mask_channels.h"
@@ -132,7 +134,8 @@ bool passes_fit(const Tensor& x, const LinearPlan& plan, const KeptSides& kept) 
 std::tuple<Tensor, Tensor, Tensor> passes_forward(const Tensor& x, const Layer& layer, const LinearPlan& plan,
                                                   const KeptSides& kept) {
   at::ScalarType dtype = x.scalar_type();
-  OptTensor matrix = layer.weight.has_value() ? OptTensor(layer.weight->t()) : std::nullopt;
+  OptTensor matrix;
+  if (layer.weight.has_value()) matrix = layer.weight->t();
   Result result =
       run({aligned_rows(x), matrix, aligned_contiguous(layer.lora_A, dtype),
            aligned_contiguous(kept.out != nullptr ? kept.lora_B : layer.lora_B, dtype),

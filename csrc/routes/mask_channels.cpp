@@ -1,6 +1,6 @@
 #include "mask_channels.h"
 
-#include <ATen/ATen.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 

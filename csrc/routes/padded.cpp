@@ -1,7 +1,5 @@
 #include "padded.h"
 
-#include <ATen/ATen.h>
-
 #include "mask_channels.h"
 #include "plan.h"
 #include "resize_factors.h"

@@ -1,6 +1,6 @@
 #include "resize_factors.h"
 
-#include <ATen/ATen.h>
+#include <ATen/ops/empty.h>
 
 #include "../device.h"
 
