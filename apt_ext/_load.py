@@ -7,7 +7,7 @@ _REBUILD = "python -m pip install --no-build-isolation --force-reinstall --no-de
 try:
     import torch
 except ModuleNotFoundError as error:
-    raise ModuleNotFoundError("apt_ext needs torch 2.11 or newer, which is not installed: python -m pip install torch") from error
+    raise ModuleNotFoundError("apt_ext needs torch 2.9 or newer, which is not installed: python -m pip install torch") from error
 
 try:
     from . import _built_for

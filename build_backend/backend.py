@@ -36,7 +36,7 @@ def get_requires_for_build_sdist(config_settings=None):
 def get_requires_for_build_wheel(config_settings=None):
     # The program, not the package, is what the build runs; an environment that is not activated has it beside its interpreter.
     ninja = shutil.which("ninja") or shutil.which("ninja", path=os.path.dirname(sys.executable))
-    return _missing("setuptools", 77) + _missing("torch", 2, 11) + ([] if ninja else ["ninja"])
+    return _missing("setuptools", 77) + _missing("torch", 2, 9) + ([] if ninja else ["ninja"])
 
 
 get_requires_for_build_editable = get_requires_for_build_wheel

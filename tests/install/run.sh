@@ -143,7 +143,7 @@ no-compiler() {
 no-torch() {
   bare
   cp -r "$(site_of "$python")"/{setuptools*,*distutils*} "$site"
-  fails "No matching distribution found for torch>=2.11" env PATH="$(dirname "$python"):$PATH" \
+  fails "No matching distribution found for torch>=2.9" env PATH="$(dirname "$python"):$PATH" \
     "$venv/bin/python" -m pip install "$tree"
   nothing_installed
 }
@@ -174,7 +174,7 @@ sdist() {
   works "$(torch_version)"
   bare
   pip install --no-deps "$work"/dist/*.whl
-  fails "apt_ext needs torch 2.11 or newer, which is not installed: python -m pip install torch" "$venv/bin/python" -P -c 'import apt_ext'
+  fails "apt_ext needs torch 2.9 or newer, which is not installed: python -m pip install torch" "$venv/bin/python" -P -c 'import apt_ext'
 }
 
 # -- from the index ----------------------------------------------------------------------------------------------------

@@ -50,19 +50,19 @@ def test_backend_asks_for_nothing_that_is_installed(backend):
 
 
 def test_backend_asks_for_what_is_missing_or_too_old(backend, monkeypatch):
-    installed = {"setuptools": "76.9", "torch": "2.10.1+cpu"}
+    installed = {"setuptools": "76.9", "torch": "2.8.1+cpu"}
     monkeypatch.setattr(backend.importlib.metadata, "version", installed.__getitem__)
     monkeypatch.setattr(backend.shutil, "which", lambda *args, **kwargs: None)
-    assert backend.get_requires_for_build_wheel() == ["setuptools>=77", "torch>=2.11", "ninja"]
+    assert backend.get_requires_for_build_wheel() == ["setuptools>=77", "torch>=2.9", "ninja"]
     assert backend.get_requires_for_build_sdist() == ["setuptools>=77"]
-    installed.update(setuptools="77.0.3", torch="2.11.0a0+git1234")
+    installed.update(setuptools="77.0.3", torch="2.9.0a0+git1234")
     assert backend.get_requires_for_build_wheel() == ["ninja"]
 
     def absent(package):
         raise backend.importlib.metadata.PackageNotFoundError(package)
 
     monkeypatch.setattr(backend.importlib.metadata, "version", absent)
-    assert backend.get_requires_for_build_wheel() == ["setuptools>=77", "torch>=2.11", "ninja"]
+    assert backend.get_requires_for_build_wheel() == ["setuptools>=77", "torch>=2.9", "ninja"]
 
 
 def test_backend_sees_installed_packages_through_the_isolation(tmp_path):
