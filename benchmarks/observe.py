@@ -15,7 +15,8 @@ import torch
 import transformers
 
 import apt_ext
-from apt_ext.tools.measuring import commit_here, in_turn, spread
+from apt_ext.common.clock import in_turn, spread
+from apt_ext.tools.measuring import commit_here
 
 
 def arguments():

@@ -31,7 +31,8 @@ from peers import peft_model
 
 import apt_ext
 from apt_ext.common import clock
-from apt_ext.tools.measuring import commit_here, spread
+from apt_ext.common.clock import spread
+from apt_ext.tools.measuring import commit_here
 
 RANK, RATE, EVENTS, BETWEEN, WINDOW = 8, 1e-4, 4, 4, 2
 RUNS = {

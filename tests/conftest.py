@@ -138,9 +138,9 @@ def place(pack, tmp_path, monkeypatch):
     """Quick cells of it, whose rounds of the clock last no time."""
     from apt_ext.tools.checkout.evidence.cell import Place
 
-    from apt_ext.tools import measuring
+    from apt_ext.common import clock
 
-    monkeypatch.setattr(measuring, "_ROUND", 0.0)
+    monkeypatch.setattr(clock, "_ROUND", 0.0)
     return Place(pack, tmp_path / "cells", "cpu", "here", quick=True)
 
 

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from .._version import __version__
-from ..common import clock
+from ..common.clock import Spread, in_turn, spread
+from ..common.memory import peak_memory, resident_memory, restart_peak
 from .data import Batch
 from .models import class_of, load_stock
-from .processes import peak_memory, resident_memory, restart_peak, run_apart
+from .processes import run_apart
 
-_ROUND = 0.2  # seconds that a round of the clock lasts at least, for each model
 _PROCESSES = 3  # that measure each model's memory on the CPU
 _NEW = 32  # tokens of a generation
-
-Spread = dict[str, Any]
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """{"median", "low" and "high": the quartiles, "rounds": the values as they came}."""
-    ordered = sorted(values)
-    low, middle, high = statistics.quantiles(ordered, n=4, method="inclusive") if len(ordered) > 1 else ordered * 3
-    return {"median": middle, "low": low, "high": high, "rounds": list(values)}
 
 
 def around_events(seconds: Sequence[float], events: Sequence[int]) -> dict[str, dict[str, Any] | None]:
@@ -46,25 +34,6 @@ def around_events(seconds: Sequence[float], events: Sequence[int]) -> dict[str, 
 def _summed_up(seconds: Sequence[float]) -> dict[str, Any]:
     found = spread(seconds)
     return {"steps": len(found.pop("rounds")), **found}
-
-
-def in_turn(
-    calls: Mapping[str, Callable[[], object]], rounds: int, synchronize: Callable[[], None] = lambda: None
-) -> dict[str, list[float]]:
-    """Seconds of one call, a value a round, of each; the calls take turns, and who begins changes, so that all meet the same machine.
-
-    A round makes as many calls as take a moment; the device is idle before and after.
-    """
-    inner = {name: 1 for name in calls}
-
-    for name, call in calls.items():
-        clock.seconds(call, synchronize)  # the first call allocates and chooses kernels
-        inner[name] = max(math.ceil(_ROUND / max(clock.seconds(call, synchronize), 1e-6)), 1)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in tqdm(range(rounds), desc="clock", unit="round", leave=False):
-        for name in calls if turn % 2 == 0 else reversed(list(calls)):
-            seconds[name].append(clock.seconds(calls[name], synchronize, inner[name]))
-    return seconds
 
 
 def compared(directories: Mapping[str, Path], batches: list[Batch], device: str, rounds: int) -> dict[str, Any]:

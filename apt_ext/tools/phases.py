@@ -13,6 +13,8 @@ import torch
 
 import apt_ext
 
+from ..common.clock import in_turn
+from ..common.memory import peak_memory
 from ..exporting.directories import reloaded
 from .data import (
     Batch,
@@ -25,9 +27,7 @@ from .data import (
     split_reviews,
     training_batches,
 )
-from .measuring import in_turn
 from .models import transformers_offline
-from .processes import peak_memory
 from .recipe import Recipe, accuracy, fit, logits_of
 
 

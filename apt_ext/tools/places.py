@@ -1,9 +1,8 @@
-"""Where the commands write, which is asked before a run; and files that are written whole or not at all."""
+"""Where the commands write, which is asked before a run."""
 
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -12,6 +11,7 @@ from typing import Any
 
 from ..exporting.directories import check_target
 from ..storage.atomic_dir import made
+from ..storage.atomic_file import replace_file
 from .data import Missing
 
 
@@ -48,20 +48,6 @@ def check_export(option: str, directory: Path) -> None:
         raise Missing(f"{option}: {error}") from error
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file aside, have it on the disk, and put it in its place in one step."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
-
-
 def replace_json(path: Path, value: Any, indent: int = 1) -> None:
-    """The same with a value as JSON."""
+    """Write a value as JSON, as `replace_file` does."""
     replace_file(path, (json.dumps(value, indent=indent) + "\n").encode())

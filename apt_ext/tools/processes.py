@@ -1,12 +1,9 @@
-"""Work in processes that end with this one, what a signal does to it, and how much memory a process has."""
+"""Work in processes that end with this one, and what a signal does to it."""
 
 from __future__ import annotations
 
-import ctypes
 import os
-import resource
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -140,31 +137,3 @@ def _kill(processes: list[int]) -> None:
     for pid in processes:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
-
-def peak_memory() -> int:
-    """The most resident memory this process has had, in bytes: torch and transformers themselves included."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # getrusage counts on Linux what the parent held when it started this process
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def restart_peak() -> None:
-    """`peak_memory` counts from what is in use now; only Linux can.
-
-    What was freed and glibc still holds is given back, so that it is not taken for what comes next.
-    """
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-    counter = Path("/proc/self/clear_refs")
-    if counter.is_file() and os.access(counter, os.W_OK):
-        counter.write_text("5")
-
-
-def resident_memory() -> int:
-    """Resident memory of this process now, in bytes; 0 where only the peak is known."""
-    status = Path("/proc/self/statm")
-    return int(status.read_text().split()[1]) * resource.getpagesize() if status.is_file() else 0

@@ -20,11 +20,12 @@ from typing import Any
 import torch
 
 import apt_ext
+from apt_ext.common.clock import in_turn
+from apt_ext.common.memory import peak_memory, restart_peak
 from apt_ext.tools.data import Missing
-from apt_ext.tools.measuring import around_events, in_turn
+from apt_ext.tools.measuring import around_events
 from apt_ext.tools.models import transformers_offline
 from apt_ext.tools.places import replace_json
-from apt_ext.tools.processes import peak_memory, restart_peak
 
 from .rows import Row, rows_of
 from .store import FORMAT, Cell, read, write

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from apt_ext.storage.atomic_file import replace_file
 from apt_ext.tools.data import ENCODER, Missing, encoder_directory, load_reviews, members, split_reviews
 from apt_ext.tools.models import load, load_tokenizer, package_file, transformers_offline
-from apt_ext.tools.places import directory_for, replace_file
+from apt_ext.tools.places import directory_for
 
 from .quantised import BYTES, widened
 from .tasks import PACK, PARTS

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from apt_ext.storage.atomic_file import replace_file
 from apt_ext.tools.data import Missing
-from apt_ext.tools.places import directory_of, replace_file
+from apt_ext.tools.places import directory_of
 from apt_ext.tools.report import figure_class
 
 from .cell import TRIAL_SEED, on_cpu

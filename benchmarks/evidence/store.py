@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from apt_ext.storage.atomic_file import replace_file
 from apt_ext.tools.data import Missing, joined
-from apt_ext.tools.places import replace_file
 
 from .rows import Row, rows_of
 from .tasks import TASKS, Task

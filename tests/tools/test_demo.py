@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import apt_ext
-from apt_ext.tools import data, demo, measuring, processes, report
+from apt_ext.tools import data, demo, measuring, report
 from apt_ext.tools.cli import main
 from apt_ext.tools.data import Example, Missing, Review
 
@@ -125,10 +125,6 @@ def test_training_batches_visit_every_example_once_an_epoch_and_repeat_with_the_
     assert sorted(epoch(0)) == list(range(96))
     assert epoch(0) == epoch(0) != epoch(1)
     assert sum(len(batch["labels"]) for batch in data.sorted_batches(examples, pad=0, size=10)) == 96
-
-
-def test_peak_memory_is_in_bytes() -> None:
-    assert 50e6 < processes.peak_memory() < 1e12
 
 
 def trained(**changes: object) -> dict[str, object]:

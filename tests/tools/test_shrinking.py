@@ -1,9 +1,7 @@
 """apt-ext shrink on tiny models: the path from a directory to a smaller one, and its report."""
 
-import ctypes
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +9,7 @@ from families import FAMILIES
 from small_source import command, letters
 
 from apt_ext.common import clock
-from apt_ext.tools import measuring, processes, shrinking
+from apt_ext.tools import measuring, shrinking
 from apt_ext.tools.cli import main
 
 transformers = pytest.importorskip("transformers")
@@ -22,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("loaded_here", "quick")
 def quick(monkeypatch, request):
     """Rounds that last no time, and memory measured in this process; those marked slow do it as users do."""
     if request.node.get_closest_marker("slow") is None:
-        monkeypatch.setattr(measuring, "_ROUND", 0.0)
+        monkeypatch.setattr(clock, "_ROUND", 0.0)
         monkeypatch.setattr(measuring, "_NEW", 2)
         monkeypatch.setattr(measuring, "run_apart", lambda function, *args: function(*args))
 
@@ -88,33 +86,6 @@ def test_speed_and_memory_come_with_their_spread(source, tmp_path, device):
     assert speeds["ratio"]["rounds"] == pytest.approx([after / before for after, before in pairs])
 
 
-def test_quartiles():
-    assert measuring.spread([5, 1, 3, 2, 4]) == {"median": 3, "low": 2, "high": 4, "rounds": [5, 1, 3, 2, 4]}
-    assert measuring.spread([7]) == {"median": 7, "low": 7, "high": 7, "rounds": [7]}
-
-
-def test_models_take_turns_and_the_device_is_idle_around_each(monkeypatch):
-    """On a clock that the calls move: what is left in flight counts for the round that started it."""
-    now, flying, order = [0.0], [0.0], []
-    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
-
-    def synchronize():
-        now[0] += flying[0]
-        flying[0] = 0.0
-
-    def call(name, seconds):
-        order.append(name)
-        flying[0] += seconds
-
-    calls = {"before": lambda: call("before", 1.0), "after": lambda: call("after", 0.25)}
-    assert measuring.in_turn(calls, 3, synchronize) == {"before": [1.0] * 3, "after": [0.25] * 3}
-    assert order[4:] == ["before", "after", "after", "before", "before", "after"]
-    order.clear()
-    monkeypatch.setattr(measuring, "_ROUND", 0.9)
-    assert measuring.in_turn(calls, 1, synchronize)["after"] == [0.25]
-    assert order[-5:] == ["before"] + ["after"] * 4  # a round lasts
-
-
 def test_padding_is_no_token(tmp_path, source):
     directory = tmp_path / "model"
     shutil.copytree(source, directory)
@@ -134,30 +105,6 @@ def test_memory_is_that_of_the_model_and_its_pass(tmp_path):
     size = 4 * model.num_parameters()
     got = measuring.run_apart(measuring.resident_of, tmp_path, [{"input_ids": [[1] * 8]}])
     assert size < got < 1.2 * size
-
-
-def test_a_peak_that_is_over_does_not_count():
-    if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("only Linux can")
-    processes.restart_peak()
-    before = processes.peak_memory()
-    high = torch.ones(50_000_000)
-    assert processes.peak_memory() - before > 150e6 and processes.resident_memory() > 150e6
-    del high
-    processes.restart_peak()
-    assert processes.peak_memory() - before < 50e6
-
-
-def test_what_was_freed_and_is_still_held_does_not_count():
-    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
-        pytest.skip("only glibc can")
-    processes.restart_peak()
-    before = processes.peak_memory()
-    blocks = [bytearray(b"1") * 60_000 for _ in range(2_000)]  # too small to be mapped one by one
-    last = blocks.pop()  # lies at the end of the heap and keeps it from shrinking
-    blocks.clear()
-    processes.restart_peak()
-    assert last and processes.peak_memory() - before < 30e6
 
 
 def test_random_parameters_need_no_data(source, tmp_path):
