@@ -14,6 +14,7 @@ from .method.select.rank_budget import Growth
 from .model import APTModel, adapter_parameters, adapters, get_apt_model
 from .optim.hold_pruned import hold_pruned
 from .pruning.architectures.lookup import Architecture, BlockRule, Layers, Side, Stream, register_architecture
+from .reporting.writing import report
 from .storage.per_layer import load_export
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "plan",
     "reference",
     "register_architecture",
+    "report",
     "shrink",
     "to_peft",
 ]

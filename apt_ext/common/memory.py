@@ -8,6 +8,8 @@ import resource
 import sys
 from pathlib import Path
 
+_COUNTER = Path("/proc/self/clear_refs")
+
 
 def peak_memory() -> int:
     """The most resident memory this process has had, in bytes: torch and transformers themselves included."""
@@ -26,9 +28,13 @@ def restart_peak() -> None:
     """
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
-    counter = Path("/proc/self/clear_refs")
-    if counter.is_file() and os.access(counter, os.W_OK):
-        counter.write_text("5")
+    if peak_can_restart():
+        _COUNTER.write_text("5")
+
+
+def peak_can_restart() -> bool:
+    """Whether the system lets this process count its peak anew."""
+    return _COUNTER.is_file() and os.access(_COUNTER, os.W_OK)
 
 
 def resident_memory() -> int:

@@ -159,16 +159,14 @@ def _planned(
             notes.append(f"{name}: one stays, with output weights of zero: the stock class cannot run with nothing there")
     notes += [f"{name}: no block, it is not pruned" for name in _outside_blocks(model, blocks)]
     changes = parameter_changes(model, lanes_for(model, blocks, kept))
-    products = _products(model, blocks, batch, length)
+    products = forward_products(model, blocks, batch, length)
     if products is None:
         notes.append(f"FLOPs are unknown: the model does not take token ids of shape [{batch}, {length}] alone")
     factors = sum(rank * sum(_shape(model.get_submodule(name))) for name, rank in found.ranks.items())
     saved = {p: p.numel() for name in found.saved for p in parameters_of(model, name)}
     trainable = factors + sum(saved.values())
     per_entry = max((p.element_size() for p in model.parameters()), default=4)
-    dense, target = (
-        Size(_entries(model, cut), _bytes(model, cut), None if products is None else _flops(products, cut)) for cut in ({}, changes)
-    )
+    dense, target = (size_of(model, products, cut) for cut in ({}, changes))
     counts = {name: int(stay.sum()) for name, stay in kept.items()}
     kinds = [kind for kind in KINDS if any(block.kind == kind for block in blocks.values())]
     left = {kind: {name: counts[name] for name, block in blocks.items() if block.kind == kind} for kind in kinds}
@@ -249,12 +247,11 @@ def _outside_blocks(model: nn.Module, blocks: Blocks) -> list[str]:
 # -- parameters --------------------------------------------------------------------------------------------------------
 
 
-def _entries(model: nn.Module, changes: Changes) -> int:
-    return sum(math.prod(left(parameter, changes)) for parameter in model.parameters())
-
-
-def _bytes(model: nn.Module, changes: Changes) -> int:
-    return sum(math.prod(left(parameter, changes)) * parameter.element_size() for parameter in model.parameters())
+def size_of(model: nn.Module, products: ForwardProducts | None, changes: Changes) -> Size:
+    """The size of a model without adapters once `changes` are made; `products` are its `forward_products`."""
+    entries = {parameter: math.prod(left(parameter, changes)) for parameter in model.parameters()}
+    held = sum(count * parameter.element_size() for parameter, count in entries.items())
+    return Size(sum(entries.values()), held, None if products is None else _flops(products, changes))
 
 
 def _shape(linear: nn.Module) -> tuple[int, int]:
@@ -265,7 +262,7 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class _Products:
+class ForwardProducts:
     """What one forward pass multiplies: (weight, tokens) of each linear, and (weight of O, its input dimension, pairs) of attention.
 
     pairs  query positions times key positions, over the batch
@@ -275,7 +272,7 @@ class _Products:
     attention: list[tuple[nn.Parameter, int, int]]
 
 
-def _products(model: nn.Module, blocks: Blocks, batch: int, length: int) -> _Products | None:
+def forward_products(model: nn.Module, blocks: Blocks, batch: int, length: int) -> ForwardProducts | None:
     """Found by a trial pass on meta, where nothing is computed; None where the model wants other inputs."""
     trial = on_meta(model)
     calls: dict[str, int] = {}
@@ -301,7 +298,7 @@ def _products(model: nn.Module, blocks: Blocks, batch: int, length: int) -> _Pro
             queries, keys = calls.get(block.linear("q"), 0), calls.get(block.linear("k"), 0)
             weight, base = _weight(model, block.reader), stored(model.get_submodule(block.reader))
             attention.append((weight, weight_dim(base, "in"), queries * keys // batch))
-    return _Products(linears, attention)
+    return ForwardProducts(linears, attention)
 
 
 def _weight(model: nn.Module, name: str) -> nn.Parameter:
@@ -310,7 +307,7 @@ def _weight(model: nn.Module, name: str) -> nn.Parameter:
     return weight
 
 
-def _flops(products: _Products, changes: Changes) -> int:
+def _flops(products: ForwardProducts, changes: Changes) -> int:
     """Two for each product and sum: of tokens with weights, of queries with keys, and of the weights of attention with values."""
     linears = sum(2 * tokens * math.prod(left(weight, changes)) for weight, tokens in products.linears)
     return linears + sum(4 * pairs * left(weight, changes)[dim] for weight, dim, pairs in products.attention)

@@ -169,12 +169,12 @@ def parameter_changes(model: nn.Module, lanes: Lanes) -> Changes:
     for name, sides in lanes.items():
         module = model.get_submodule(name)
         for direction, kept in sides.items():
-            for parameter, dim in _touched(module, direction):
+            for parameter, dim in touched(module, direction):
                 changes.setdefault(parameter, {})[dim] = kept
     return changes
 
 
-def _touched(module: nn.Module, direction: str) -> Iterable[tuple[nn.Parameter, int]]:
+def touched(module: nn.Module, direction: str) -> Iterable[tuple[nn.Parameter, int]]:
     """(Parameter, dimension) of everything that runs along one side of a module."""
     base = stored(module)
     for name, parameter in base.named_parameters(recurse=False):

@@ -19,11 +19,17 @@ def on_meta(model: nn.Module) -> nn.Module:
     for tensor in (*model.parameters(), *model.buffers()):
         twin: Tensor = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(twin, requires_grad=False) if isinstance(tensor, nn.Parameter) else twin
+    return copy.deepcopy(model, memo | stock_hooks(model)).eval()
+
+
+def stock_hooks(model: nn.Module) -> dict[int, Any]:
+    """What `copy.deepcopy` has to be told, as its memo, to take of all hooks transformers' own alone."""
+    memo: dict[int, Any] = {}
     for module in model.modules():
         for hooks in (getattr(module, name) for name in _HOOKS):
             own = {key: hook for key, hook in hooks.items() if getattr(hook, "__module__", "").startswith("transformers.")}
             memo[id(hooks)] = type(hooks)(own)
-    return copy.deepcopy(model, memo).eval()
+    return memo
 
 
 def inputs_for(model: nn.Module, batch: int = 1, length: int = 8) -> dict[str, Tensor]:
@@ -35,3 +41,13 @@ def inputs_for(model: nn.Module, batch: int = 1, length: int = 8) -> dict[str, T
         return {"pixel_values": torch.zeros(batch, getattr(config, "num_channels", 3), height, width, device="meta")}
     tokens = torch.zeros(batch, length, dtype=torch.long, device="meta")
     return {"input_ids": tokens} | ({"decoder_input_ids": tokens} if is_encoder_decoder(model) else {})
+
+
+def positions(model: nn.Module) -> int | None:
+    """The longest sequence that the model has positions for; None where its config names no most."""
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if not isinstance(most, int):
+        return None
+    tables = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "position_embeddings"]
+    taken = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]  # RoBERTa's begin behind it
+    return most - max(taken, default=0)

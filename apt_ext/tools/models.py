@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..pruning.on_meta import positions
 from .data import Missing
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -78,16 +79,6 @@ def empty_model(path: Path, kind: Any = None) -> Any:
 def random_model(directory: Path) -> Any:
     """The model that config.json describes, float32, its Parameters drawn by torch's generator."""
     return _built(directory).float().eval()
-
-
-def positions(model: Any) -> int | None:
-    """The longest sequence that the model has positions for; None where its config names no most."""
-    most = getattr(model.config, "max_position_embeddings", None)
-    if not isinstance(most, int):
-        return None
-    tables = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "position_embeddings"]
-    taken = [table.padding_idx + 1 for table in tables if getattr(table, "padding_idx", None) is not None]  # RoBERTa's begin behind it
-    return most - max(taken, default=0)
 
 
 def check_length(model: Any, length: int) -> None:

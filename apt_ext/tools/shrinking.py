@@ -20,6 +20,7 @@ from ..exporting.directories import expressed
 from ..method import one_shot
 from ..method.oneshot import check_keep
 from ..method.planner import plan
+from ..pruning.on_meta import positions
 from .data import (
     Batch,
     Missing,
@@ -40,7 +41,6 @@ from .models import (
     load_stock,
     load_tokenizer,
     package_file,
-    positions,
     random_model,
     transformers_offline,
 )
