@@ -48,6 +48,7 @@ def figure_class() -> Any:
 def as_png(draw: Callable[[Theme], Any], theme: Theme) -> bytes:
     """A picture that `draw` makes, as a PNG."""
     from matplotlib import rc_context
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image  # which matplotlib needs
 
     style: dict[Any, Any] = {
@@ -72,16 +73,16 @@ def as_png(draw: Callable[[Theme], Any], theme: Theme) -> bytes:
         "legend.frameon": False,
     }
     with rc_context(style):
-        figure = draw(theme)
-        stream = io.BytesIO()
-        figure.savefig(stream, format="png", dpi=_DPI)
-    small = io.BytesIO()  # a third of the bytes, and looks the same
-    Image.open(stream).convert("RGB").quantize(_COLOURS).save(small, format="png", optimize=True)
-    return small.getvalue()
+        canvas = FigureCanvasAgg(draw(theme))
+        canvas.draw()
+        image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
+    stream = io.BytesIO()
+    image.quantize(_COLOURS).save(stream, format="png", optimize=True)  # a third of the bytes, and looks the same
+    return stream.getvalue()
 
 
 def _figure(height: float) -> Any:
-    return figure_class()(figsize=(_WIDTH, height), layout="constrained")
+    return figure_class()(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
 
 
 @contextmanager
@@ -167,10 +168,9 @@ def heat_maps(
     hidden: dict[str, int] | None,
 ) -> Any:
     """A heat map for each panel, one below the other; `of` says (value, text) of a cell."""
-    rows = [len(panel["layers"]) for panel in panels]
     strip = 0.55 if hidden is not None else 0.0
-    step = 0.30 if max(rows, default=0) <= 16 else 0.215
-    heights = [step * number + 0.62 for number in rows]
+    step = 0.30 if max((len(panel["layers"]) for panel in panels), default=0) <= 16 else 0.215
+    heights = [step * len(panel["layers"]) + (1.15 if _are_long(panel["columns"]) else 0.62) for panel in panels]
     figure = _figure(max(sum(heights) + strip, _EMPTY))
     number = len(panels) + (hidden is not None)
     if not number:
@@ -207,14 +207,18 @@ def draw_panel(axes: Any, theme: Theme, panel: dict[str, Any], of: Callable[[Any
     axes.set(xlim=(0, columns), ylim=(layers, 0))
     every = max(1, -(-layers // _MOST_LABELS))
     axes.set_yticks([y + 0.5 for y in range(0, layers, every)], [str(layer) for layer in panel["layers"][::every]], fontsize=small)
-    long = columns > 1 and sum(map(len, panel["columns"])) > 52
-    turned = {"rotation": 24 if columns < 7 else 45, "ha": "left", "rotation_mode": "anchor"} if long else {}
+    turned = {"rotation": 24 if columns < 7 else 45, "ha": "left", "rotation_mode": "anchor"} if _are_long(panel["columns"]) else {}
     axes.xaxis.tick_top()
     axes.set_xticks([x + 0.5 for x in range(columns)], panel["columns"], fontsize=9, **turned)
     axes.tick_params(length=0)
     axes.set_ylabel(f"{panel['stack']} layer".strip())
     for spine in axes.spines.values():
         spine.set_visible(False)
+
+
+def _are_long(columns: Sequence[str]) -> bool:
+    """Whether titles do not fit beside each other."""
+    return len(columns) > 1 and sum(map(len, columns)) > 52
 
 
 def _draw_strip(axes: Any, theme: Theme, hidden: dict[str, int]) -> None:

@@ -187,7 +187,7 @@ def _ranks(numbers: Mapping[str, Any]) -> dict[str, Any]:
     if ranks["outside"]:
         rows = [[name, str(rank)] for name, rank in ranks["outside"].items()]
         tables.append({"caption": "Outside the layers", "head": ["adapter", "rank"], "rows": rows})
-    text = f"{len(ranks['adapters'])} adapters."
+    text = f"{_number(len(ranks['adapters']), 'adapter')}" + (f", {len(ranks['outside'])} outside the layers." if ranks["outside"] else ".")
     if ranks["parameters"] is not None:
         before, after = ranks["parameters"]["before"], ranks["parameters"]["after"]
         text += f" Their factors had {words.count(before)} parameters at the start and have {words.count(after)} now."
@@ -261,6 +261,10 @@ def _losses(numbers: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _number(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def _not_finite(number: int) -> str:
     return "One value is" if number == 1 else f"{number} values are"
 
@@ -309,10 +313,10 @@ def _about(numbers: Mapping[str, Any]) -> Sequence[str]:
     said: list[str] = []
     if speed is not None:
         shapes = ", ".join(f"{name} {' x '.join(map(str, shape))}" for name, shape in speed["inputs"].items())
-        threads = f", {speed['threads']} thread{'s' if speed['threads'] > 1 else ''}" if speed["threads"] else ""
+        threads = f", {_number(speed['threads'], 'thread')}" if speed["threads"] else ""
         both = "both models in turn; " if speed["ratio"] is not None else ""
         where = f"{speed['device']}{threads}, {numbers['model']['dtype']}"
-        said.append(f"A pass: forward in evaluation mode, {both}{speed['rounds']} rounds on {where}; {shapes}.")
+        said.append(f"A pass: forward in evaluation mode, {both}{_number(speed['rounds'], 'round')} on {where}; {shapes}.")
         if speed["ratio"] is not None:
             said.append(
                 "Before: a stock model of the sizes before the first cut, with random weights. After: what shrink makes of the model."
