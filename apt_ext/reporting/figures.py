@@ -73,7 +73,7 @@ def as_png(draw: Callable[[Theme], Any], theme: Theme) -> bytes:
         "legend.frameon": False,
     }
     with rc_context(style):
-        canvas = FigureCanvasAgg(draw(theme))
+        canvas: Any = FigureCanvasAgg(draw(theme))
         canvas.draw()
         image = Image.frombuffer("RGBA", canvas.get_width_height(), canvas.buffer_rgba()).convert("RGB")
     stream = io.BytesIO()
@@ -137,29 +137,41 @@ def before_and_after(rows: Sequence[dict[str, Any]]) -> Callable[[Theme], Any]:
 
 def kept_map(kept: dict[str, Any]) -> Callable[[Theme], Any]:
     """What each layer keeps, a colour for its share, and the residual stream below."""
-    hidden = kept["hidden"]
-
-    def of(cell: dict[str, int]) -> tuple[float, str]:
-        return (cell["kept"] / cell["of"] if cell["of"] else 1.0), f"{cell['kept']:,} / {cell['of']:,}"
 
     def draw(theme: Theme) -> Any:
-        return heat_maps(theme, kept["panels"], of, (0.0, 1.0), "No blocks: this architecture is not in the table.", hidden)
+        empty = "No blocks: this architecture is not in the table."
+        return _heat_maps(theme, kept["panels"], kept_cell, (0.0, 1.0), empty, kept["hidden"])
 
     return draw
 
 
 def rank_map(ranks: dict[str, Any]) -> Callable[[Theme], Any]:
     """The rank of each adapter."""
-    most = max([cell for panel in ranks["panels"] for row in panel["cells"] for cell in row if cell is not None], default=1)
 
     def draw(theme: Theme) -> Any:
         empty = "No adapters lie in the layers of this model."
-        return heat_maps(theme, ranks["panels"], lambda rank: (float(rank), str(rank)), (0.0, float(max(most, 1))), empty, None)
+        return _heat_maps(theme, ranks["panels"], rank_cell, rank_limits(ranks["panels"]), empty, None)
 
     return draw
 
 
-def heat_maps(
+def kept_cell(cell: dict[str, int]) -> tuple[float, str]:
+    """(share, text) of what a block keeps."""
+    return (cell["kept"] / cell["of"] if cell["of"] else 1.0), f"{cell['kept']:,} / {cell['of']:,}"
+
+
+def rank_cell(rank: int) -> tuple[float, str]:
+    """(value, text) of a rank."""
+    return float(rank), str(rank)
+
+
+def rank_limits(panels: Sequence[dict[str, Any]]) -> tuple[float, float]:
+    """From 0 to the highest rank."""
+    ranks = [cell for panel in panels for row in panel["cells"] for cell in row if cell is not None]
+    return 0.0, float(max([*ranks, 1]))
+
+
+def _heat_maps(
     theme: Theme,
     panels: Sequence[dict[str, Any]],
     of: Callable[[Any], tuple[float, str]],

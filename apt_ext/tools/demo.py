@@ -11,6 +11,7 @@ import torch
 
 import apt_ext
 
+from .comparison import check_pictures, table, write_plot
 from .data import ARCHIVE, Missing, encoder_directory, load_reviews, split_reviews
 from .measuring import around_events
 from .models import check_weights, transformers_offline
@@ -18,7 +19,6 @@ from .phases import compare, reload, train
 from .places import check_export, replace_json
 from .processes import run_apart
 from .recipe import Recipe
-from .report import figure_class, table, write_plot
 
 STEPS, QUICK_STEPS = 500, 20
 METHODS = {"lora": "dense LoRA", "apt": "APT"}
@@ -37,7 +37,7 @@ def demo(output: Path, *, seed: int = 0, steps: int | None = None, archive: Path
     """
     started = time.perf_counter()
     transformers = transformers_offline()
-    figure_class()
+    check_pictures()
     check_weights(encoder_directory())
     recipe = Recipe(steps=steps or (QUICK_STEPS if quick else STEPS), seed=seed)
     reviews = len(split_reviews(load_reviews(archive)).train)

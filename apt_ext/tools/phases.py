@@ -16,6 +16,7 @@ import apt_ext
 from ..common.clock import in_turn
 from ..common.memory import peak_memory
 from ..exporting.directories import reloaded
+from ..reporting.layers import kept_panels, rank_panels
 from .data import (
     Batch,
     Example,
@@ -55,14 +56,20 @@ def train(method: str, recipe: Recipe, archive: Path, output: Path, quick: bool)
     batches = training_batches(examples["train"], pad, recipe.batch, recipe.seed)
     counts = {name: block.count for name, block in model.blocks.items() if block.kind == "neurons"}
     fitted = fit(model, batches, recipe, method, prune=apt)
+    ranks = {name: adapter.rank for name, adapter in apt_ext.adapters(model) if adapter.rank}
+    left = {name: int((model.get_block_mask(name) != 0).sum()) for name in model.blocks}
     result: dict[str, Any] = {
         "training_seconds": fitted.seconds,
         "step_seconds": fitted.step_seconds,
         "events": fitted.events,
         "peak_memory_bytes": peak_memory(),
         "adapter_parameters": [before, adapter_parameter_count(model)],
-        "ranks": {name: adapter.rank for name, adapter in apt_ext.adapters(model) if adapter.rank},
-        "kept": {name: int((model.get_block_mask(name) != 0).sum()) for name in counts},
+        "ranks": ranks,
+        "kept": {name: left[name] for name in counts},
+        "panels": {
+            "kept": kept_panels(model.model, model.blocks, left),
+            "ranks": rank_panels(model.model, model.blocks, ranks)[0],
+        },
         "counts": counts,
         "masks_are_binary": all(bool((mask * (1 - mask) == 0).all()) for mask in map(model.get_block_mask, model.blocks)),
     }

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from apt_ext.reporting.figures import figure_class
 from apt_ext.storage.atomic_file import replace_file
 from apt_ext.tools.data import Missing
 from apt_ext.tools.places import directory_of
-from apt_ext.tools.report import figure_class
 
 from .cell import TRIAL_SEED, on_cpu
 from .rows import rows_of
@@ -118,7 +118,7 @@ def write_report(folder: Path, report: Path) -> list[str]:
                 picture = report.with_name(f"{report.stem}-{name}.png")
                 try:
                     parts.append(f"![{cells.task.title}: {_plot(cells, picture)}]({picture.name})\n")
-                except (Missing, OSError) as error:
+                except (ImportError, OSError) as error:
                     said.append(str(error))
         parts.append(_aims(every))
         parts.append(_making(every))

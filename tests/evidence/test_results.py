@@ -380,7 +380,7 @@ def test_a_picture_where_matplotlib_is_and_a_sentence_where_not(tmp_path, monkey
     assert "score against kept weights](beside-movies.png)" in (tmp_path / "beside.md").read_text()
 
     def none():
-        raise Missing("no matplotlib")
+        raise ImportError("no matplotlib")
 
     monkeypatch.setattr(report, "figure_class", none)
     assert report.write_report(folder, tmp_path / "other.md") == ["no matplotlib"] and "png" not in (tmp_path / "other.md").read_text()

@@ -145,7 +145,7 @@ def test_the_report_is_there_before_the_clock_runs(tmp_path, monkeypatch, loaded
 @pytest.fixture
 def sources(monkeypatch, tmp_path):
     """The demo's encoder and reviews."""
-    monkeypatch.setattr(demo, "figure_class", lambda: None)
+    monkeypatch.setattr(demo, "check_pictures", lambda: None)
     monkeypatch.setattr(demo, "encoder_directory", lambda: letters(tmp_path, "bert"))
     monkeypatch.setattr(demo, "load_reviews", lambda archive: REVIEWS)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import apt_ext
-from apt_ext.tools import data, demo, measuring, report
+from apt_ext.tools import comparison, data, demo, measuring
 from apt_ext.tools.cli import main
 from apt_ext.tools.data import Example, Missing, Review
 
@@ -73,7 +73,7 @@ def test_without_a_command_the_help_is_shown(capsys):
 
 
 def test_missing_reviews_name_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("encoder_directory", "transformers_offline", "figure_class"):
+    for name in ("encoder_directory", "transformers_offline", "check_pictures"):
         monkeypatch.setattr(demo, name, lambda: None)
     monkeypatch.setattr(demo, "check_weights", lambda directory: None)
     assert main(["demo", "--data", str(tmp_path / "none.tar.gz"), "--output", str(tmp_path / "out")]) == 1
@@ -84,7 +84,7 @@ def test_missing_reviews_name_the_command(tmp_path: Path, capsys: pytest.Capture
 
 def test_missing_encoder_names_the_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(data, "ENCODER", "no-such-package-as-this")
-    for name in ("transformers_offline", "figure_class"):
+    for name in ("transformers_offline", "check_pictures"):
         monkeypatch.setattr(demo, name, lambda: None)
     assert main(["demo"]) == 1
     assert "pip install --no-deps no-such-package-as-this==0.1.0" in capsys.readouterr().err
@@ -167,6 +167,10 @@ def method_result(name: str) -> dict[str, object]:
         "ranks": {f"bert.encoder.layer.{i}.{linear}": 8 + i for i in range(2) for linear in ("attention.self.query", "output.dense")},
         "kept": {"0.neurons": 768, "1.neurons": 768},
         "counts": {"0.neurons": 1536, "1.neurons": 1536},
+        "panels": {
+            "kept": [{"stack": "", "layers": [0, 1], "columns": ["neurons"], "cells": [[{"kept": 768, "of": 1536}]] * 2}],
+            "ranks": [{"stack": "", "layers": [0, 1], "columns": ["query", "dense"], "cells": [[8, 9], [None, 12]]}],
+        },
     }
 
 
@@ -176,7 +180,7 @@ def made_report() -> dict[str, object]:
 
 
 def test_table_has_a_column_for_each_method_and_says_what_it_measured() -> None:
-    text = report.table(made_report())
+    text = comparison.table(made_report())
     assert len({line.find("|") for line in text.splitlines()[3:14]}) == 1
     for part in ("84.8 %", "290-310", "258,048 -> 1,022,592", "30 optimizer steps", "2 threads", "libraries included", "mean nothing"):
         assert part in text
@@ -199,7 +203,7 @@ def test_steps_before_the_first_and_after_the_last_event(events, before, after):
 
 def test_a_picture_is_written(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    report.write_plot(made_report(), tmp_path / "report.png")
+    comparison.write_plot(made_report(), tmp_path / "report.png")
     assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -207,11 +211,7 @@ def test_missing_matplotlib_is_said_before_anything_starts(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(demo, "transformers_offline", lambda: None)
     assert main(["demo"]) == 1
-    assert 'matplotlib; run: python -m pip install "apt_ext[demo]"' in capsys.readouterr().err
-
-
-def test_ranks_are_grouped_by_linear() -> None:
-    assert report.ranks_by_linear({"bert.encoder.layer.10.output.dense": 12, "pooler": 3}) == {"output.dense": {10: 12}}
+    assert 'matplotlib: pip install "apt_ext[report]"' in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,12 +1,12 @@
-"""What the demo prints and writes: a table and a picture of widths and ranks."""
+"""What the demo prints and writes: a table, and a picture of what layers keep and of ranks."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..reporting.figures import LIGHT, Theme, as_png, draw_panel, figure_class, kept_cell, rank_cell, rank_limits
 from .data import Missing
 
 _ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
@@ -22,8 +22,6 @@ _ROWS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("peak memory, training", lambda m: f"{m['peak_memory_bytes'] / 1e6:.0f} MB"),
     ("adapter parameters", lambda m: "{:,d} -> {:,d}".format(*m["adapter_parameters"])),
 )
-# of a legend: beside the bars, not on them
-_BELOW: dict[str, Any] = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.15), "ncols": 2, "frameon": False}
 
 
 def _milliseconds(found: dict[str, Any] | None) -> str:
@@ -50,40 +48,23 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(["", *lines, "", notes, said, steps, *quick])
 
 
-def figure_class() -> Any:
-    """matplotlib's Figure, which draws without a display."""
+def check_pictures() -> None:
+    """Missing in words where pictures cannot be drawn."""
     try:
-        from matplotlib.figure import Figure
+        figure_class()
     except ImportError as error:
-        raise Missing('pictures need matplotlib; run: python -m pip install "apt_ext[demo]"') from error
-    return Figure
+        raise Missing(str(error)) from error
 
 
 def write_plot(report: dict[str, Any], path: Path) -> None:
     """Kept neurons and adapter ranks of each layer after APT, as a PNG."""
-    apt = report["methods"]["apt"]
-    figure = figure_class()(figsize=(10, 4), layout="constrained")
-    neurons, ranks = figure.subplots(1, 2)
-    layers = [name.partition(".")[0] for name in apt["counts"]]
-    neurons.bar(layers, apt["counts"].values(), color="0.88", label="before")
-    neurons.bar(layers, apt["kept"].values(), label="kept")
-    neurons.set(title="FFN neurons", xlabel="layer")
-    neurons.legend(**_BELOW)
-    by_linear = ranks_by_linear(apt["ranks"])
-    width = 0.8 / max(len(by_linear), 1)
-    for i, (linear, values) in enumerate(by_linear.items()):
-        ranks.bar([layer + (i - (len(by_linear) - 1) / 2) * width for layer in values], values.values(), width, label=linear)
-    ranks.axhline(report["recipe"]["rank"], color="0.6", linewidth=0.8)
-    ranks.set(title="adapter ranks (line: at the start)", xlabel="layer")
-    ranks.legend(**_BELOW)
-    figure.savefig(path, dpi=150)
+    kept, ranks = (report["methods"]["apt"]["panels"][name] for name in ("kept", "ranks"))
 
+    def draw(theme: Theme) -> Any:
+        figure = figure_class()(figsize=(11, 3.4), dpi=150, layout="constrained")
+        left, right = figure.subplots(1, 2)
+        draw_panel(left, theme, kept[0], kept_cell, (0.0, 1.0))
+        draw_panel(right, theme, ranks[0], rank_cell, rank_limits(ranks))
+        return figure
 
-def ranks_by_linear(ranks: dict[str, int]) -> dict[str, dict[int, int]]:
-    """{linear within its layer: {layer: rank}} from the adapters' full names."""
-    found: dict[str, dict[int, int]] = {}
-    for name, rank in ranks.items():
-        match = re.fullmatch(r".*?\.(\d+)\.(.+)", name)
-        if match:
-            found.setdefault(match[2], {})[int(match[1])] = rank
-    return found
+    path.write_bytes(as_png(draw, LIGHT))
