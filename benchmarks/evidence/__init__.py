@@ -8,5 +8,7 @@ rows     what is trained, and how it is pruned
 cell     one task, one row, one seed, one density: trained, measured, written as one line of a file of its task
 store    the lines of cells-<task>.jsonl, one a cell: read, checked, replaced
 runner   many cells, in one or several processes
-report   tables and plots of the cells that are there
+gathered the cells of each task, by row, density and seed
+pictures plots of the cells that are there
+report   tables of them, with the plots
 """

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from apt_ext.reporting.figures import figure_class
 from apt_ext.storage.atomic_file import replace_file
 from apt_ext.tools.data import Missing
 from apt_ext.tools.places import directory_of
 
 from .cell import TRIAL_SEED, on_cpu
+from .gathered import Cells, Line, load_cells, machine_of, share_of
+from .pictures import GAIN, draw_gain, draw_scores, gained
 from .rows import rows_of
-from .store import Result, load
+from .store import Result
 from .tasks import TASKS, Task
 
-Line = tuple[str, float | None]  # of the tables: row and density
 _NONE = "missing"
 _DRAWS, _OF_DENSE = 10_000, 0.97
 
@@ -54,52 +53,9 @@ and widths. Do not edit.
 """
 
 
-@dataclass
-class Cells:
-    """Hold the results of one task: {(row, density): {seed: result}}."""
-
-    task: Task
-    found: dict[Line, dict[int, Result]] = field(default_factory=dict)
-    trials: list[Result] = field(default_factory=list)
-
-    def of(self, row: str, density: float | None = None) -> dict[int, Result]:
-        return self.found.get((row, density), {})
-
-    def tests(self, row: str, density: float | None = None) -> dict[int, float]:
-        return {seed: result["scores"]["test"] for seed, result in sorted(self.of(row, density).items())}
-
-    def shares(self, row: str, density: float | None = None) -> list[float]:
-        """Return the test scores as shares of the dense LoRA's, by seed."""
-        tests, dense = self.tests(row, density), self.tests("lora")
-        return [share_of(self.task, tests[seed], dense[seed]) for seed in tests if seed in dense]
-
-    def lines(self) -> list[Line]:
-        """Return each line of the tables, with extra rows and densities where there are cells of them."""
-        found: list[Line] = []
-        rows = rows_of(self.task)
-        others = {density for _, density in self.found if density is not None} - {*self.task.densities}
-        for density in (None, *self.task.densities, *sorted(others, reverse=True)):
-            for name, row in rows.items():
-                asked = not row.extra and density not in others
-                if row.pruned == (density is not None) and (asked or self.of(name, density)):
-                    found.append((name, density))
-        return found
-
-    def alone(self) -> dict[str, dict[Line, list[Result]]]:
-        """Return {machine and precision: {line: its results, by seed}}, the machine with most lines first.
-
-        Only cells count that had their machine for themselves.
-        """
-        found: dict[str, dict[Line, list[Result]]] = {}
-        for line in self.lines():
-            for _, result in sorted(self.of(*line).items()):
-                if result["alone"]:
-                    found.setdefault(_machine(result), {}).setdefault(line, []).append(result)
-        return dict(sorted(found.items(), key=lambda machine: -len(machine[1])))
-
-
 def write_report(folder: Path, report: Path) -> list[str]:
-    """Write the Markdown file, and beside it a picture for each task with cells.
+    """Write the Markdown file, and beside it a picture for each task with cells, and gain.png of
+    all of them.
 
     Return what could not be made, in a sentence each. Where there are no cells, or a line among them is none,
     raise Missing and write nothing.
@@ -111,33 +67,25 @@ def write_report(folder: Path, report: Path) -> list[str]:
     if not any(cells.found for cells in every.values()):
         raise Missing(f"output: expected a directory with cells (trials and quick ones are not counted), found none in {str(folder)!r}")
     parts = [_HEAD.format(folder=folder, trial=TRIAL_SEED, scored=TASKS["shakespeare"].scored)]
+
+    def picture(name: str, title: str, draw: Callable[[Path], str]) -> None:
+        try:
+            parts.append(f"![{title}: {draw(report.with_name(name))}]({name})\n")
+        except (ImportError, OSError) as error:
+            said.append(str(error))
+
     with directory_of("report", report):
+        shown = gained(every)
+        if shown:
+            picture(GAIN, "What a user gains", partial(draw_gain, shown))
         for name, cells in every.items():
             parts.append(_section(cells))
             if cells.found:
-                picture = report.with_name(f"{report.stem}-{name}.png")
-                try:
-                    parts.append(f"![{cells.task.title}: {_plot(cells, picture)}]({picture.name})\n")
-                except (ImportError, OSError) as error:
-                    said.append(str(error))
+                picture(f"{report.stem}-{name}.png", cells.task.title, partial(draw_scores, cells))
         parts.append(_aims(every))
         parts.append(_making(every))
         replace_file(report, "\n".join(parts).encode())
     return said
-
-
-def load_cells(folder: Path) -> dict[str, Cells]:
-    """Return {task: its cells} without quick ones. Missing names the lines that are no cells."""
-    every = {name: Cells(task) for name, task in TASKS.items()}
-    for result in load(folder):
-        if result["quick"]:
-            continue
-        of_task = every[result["task"]]
-        if result["trial"]:
-            of_task.trials.append(result)
-        else:
-            of_task.found.setdefault((result["row"], result["density"]), {})[result["seed"]] = result
-    return every
 
 
 # -- numbers -------------------------------------------------------------------------------------------------
@@ -155,18 +103,6 @@ def paired(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, flo
     drawn = torch.randint(len(differences), (_DRAWS, len(differences)), generator=generator)
     low, high = torch.quantile(differences[drawn].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return float(differences.mean()), low, high
-
-
-def _machine(result: Result) -> str:
-    """Name what a cell's times hold for."""
-    attention = ", cuDNN's attention" if not on_cpu(result) and result.get("cudnn_attention", True) else ""
-    return f"{result['device']}, {result['precision']}{attention}"
-
-
-def share_of(task: Task, score: float, dense: float) -> float:
-    """Return a score as a share of the dense one. Perplexities are turned round, so that more is better."""
-    share, of = (score, dense) if task.classes else (dense, score)
-    return share / of if of else math.nan
 
 
 def time_to(task: Task, result: Result, dense: float) -> float | None:
@@ -308,7 +244,7 @@ def _making(every: dict[str, Cells]) -> str:
     """Write the commands, and which commits, seeds and machines the cells came from."""
     machines: dict[str, list[Result]] = {}
     for result in (result for cells in every.values() for found in cells.found.values() for result in found.values()):
-        machines.setdefault(f"{_machine(result)}, torch {result['versions']['torch']}", []).append(result)
+        machines.setdefault(f"{machine_of(result)}, torch {result['versions']['torch']}", []).append(result)
 
     def values(of: list[Result], what: Callable[[Result], Any]) -> str:
         return ", ".join(map(str, sorted({what(result) for result in of})))
@@ -322,43 +258,3 @@ def _making(every: dict[str, Cells]) -> str:
     said = [f"Trials beside them: {len(trials)}, at {values(trials, lambda trial: trial['commit'][:12])}.", ""] if trials else []
     table = _table(["machine", "cells", "seeds", "commits"], rows)
     return "\n".join(["## How these were made\n", "```", *commands, "```\n", table, "", *said])
-
-
-# -- pictures ------------------------------------------------------------------------------------------------
-
-
-def _plot(cells: Cells, path: Path) -> str:
-    """Draw test score against kept weights, and return what the picture shows.
-
-    Where cells ran alone, draw validation against training time of their first seed, too.
-    """
-    task, rows = cells.task, rows_of(cells.task)
-    machine, timed = next(iter(cells.alone().items()), ("", {}))
-    figure = figure_class()(figsize=(11 if timed else 6, 4.2), layout="constrained")
-    left, *right = figure.subplots(1, 2 if timed else 1, squeeze=False)[0]
-    for i, (name, row) in enumerate(rows.items()):
-        style = {"color": f"C{i}" if i < 10 else "black", "marker": "o^sDvPX*<>h"[i % 11], "markersize": 4, "linewidth": 1}
-        points = []
-        for density in {density for one, density in cells.found if one == name}:
-            found = cells.of(name, density)
-            if found:
-                kept = statistics.fmean(result["kept"]["weights"] for result in found.values())
-                points.append((100 * kept, statistics.fmean(cells.tests(name, density).values())))
-        if points:
-            left.plot(*zip(*sorted(points), strict=True), label=row.title, **style)
-        density = task.densities[0] if row.pruned else None
-        if (name, density) in timed:
-            history = [(entry["seconds"], entry["validation"]) for entry in timed[name, density][0]["history"]]
-            right[0].plot(*zip(*history, strict=True), label=row.title, **style)
-    score = "accuracy, %" if task.classes else "perplexity"
-    left.set(title=task.title, xlabel="weights of the layers kept, %", ylabel=f"test {score}")
-    left.legend(fontsize=7)
-    for axes in right:
-        axes.set(title=f"pruned to {100 * task.densities[0]:g} %\non {machine}", xlabel="training, s", ylabel=f"validation {score}")
-    if not task.classes:
-        for axes in (left, *right):
-            axes.set_yscale("log")
-            for formatted in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-                formatted("{x:g}")  # no powers of ten
-    figure.savefig(path, dpi=110)
-    return "score against kept weights" + (" and against time" if timed else "")

@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
-from apt_ext.tools.checkout.evidence import cell, packing, report, runner, store, tasks, training
+from apt_ext.tools.checkout.evidence import cell, packing, pictures, report, runner, store, tasks, training
 from apt_ext.tools.checkout.evidence.cell import Place
 from apt_ext.tools.checkout.evidence.quantised import widened
 from apt_ext.tools.checkout.evidence.rows import rows_of
@@ -382,7 +382,7 @@ def test_a_picture_where_matplotlib_is_and_a_sentence_where_not(tmp_path, monkey
     def none():
         raise ImportError("no matplotlib")
 
-    monkeypatch.setattr(report, "figure_class", none)
+    monkeypatch.setattr(pictures, "figure_class", none)
     assert report.write_report(folder, tmp_path / "other.md") == ["no matplotlib"] and "png" not in (tmp_path / "other.md").read_text()
 
 

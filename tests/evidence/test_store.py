@@ -9,7 +9,7 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
-from apt_ext.tools.checkout.evidence import report, runner, store
+from apt_ext.tools.checkout.evidence import pictures, runner, store
 from apt_ext.tools.checkout.evidence.store import Cell
 from small_cells import command, made, written
 
@@ -23,13 +23,16 @@ ROOT = Path(__file__).resolve().parents[2]
 def undrawn(monkeypatch):
     """Pictures are empty files."""
 
+    def axes():
+        return MagicMock(**{"get_legend_handles_labels.return_value": ([], [])})
+
     def figure(**_):
         drawn = MagicMock()
-        drawn.subplots.side_effect = lambda rows, columns, squeeze: [[MagicMock() for _ in range(columns)]]
+        drawn.subplots.side_effect = lambda rows, columns, **_: [[axes() for _ in range(columns)]]
         drawn.savefig.side_effect = lambda path, dpi: path.touch()
         return drawn
 
-    monkeypatch.setattr(report, "figure_class", lambda: figure)
+    monkeypatch.setattr(pictures, "figure_class", lambda: figure)
 
 
 def names(folder, task="movies"):
@@ -53,7 +56,7 @@ def test_the_report_of_the_kept_cells_is_the_kept_report(tmp_path, monkeypatch, 
     monkeypatch.chdir(ROOT)
     assert main(["results", "--report", str(tmp_path / "results.md")]) == 0
     assert (tmp_path / "results.md").read_bytes() == (ROOT / "docs/results.md").read_bytes()
-    assert len(list(tmp_path.glob("results-*.png"))) == 4
+    assert len(list(tmp_path.glob("results-*.png"))) == 4 and (tmp_path / "gain.png").exists()
 
 
 def test_a_kept_cell_that_is_written_again_changes_no_byte(tmp_path):
