@@ -139,7 +139,7 @@ def kept_map(kept: dict[str, Any]) -> Callable[[Theme], Any]:
     """What each layer keeps, a colour for its share, and the residual stream below."""
 
     def draw(theme: Theme) -> Any:
-        empty = "No blocks: this architecture is not in the table."
+        empty = "This model has no blocks that could be pruned."
         return _heat_maps(theme, kept["panels"], kept_cell, (0.0, 1.0), empty, kept["hidden"])
 
     return draw

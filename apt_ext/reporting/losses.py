@@ -12,6 +12,7 @@ from ..common.checks import checked_int
 Curve = list[tuple[int, float | None]]  # None: the loss was not finite
 
 _NAMES = {"loss": "training", "eval_loss": "evaluation"}
+_MOST = 4_000
 _EXPECTED = "expected (step, loss) pairs, or Trainer's state.log_history"
 
 
@@ -35,6 +36,12 @@ def curves_of(losses: Any) -> dict[str, Curve]:
     if losses and not curves:
         raise ValueError(f'losses: {_EXPECTED}, got {len(losses)} entries without "loss" or "eval_loss"')
     return {name: sorted(curve, key=lambda point: point[0]) for name, curve in curves.items()}
+
+
+def thinned(curve: Curve) -> Curve:
+    """At most 4,000 points of a curve, in even steps, with the last one: what a page can hold."""
+    every = max(1, -(-len(curve) // _MOST))
+    return [point for i, point in enumerate(curve) if i % every == 0 or i == len(curve) - 1]
 
 
 def _read(at: str, entry: Any) -> list[tuple[str, Any, Any]]:

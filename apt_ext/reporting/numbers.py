@@ -19,7 +19,7 @@ from ..pruning.block_masks import host_mask
 from ..pruning.cut import parameter_changes, removal
 from . import timing, words
 from .layers import kept_panels, rank_panels
-from .losses import Curve
+from .losses import Curve, thinned
 from .subject import Subject
 from .twins import stock_twin
 
@@ -40,7 +40,7 @@ def collected(
     notes: list[str] = []
     first = next(subject.stock.parameters(), None)
     device = torch.device("cpu") if first is None else first.device
-    inputs = None if example is None else timing.checked_example(example, device)
+    inputs = None if example is None else timing.checked_example(subject.stock, example, device)
     density = _density(subject, notes)
     sizes = _sizes(subject, notes)
     speed = _speed(subject, inputs, rounds, device, notes)
@@ -62,7 +62,7 @@ def collected(
         "ranks": _ranks(subject),
         "sizes": sizes,
         "speed": speed,
-        "losses": curves,
+        "losses": {name: thinned(curve) for name, curve in curves.items()},
         "exported": exported,
         "metrics": metrics,
         "notes": notes,
@@ -76,6 +76,8 @@ def _density(subject: Subject, notes: list[str]) -> dict[str, Any]:
         notes.append("The model has no adapters, so what it was before it was cut is not known.")
         return {"now": None, "target": None, "budget": None, "reached": None, "initial": None, "total_steps": None, "events": []}
     target = apt.target
+    if subject.blocks and not apt.blocks:
+        notes.append("merge_and_unload() was called: what masks pruned is zeros in full-size weights, which nothing here shows.")
     if target is not None and not target.reached:
         notes.append(
             f"Not finished: the Controller, whose target is a density of {target.density:g}, has not made its last event. "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
@@ -40,7 +41,7 @@ class Subject:
         """TypeError and ValueError for what is no model, no Controller, or a Controller of another model."""
         if controller is not None and not isinstance(controller, Controller):
             raise TypeError(f"controller: expected a Controller or None, got {type(controller).__name__}")
-        if isinstance(model, str | Path):
+        if isinstance(model, str | os.PathLike):
             model = _loaded(checked_path(model))
         if not isinstance(model, nn.Module):
             raise TypeError(
@@ -56,7 +57,7 @@ class Subject:
                 raise TypeError(f"model: expected an APTModel, got a {type(model).__name__} with adapters in it; pass what holds them")
             blocks = find_blocks(model)
             return cls(None, model, blocks, {name: block.count for name, block in blocks.items()}, None)
-        blocks = apt.blocks
+        blocks = apt.blocks or find_blocks(apt.model, apt.blocks.row)  # there are none after merge_and_unload
         kept = {name: int(host_mask(apt.model, block).count_nonzero()) for name, block in blocks.items()}
         return cls(apt, apt.model, blocks, kept, controller)
 
@@ -86,7 +87,7 @@ def _class_in(directory: Path) -> str:
 
 def exported_in(argument: str, path: Any) -> dict[str, Any]:
     """{"directory", "class", "loads", "bytes", "files"} of an exported directory; ValueError where it is none."""
-    if not isinstance(path, str | Path):
+    if not isinstance(path, str | os.PathLike):
         raise TypeError(f"{argument}: expected the directory that export wrote, got {type(path).__name__}")
     directory = checked_path(path)
     if not (directory / "config.json").is_file():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..common import memory
 from ..common.clock import in_turn, spread, waiting_for
 from ..common.modes import evaluating
+from ..pruning.architectures.lookup import is_encoder_decoder
 from ..pruning.on_meta import inputs_for, positions
 
 Inputs = dict[str, Tensor]
@@ -41,14 +42,18 @@ def random_inputs(model: nn.Module, device: torch.device) -> Inputs:
     return found
 
 
-def checked_example(example: Any, device: torch.device) -> Inputs:
-    """The tensors of `example` on the device, without labels; TypeError and ValueError for anything else."""
+def checked_example(model: nn.Module, example: Any, device: torch.device) -> Inputs:
+    """The tensors of `example` on the device; TypeError and ValueError for anything else.
+
+    Without labels, whose loss is no part of a pass, unless an encoder-decoder makes its decoder's inputs of them.
+    """
     if not isinstance(example, Mapping):
         raise TypeError(f"example: expected a dict of tensors, as model(**example) takes it, got {type(example).__name__}")
     odd = next((name for name, value in example.items() if not isinstance(value, Tensor)), None)
     if odd is not None:
         raise TypeError(f"example[{odd!r}]: expected a Tensor, got {type(example[odd]).__name__}")
-    found = {name: value.detach().to(device) for name, value in example.items() if name not in ("labels", "label")}
+    wanted = is_encoder_decoder(model) and "decoder_input_ids" not in example
+    found = {name: value.detach().to(device) for name, value in example.items() if wanted or name not in ("labels", "label")}
     if not found:
         raise ValueError(f"example: expected inputs of the model, got {sorted(example)}")
     return found

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..adapter.layer import APTAdapter
 from ..common.checks import FLOATING
 from ..model import APTModel
-from ..pruning.architectures.lookup import Blocks
+from ..pruning.architectures.lookup import Blocks, find_blocks
 from ..pruning.cut import Lanes, tell_blocks, tell_constants, tell_modules, touched
 from ..pruning.on_meta import stock_hooks
 from ..pruning.wrappers import StreamCarrier
@@ -48,7 +48,7 @@ def stock_twin(model: APTModel, *, full: bool, device: torch.device | str = "met
     for name in saving:
         vars(twin).pop(name)
     if not lanes:
-        return twin.eval(), Blocks(model.blocks.row, model.blocks)
+        return twin.eval(), find_blocks(twin, model.blocks.row)
     tell_modules(twin, lanes)
     blocks = tell_blocks(twin, model.blocks.row)
     if "hidden" in blocks and generator is not None:  # on meta constants have no values

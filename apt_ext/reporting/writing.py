@@ -14,7 +14,7 @@ from ..method.controller import Controller
 from ..storage.atomic_dir import made
 from ..storage.atomic_file import replace_files
 from . import figures, page
-from .losses import curves_of
+from .losses import Curve, curves_of
 from .numbers import collected
 from .subject import Subject, checked_metrics, exported_in
 
@@ -70,7 +70,8 @@ def report(
     if written is None and not isinstance(model, nn.Module):
         written = exported_in("model", model)
     numbers = collected(subject, curves=curves, example=example, rounds=rounds, exported=written, metrics=checked, title=title)
-    pictures = {name: {theme.name: figures.as_png(draw, theme) for theme in figures.THEMES} for name, draw in _drawings(numbers).items()}
+    drawings = _drawings(numbers, curves)
+    pictures = {name: {theme.name: figures.as_png(draw, theme) for theme in figures.THEMES} for name, draw in drawings.items()}
     text = page.html(numbers, pictures).encode()
     if target.suffix.lower() == ".html":
         files = {target: text}
@@ -96,13 +97,13 @@ def _checked_target(path: Any) -> Path:
     return target
 
 
-def _drawings(numbers: dict[str, Any]) -> dict[str, Any]:
+def _drawings(numbers: dict[str, Any], curves: dict[str, Curve]) -> dict[str, Any]:
     """{name: what draws the picture}."""
     events = [event["step"] for event in numbers["density"]["events"]]
     return {
         "before-after": figures.before_and_after(page.picture_rows(numbers)),
         "density": figures.density_curve(numbers["density"], page.why_no_events(numbers)),
-        "loss": figures.loss_curve(numbers["losses"], events, page.why_no_losses(numbers)),
+        "loss": figures.loss_curve(curves, events, page.why_no_losses(numbers)),
         "kept": figures.kept_map(numbers["kept"]),
         "ranks": figures.rank_map(numbers["ranks"]),
     }

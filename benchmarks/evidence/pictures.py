@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from apt_ext.common.clock import spread
 from apt_ext.reporting.figures import LIGHT, figure_class
 
 from .cell import on_cpu
@@ -119,7 +120,7 @@ def gained(every: Mapping[str, Cells]) -> Gain | None:
     """Return full fine-tuning, LoRA and the method at the first density of the tasks with classes; None where one has no cells."""
     accuracy: dict[str, dict[str, Bar]] = {}
     kept: dict[str, list[float]] = {}
-    times: dict[str, dict[str, Bar]] = {}
+    shares: dict[str, list[float]] = {}
     density = None
     for name, cells in every.items():
         task = cells.task
@@ -132,9 +133,13 @@ def gained(every: Mapping[str, Cells]) -> Gain | None:
             kept.setdefault(method, []).extend(100 * result["kept"]["weights"] for result in cells.of(*line).values())
         for result in cells.of(*lines["apt"]).values():
             if "inference" in result and result["alone"]:
-                times[_where(result)] = _time(result)
+                seconds = result["inference"]["seconds"]
+                rounds = zip(seconds["small"], seconds["dense"], strict=True)
+                shares.setdefault(_where(result), []).extend(100 * small / dense for small, dense in rounds)
     if density is None:
         return None
+    dense = Bar(100, 100, 100)  # full fine-tuning and LoRA leave a model of the same size
+    times = {where: {"full": dense, "lora": dense, "apt": _middle(found)} for where, found in shares.items()}
     return Gain(density, accuracy, {method: _of(values) for method, values in kept.items()}, times)
 
 
@@ -149,12 +154,9 @@ def _where(result: Result) -> str:
     return f"{where}; {inference['dtype']}, {inference['batch']} x {inference['length']}"
 
 
-def _time(result: Result) -> dict[str, Bar]:
-    """The cut model's time as a share of the dense one's, round by round: median and quartiles. What trains whole stays dense."""
-    seconds = result["inference"]["seconds"]
-    shares = [100 * small / dense for small, dense in zip(seconds["small"], seconds["dense"], strict=True)]
-    low, middle, high = statistics.quantiles(shares, n=4, method="inclusive") if len(shares) > 1 else shares * 3
-    return {"full": Bar(100, 100, 100), "lora": Bar(100, 100, 100), "apt": Bar(middle, low, high)}
+def _middle(values: Sequence[float]) -> Bar:
+    found = spread(values)
+    return Bar(found["median"], found["low"], found["high"])
 
 
 def draw_gain(gain: Gain, path: Path) -> str:

@@ -36,7 +36,17 @@ def test_sdist_holds_all_that_a_build_needs_and_nothing_built(tmp_path):
     with tarfile.open(archive) as opened:
         packed = {name.partition("/")[2] for name in opened.getnames()}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*") if path.is_file()}
-    needed = {"setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "build_backend/backend.py", "apt_ext/py.typed", "apt_ext/_C.pyi"}
+    needed = {
+        "setup.py",
+        "pyproject.toml",
+        "CMakeLists.txt",
+        "LICENSE",
+        "build_backend/backend.py",
+        "apt_ext/py.typed",
+        "apt_ext/_C.pyi",
+        "apt_ext/reporting/page.html",
+    }
+    needed.add("apt_ext/reporting/page.html")
     needed |= {str(path.relative_to(ROOT)) for path in (ROOT / "benchmarks/evidence").glob("*.py")}  # in no wheel
     assert sources | needed <= packed
     assert not [name for name in packed if name.endswith((".so", ".pyc", "_built_for.py"))]

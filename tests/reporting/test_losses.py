@@ -3,8 +3,10 @@
 import math
 
 import pytest
+import torch
+from families import FAMILIES, adapted
 
-from apt_ext.reporting.losses import curves_of
+from apt_ext.reporting.losses import curves_of, thinned
 
 
 def test_pairs():
@@ -20,6 +22,28 @@ def test_the_log_of_a_trainer():
         {"train_runtime": 3.0, "step": 2},
     ]
     assert curves_of(log) == {"training": [(1, 0.9), (2, 0.7)], "evaluation": [(2, 0.8)]}
+
+
+def test_a_long_run_is_thinned():
+    curve = curves_of([(step, float(step)) for step in range(50_001)])["training"]
+    short = thinned(curve)
+    assert len(short) < 4_002 and short[0] == (0, 0.0) and short[-1] == (50_000, 50_000.0)
+    assert thinned(short[:100]) == short[:100]
+
+
+def test_what_a_trainer_has_logged(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    apt = adapted(FAMILIES["bert"], dtype=torch.float32)
+    rows = [{"input_ids": torch.arange(2, 9), "labels": torch.tensor(i % 3)} for i in range(8)]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path), max_steps=4, per_device_train_batch_size=2, logging_steps=2, eval_strategy="steps", eval_steps=4, report_to=[],
+        save_strategy="no", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = transformers.Trainer(apt, arguments, train_dataset=rows, eval_dataset=rows)
+    trainer.train()
+    curves = curves_of(trainer.state.log_history)
+    assert [step for step, _ in curves["training"]] == [2, 4] and [step for step, _ in curves["evaluation"]] == [4]
 
 
 def test_what_is_not_finite_is_a_gap():

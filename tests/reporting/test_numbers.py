@@ -136,6 +136,40 @@ def test_an_example_is_what_is_timed(tmp_path):
     assert found["speed"]["inputs"] == {"input_ids": [3, 7], "attention_mask": [3, 7], "decoder_input_ids": [3, 5]}
 
 
+def test_labels_are_timed_where_the_decoders_inputs_come_of_them(tmp_path):
+    family = FAMILIES["t5"]
+    labels = family.inputs().pop("decoder_input_ids")
+    found = numbers_of(tmp_path, adapted(family), rounds=1, example={"input_ids": family.inputs()["input_ids"], "labels": labels})
+    assert found["speed"]["inputs"] == {"input_ids": [3, 7], "labels": [3, 5]}
+
+
+def test_adapters_that_are_merged(tmp_path):
+    """The masks stay with the adapters; of `merge_and_unload` nothing but the sizes is left."""
+    apt = keep_first(adapted(FAMILIES["bert"]), neurons=8)
+    before = numbers_of(tmp_path, apt, rounds=1)
+    for _, adapter in adapters(apt):
+        adapter.merge_weights()
+    merged = numbers_of(tmp_path, apt, rounds=1)
+    assert merged["sizes"] == before["sizes"] and merged["kept"] == before["kept"]
+    apt.merge_and_unload()
+    found = numbers_of(tmp_path, apt, rounds=1)
+    assert found["sizes"]["before"] == found["sizes"]["after"] == before["sizes"]["before"]
+    assert found["notes"][0].startswith("merge_and_unload() was")
+
+
+def test_a_compacted_model_whose_weights_are_in_host_memory(tmp_path):
+    apt = keep_first(adapted(FAMILIES["llama"]), neurons=8)
+    before = numbers_of(tmp_path, apt)["sizes"]
+    apt.compact(dense="cpu")
+    found = numbers_of(tmp_path, apt, rounds=1)
+    assert found["sizes"] == before and found["speed"]["ratio"]["median"] > 0
+
+
+def test_what_holds_the_model_stands_for_it(tmp_path):
+    apt = adapted(FAMILIES["bert"])
+    assert numbers_of(tmp_path, torch.nn.Sequential(apt))["sizes"] == numbers_of(tmp_path, apt)["sizes"]
+
+
 def test_the_model_is_as_before(tmp_path):
     apt, controller, _ = finished("bert")
     state = {name: value.clone() for name, value in apt.state_dict().items()}
