@@ -65,6 +65,8 @@ def write_plot(report: dict[str, Any], path: Path) -> None:
         left, right = figure.subplots(1, 2)
         draw_panel(left, theme, kept[0], kept_cell, (0.0, 1.0))
         draw_panel(right, theme, ranks[0], rank_cell, rank_limits(ranks))
+        left.set_title("what each layer keeps", fontweight="bold", pad=10)
+        right.set_title("adapter ranks", fontweight="bold", pad=10)
         return figure
 
     path.write_bytes(as_png(draw, LIGHT))
