@@ -174,7 +174,7 @@ def _kept(numbers: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "id": "kept",
         "title": "What each layer keeps",
-        "text": "The darker, the larger the share that stays, of what there was before the first cut.",
+        "text": "The stronger the colour, the larger the share that stays of what there was before the first cut.",
         "picture": "kept",
         "alt": "Heat map of what each layer keeps: " + ("; ".join(alt) or "no blocks") + ".",
         "tables": tables,

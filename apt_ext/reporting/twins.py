@@ -42,11 +42,9 @@ def stock_twin(model: APTModel, *, full: bool, device: torch.device | str = "met
     for module in inner.modules():  # whoever holds the carrier gets a copy of what it carries
         if isinstance(module, APTAdapter | StreamCarrier):
             memo[id(module)] = copy.deepcopy(module.base_layer, memo)
-    saving = [name for name in ("save_pretrained", "push_to_hub") if name in vars(inner)]  # ours, which hold the model
-    memo |= {id(vars(inner)[name]): None for name in saving}
     twin = copy.deepcopy(inner, memo)
-    for name in saving:
-        vars(twin).pop(name)
+    for name in ("save_pretrained", "push_to_hub"):  # of an APTModel's inside
+        vars(twin).pop(name, None)
     if not lanes:
         return twin.eval(), find_blocks(twin, model.blocks.row)
     tell_modules(twin, lanes)

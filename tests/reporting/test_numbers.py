@@ -56,17 +56,17 @@ def test_flops_are_those_that_torch_counts(tmp_path):
 @EVERY
 def test_the_model_before_its_first_cut_is_the_stock_one(family):
     apt = mask_all(adapted(family), some(family, find_blocks(family.model()), ("heads", "neurons", "hidden"), "hard"))
-    state = torch.random.get_rng_state()
     keys = [(name, id(parameter)) for name, parameter in apt.named_parameters()]
     apt.cut()
+    state = torch.random.get_rng_state()
     twin, blocks = stock_twin(apt, full=True, device="cpu")
+    assert torch.equal(state, torch.random.get_rng_state())
     stock = family.model()
     assert type(twin) is type(stock) and [type(m) for m in twin.modules()] == [type(m) for m in stock.modules()]
     shapes = {name: (value.shape, value.dtype) for name, value in stock.state_dict().items()}
     assert {name: (value.shape, value.dtype) for name, value in twin.state_dict().items()} == shapes
     assert {name: block.count for name, block in blocks.items()} == apt.blocks.full
     assert torch.isfinite(twin(**family.inputs()).logits).all()
-    assert torch.equal(state, torch.random.get_rng_state())
     assert keys == [(name, id(parameter)) for name, parameter in apt.named_parameters()]
     assert not {"save_pretrained", "push_to_hub"} & vars(twin).keys() and "save_pretrained" in vars(apt.model)
 
@@ -94,6 +94,17 @@ def test_a_run_shows_its_events_kept_and_ranks(shrink, tmp_path):
     assert ranks["cells"][1][5] == last["ranks"]["model.layers.1.mlp.up_proj"]
     assert {name: entry["initial"] for name, entry in found["ranks"]["adapters"].items()} == start
     assert found["ranks"]["parameters"] == {"before": controller.ranks.parameters(start), "after": controller.adapter_parameters}
+
+
+def test_heads_are_named_as_before_the_first_cut(tmp_path):
+    apt = adapted(FAMILIES["bert"])
+    apt.set_block_mask("1.heads", torch.tensor([0.0, 1.0, 1.0]))
+    for mask in ([1.0, 1.0], [0.0, 1.0]):
+        apt.cut()
+        apt.set_block_mask("1.heads", torch.tensor(mask))
+        original = numbers_of(tmp_path, apt)["kept"]["blocks"]["1.heads"]["original"]
+        assert original == [place for place, kept in zip([1, 2], mask, strict=True) if kept]
+        apt.set_block_mask("1.heads", torch.ones(2))
 
 
 def test_stacks_have_panels_of_their_own(tmp_path):
