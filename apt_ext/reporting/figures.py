@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 _WIDTH = 5.6  # inches of every picture: 560 pixels on the page, of which a telephone shows two thirds
 _DPI = 200
 _COLOURS = 128
-_EMPTY = 1.1  # inches where there is nothing to draw
+_CURVE, _EMPTY = 2.9, 1.1  # inches of a curve, and where there is nothing to draw
 _MOST_LABELS = 40  # rows of a heat map with a number in each cell
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours: of what lies behind, text, faint lines, the accent, what was before, targets; of heat maps from 0 to all."""
+    """Colours: of what lies behind, text, faint lines, the accent, what was before, targets; of heat maps."""
 
     name: str
     page: str
@@ -85,13 +84,13 @@ def _figure(height: float) -> Any:
     return figure_class()(figsize=(_WIDTH, height), dpi=_DPI, layout="constrained")
 
 
-@contextmanager
-def _said_inside(axes: Any, empty: str | None) -> Iterator[bool]:
-    """True where there is something to draw; else `empty` is written in its place."""
-    if empty is not None:
-        axes.set_axis_off()
-        axes.text(0.5, 0.5, empty, ha="center", va="center", transform=axes.transAxes, wrap=True, alpha=0.75)
-    yield empty is None
+def _only(text: str) -> Any:
+    """A figure that says why there is nothing to draw."""
+    figure = _figure(_EMPTY)
+    axes = figure.subplots()
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, text, ha="center", va="center", transform=axes.transAxes, wrap=True, alpha=0.75)
+    return figure
 
 
 # -- before and after --------------------------------------------------------------------------------------------------
@@ -104,29 +103,28 @@ def before_and_after(rows: Sequence[dict[str, Any]]) -> Callable[[Theme], Any]:
     """
 
     def draw(theme: Theme) -> Any:
-        figure = _figure(0.45 + 0.62 * max(len(rows), 1))
+        if not rows:
+            return _only("Nothing to compare: what was before is not known.")
+        figure = _figure(0.45 + 0.62 * len(rows))
         axes = figure.subplots()
-        with _said_inside(axes, None if rows else "Nothing to compare: what was before is not known.") as some:
-            if not some:
-                return figure
-            places = range(len(rows))
-            most = max([1.0, *(row["high"] or row["share"] for row in rows)])
-            axes.barh(places, [1.0] * len(rows), 0.36, color=theme.faint)
-            axes.barh(places, [row["share"] for row in rows], 0.36, color=theme.accent)
-            for place, row in zip(places, rows, strict=True):
-                axes.plot([1.0, 1.0], [place - 0.18, place + 0.18], color=theme.before, linewidth=1.5)
-                axes.text(0, place - 0.29, row["title"], ha="left", va="bottom", fontweight="bold")
-                axes.text(most, place - 0.29, row["text"], ha="right", va="bottom")
-                if row["low"] is not None:
-                    axes.plot([row["low"], row["high"]], [place, place], color=theme.text, linewidth=1.6, solid_capstyle="butt")
-                    for end in (row["low"], row["high"]):
-                        axes.plot([end, end], [place - 0.11, place + 0.11], color=theme.text, linewidth=1.6)
-            axes.set(xlim=(0, most), ylim=(len(rows) - 0.6, -0.75))
-            axes.set_xticks([0, 0.25, 0.5, 1.0], ["0", "25 %", "50 %", "100 % = before"])
-            axes.set_yticks([])
-            axes.spines["left"].set_visible(False)
-            axes.tick_params(length=0)
-            axes.get_xticklabels()[-1].set_ha("right")
+        places = range(len(rows))
+        most = max([1.0, *(row["high"] or row["share"] for row in rows)])
+        axes.barh(places, [1.0] * len(rows), 0.36, color=theme.faint)
+        axes.barh(places, [row["share"] for row in rows], 0.36, color=theme.accent)
+        for place, row in zip(places, rows, strict=True):
+            axes.plot([1.0, 1.0], [place - 0.18, place + 0.18], color=theme.before, linewidth=1.5)
+            axes.text(0, place - 0.29, row["title"], ha="left", va="bottom", fontweight="bold")
+            axes.text(most, place - 0.29, row["text"], ha="right", va="bottom")
+            if row["low"] is not None:
+                axes.plot([row["low"], row["high"]], [place, place], color=theme.text, linewidth=1.6, solid_capstyle="butt")
+                for end in (row["low"], row["high"]):
+                    axes.plot([end, end], [place - 0.11, place + 0.11], color=theme.text, linewidth=1.6)
+        axes.set(xlim=(0, most), ylim=(len(rows) - 0.6, -0.75))
+        axes.set_xticks([0, 0.25, 0.5, 1.0], ["0", "25 %", "50 %", "100 % = before"])
+        axes.set_yticks([])
+        axes.spines["left"].set_visible(False)
+        axes.tick_params(length=0)
+        axes.get_xticklabels()[-1].set_ha("right")
         return figure
 
     return draw
@@ -180,17 +178,14 @@ def _heat_maps(
     hidden: dict[str, int] | None,
 ) -> Any:
     """A heat map for each panel, one below the other; `of` says (value, text) of a cell."""
-    strip = 0.55 if hidden is not None else 0.0
-    step = 0.30 if max((len(panel["layers"]) for panel in panels), default=0) <= 16 else 0.215
+    if not panels and hidden is None:
+        return _only(empty)
+    strip, most = 0.55 if hidden is not None else 0.0, max((len(panel["layers"]) for panel in panels), default=0)
+    step = 0.30 if most <= 16 else 0.215 if most <= _MOST_LABELS else 0.215 * _MOST_LABELS / most
     heights = [step * len(panel["layers"]) + (1.15 if _are_long(panel["columns"]) else 0.62) for panel in panels]
     figure = _figure(max(sum(heights) + strip, _EMPTY))
-    number = len(panels) + (hidden is not None)
-    if not number:
-        axes = figure.subplots()
-        with _said_inside(axes, empty):
-            return figure
     ratios = [*heights, *([strip] if hidden is not None else [])]
-    every = figure.subplots(number, 1, squeeze=False, gridspec_kw={"height_ratios": ratios})[:, 0]
+    every = figure.subplots(len(ratios), 1, squeeze=False, gridspec_kw={"height_ratios": ratios})[:, 0]
     for axes, panel in zip(every, panels, strict=False):
         draw_panel(axes, theme, panel, of, limits)
     if hidden is not None:
@@ -257,22 +252,19 @@ def density_curve(density: dict[str, Any], why_not: str) -> Callable[[Theme], An
     events = density["events"]
 
     def draw(theme: Theme) -> Any:
-        figure = _figure(2.9 if events else _EMPTY)
+        if not events:
+            return _only(why_not)
+        figure = _figure(_CURVE)
         axes = figure.subplots()
-        with _said_inside(axes, None if events else why_not) as some:
-            if not some:
-                return figure
-            steps, values = [0, *(event["step"] for event in events)], [density["initial"], *(event["density"] for event in events)]
-            end = max(density["total_steps"] or 0, steps[-1])
-            axes.step([*steps, end], [*values, values[-1]], where="post", color=theme.accent, linewidth=2.2, zorder=3)
-            axes.plot(steps[1:], values[1:], "o", color=theme.accent, markersize=6, zorder=4, label="event")
-            if density["target"] is not None:
-                axes.axhline(
-                    density["target"], color=theme.target, linewidth=1.3, linestyle=(0, (4, 3)), label=f"target {density['target']:g}"
-                )
-            axes.set(xlabel="optimizer step", ylabel=f"kept, share of {density['budget']}", xlim=(0, end * 1.02 or 1), ylim=(0, 1.05))
-            axes.grid(True)
-            _legend_outside(figure, axes)
+        steps, values = [0, *(event["step"] for event in events)], [density["initial"], *(event["density"] for event in events)]
+        end = max(density["total_steps"] or 0, steps[-1])
+        axes.step([*steps, end], [*values, values[-1]], where="post", color=theme.accent, linewidth=2.2, zorder=3)
+        axes.plot(steps[1:], values[1:], "o", color=theme.accent, markersize=6, zorder=4, label="event")
+        if density["target"] is not None:
+            axes.axhline(density["target"], color=theme.target, linewidth=1.3, linestyle=(0, (4, 3)), label=f"target {density['target']:g}")
+        axes.set(xlabel="optimizer step", ylabel=f"kept, share of {density['budget']}", xlim=(0, end * 1.02 or 1), ylim=(0, 1.05))
+        axes.grid(True)
+        _legend_outside(figure, axes)
         return figure
 
     return draw
@@ -282,24 +274,22 @@ def loss_curve(curves: dict[str, Any], events: Iterable[int], why_not: str) -> C
     """The losses, with a faint line at each event; a loss that is not finite is a gap."""
 
     def draw(theme: Theme) -> Any:
-        some_finite = any(loss is not None for curve in curves.values() for _, loss in curve)
-        figure = _figure(2.9 if some_finite else _EMPTY)
+        if all(loss is None for curve in curves.values() for _, loss in curve):
+            return _only(why_not)
+        figure = _figure(_CURVE)
         axes = figure.subplots()
-        with _said_inside(axes, None if some_finite else why_not) as some:
-            if not some:
-                return figure
-            for i, step in enumerate(events):
-                axes.axvline(step, color=theme.before, linewidth=1, linestyle=(0, (2, 3)), label="event" if i == 0 else None)
-            for name, curve in curves.items():
-                colour = theme.target if name == "evaluation" else theme.accent
-                values = [float("nan") if loss is None else loss for _, loss in curve]
-                few = sum(loss is not None for _, loss in curve) <= 60
-                style = {"marker": "o", "markersize": 3.5} if few else {}
-                noisy = len(values) > 200
-                axes.plot([step for step, _ in curve], values, color=colour, linewidth=1 if noisy else 1.8, label=name, zorder=3, **style)
-            axes.set(xlabel="optimizer step", ylabel="loss")
-            axes.grid(True)
-            _legend_outside(figure, axes)
+        for i, step in enumerate(events):
+            axes.axvline(step, color=theme.before, linewidth=1, linestyle=(0, (2, 3)), label="event" if i == 0 else None)
+        for name, curve in curves.items():
+            colour = theme.target if name == "evaluation" else theme.accent
+            values = [float("nan") if loss is None else loss for _, loss in curve]
+            few = sum(loss is not None for _, loss in curve) <= 60
+            style = {"marker": "o", "markersize": 3.5} if few else {}
+            noisy = len(values) > 200
+            axes.plot([step for step, _ in curve], values, color=colour, linewidth=1 if noisy else 1.8, label=name, zorder=3, **style)
+        axes.set(xlabel="optimizer step", ylabel="loss")
+        axes.grid(True)
+        _legend_outside(figure, axes)
         return figure
 
     return draw

@@ -1,7 +1,7 @@
 """Which number belongs to which layer: what blocks keep, and the ranks of adapters, as panels with a row for each layer.
 
-A panel is plain values: {"stack": "" or "encoder", "layers": [number], "columns": [title], "cells": [row of the table]}, a cell None
-where the layer has no such thing.
+A panel is plain values: {"stack": "" or "encoder", "layers": [number], "columns": [title], "cells": [row]}, a cell
+None where the layer has no such thing.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def rank_panels(model: nn.Module, blocks: Blocks, ranks: Mapping[str, int]) -> t
 
 
 def short_names(names: list[str]) -> list[str]:
-    """The ends of dotted names by which each can be told from the others: "query", and "output.dense" beside "intermediate.dense"."""
+    """The shortest ends of dotted names that tell each from the others: "query", "output.dense"."""
     short = []
     for name in names:
         parts = name.split(".")

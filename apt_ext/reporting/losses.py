@@ -19,7 +19,8 @@ _EXPECTED = "expected (step, loss) pairs, or Trainer's state.log_history"
 def curves_of(losses: Any) -> dict[str, Curve]:
     """{"training" and "evaluation": the losses in the order of their steps}; {} for None.
 
-    losses  pairs of a step and a loss, or dicts with "step" and "loss" or "eval_loss"; other dicts of a log are passed over
+    losses  pairs of a step and a loss, or dicts with "step" and "loss" or "eval_loss"; other dicts of a log are
+            passed over
 
     TypeError and ValueError name the entry that is neither. A loss that is not finite is None.
     """

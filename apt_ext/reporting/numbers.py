@@ -133,7 +133,7 @@ def _ranks(subject: Subject) -> dict[str, Any]:
 
 
 def _sizes(subject: Subject, notes: list[str]) -> dict[str, Any]:
-    """Parameters, bytes and FLOPs before the first cut and after the one that `shrink` makes, without adapters."""
+    """Parameters, bytes and FLOPs, without adapters: before the first cut, and after the one that `shrink` makes."""
     before: Size | None = None
     after: Size | None = None
     if subject.apt is None:

@@ -86,7 +86,7 @@ def _class_in(directory: Path) -> str:
 
 
 def exported_in(argument: str, path: Any) -> dict[str, Any]:
-    """{"directory", "class", "loads", "bytes", "files"} of an exported directory; ValueError where it is none."""
+    """{"directory", "class", "loads", "bytes", "files"} of an export; ValueError for another directory."""
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"{argument}: expected the directory that export wrote, got {type(path).__name__}")
     directory = checked_path(path)

@@ -22,7 +22,7 @@ _BATCH = {"cuda": 8}  # sequences; one elsewhere
 
 
 def length_for(model: nn.Module) -> int:
-    """The length of the sequences that are timed without an example: 128, or all positions that the model has."""
+    """The length of the sequences that are timed without an example: 128, or all positions of the model."""
     most = positions(model)
     return _LENGTH if most is None else max(min(_LENGTH, most), 1)
 
@@ -45,7 +45,7 @@ def random_inputs(model: nn.Module, device: torch.device) -> Inputs:
 def checked_example(model: nn.Module, example: Any, device: torch.device) -> Inputs:
     """The tensors of `example` on the device; TypeError and ValueError for anything else.
 
-    Without labels, whose loss is no part of a pass, unless an encoder-decoder makes its decoder's inputs of them.
+    Without labels, whose loss is no part of a pass, unless an encoder-decoder makes its inputs of them.
     """
     if not isinstance(example, Mapping):
         raise TypeError(f"example: expected a dict of tensors, as model(**example) takes it, got {type(example).__name__}")
@@ -66,11 +66,11 @@ def try_pass(model: nn.Module, inputs: Inputs) -> None:
 
 
 def compared(models: Mapping[str, nn.Module], inputs: Inputs, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Seconds and peak memory of a forward pass of these models: {"seconds", "memory", "ratio", "device", "inputs"}.
+    """Seconds and peak memory of a forward pass of these models, and how they were measured.
 
-    "seconds", "memory"  {model: median, low and high quartile, rounds}; memory in bytes, Parameters and buffers with what
-                         the pass allocates beside them; None where the system cannot say
-    "ratio"              the same of the first model's seconds over the last one's, round by round; None of one model
+    "seconds", "memory"  {model: median, low and high quartile, rounds}; memory in bytes, Parameters and buffers with
+                         what the pass allocates beside them; None where the system cannot say
+    "ratio"              the same of the first model's seconds over the last one's, by rounds; None of one model
     """
     synchronize = waiting_for(device)
     calls: dict[str, Callable[[], object]] = {name: _call(model, inputs) for name, model in models.items()}
@@ -107,7 +107,7 @@ def _held(model: nn.Module) -> int:
 
 
 def _peak(call: Callable[[], object], device: torch.device, synchronize: Callable[[], None]) -> float | None:
-    """Bytes that a call has in use at most beside what is in use before it; None where the system does not count them."""
+    """Bytes that a call has in use at most beside what is in use before it; None where nobody counts them."""
     if device.type == "cuda":
         synchronize()
         torch.cuda.reset_peak_memory_stats(device)

@@ -55,7 +55,7 @@ def stock_twin(model: APTModel, *, full: bool, device: torch.device | str = "met
 
 
 def _shapes(model: nn.Module, lanes: Lanes) -> dict[nn.Parameter, list[int]]:
-    """{Parameter: its shape where sides of modules have as many channels as `lanes`}, of all but the adapters' factors."""
+    """{Parameter: its shape where sides have the channels that `lanes` says}, of all but the adapters' factors."""
     shapes: dict[nn.Parameter, list[int]] = {}
     for module in model.modules():
         if isinstance(module, APTAdapter):

@@ -35,16 +35,17 @@ def report(
 ) -> str:
     """Write one page that shows what a run has made of a model, and return its path.
 
-    It shows parameters, bytes, FLOPs, speed and memory before and after, what each layer keeps, the ranks, the budget and the loss
-    over the steps, and what was exported. It needs nothing beside itself: no script, and pictures within it. Its numbers are in it
-    as JSON, in the element with the id "numbers". Before is before the first cut; after is what `shrink` makes. `model` is untouched.
+    It shows parameters, bytes, FLOPs, speed and memory before and after, what each layer keeps, the ranks, the
+    budget and the loss over the steps, and what was exported. It needs no file beside itself. The element with the
+    id "numbers" holds its numbers as JSON. Before is before the first cut. After is what `shrink` makes. `model` is
+    untouched.
 
-    model       an APTModel or what holds one; a model without adapters, such as `shrink` returns, or the directory of an export, of
-                which only what is left is known
+    model       an APTModel or what holds one; a model without adapters, such as `shrink` returns, or the directory
+                of an export, of which only what is left is known
     controller  the one that pruned `model`; None: the page shows what the model alone knows
-    path        ends in ".html": the page. Else a directory, made if it is missing, with report.html, report.json and a PNG of each
-                picture; other files there stay
-    losses      (step, loss) pairs, or Trainer's `state.log_history`; None: those of `controller.losses`, if it has any
+    path        ends in ".html": the page. Else a directory, made if it is missing, with report.html, report.json
+                and a PNG of each picture; other files there stay
+    losses      (step, loss) pairs, or Trainer's `state.log_history`; None: `controller.losses`, if it has any
     example     inputs of the model, a dict of tensors, for speed and memory; None: random ones by its config
     rounds      of the clock, in each of which both models take their turn; 0: speed and memory are left out
     exported    the directory that `export` wrote; None: that of `model`, if it is one
@@ -53,10 +54,10 @@ def report(
 
     Speed and memory are measured on the device of `model`, where there must be room for two more models.
 
-    All files are complete on the disk before the first takes its place. Raises TypeError and ValueError naming the argument (`model`
-    of another type, a controller of another model, a path in whose place something else is, losses that are none), RuntimeError for a
-    model whose masks have no values, ImportError without matplotlib or jinja2, with what to install; nothing was written then. OSError
-    leaves what was there.
+    All files are complete on the disk before the first takes its place. Nothing was written when this raises
+    TypeError or ValueError naming the argument (`model` of another type, a controller of another model, a path in
+    whose place something else is, losses that are none), RuntimeError (a model whose masks have no values) or
+    ImportError (matplotlib or jinja2 is missing; it says what to install). OSError leaves what was there.
     """
     figures.figure_class()
     target = _checked_target(path)
