@@ -332,6 +332,9 @@ def folded(model: nn.Module, row: Architecture | None, width: int | None = None)
     return values
 
 
+CONSTANTS = ("embed_scale", "scalar_embed_scale", "model_dim")  # what `tell_constants` sets
+
+
 def tell_constants(model: nn.Module, width: int) -> None:
     """Set what stock modules derived from the hidden size when they were made, to what they would derive from `width`."""
     for module in model.modules():

@@ -3,6 +3,7 @@
 config.json there is that of a model as wide as the widest layer, rounded up to what the config accepts. `load_export` makes that wide model
 and cuts it to the widths of apt_widths.json before it loads the tensors. Their files have names of our own, so that stock `from_pretrained`
 finds none and says so, whatever it is told to ignore. apt_widths.json holds the row of the table as well (see `row_file`).
+The directory carries code, too, by which `from_pretrained(..., trust_remote_code=True)` loads it without apt_ext (see `remote_code`).
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -19,46 +19,38 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checks import checked_path, error_prefix
-from ..pruning.architectures.lookup import Architecture, Block, architecture_of, find_blocks
-from ..pruning.cut import (
-    configs,
-    lanes_for,
-    parameter_changes,
-    replace_parameters,
-    tell_blocks,
-    tell_constants,
-    tell_modules,
-)
+from ..pruning.architectures.lookup import Architecture, architecture_of, find_blocks
 from ..pruning.sizes import Sizes
-from . import atomic_dir, row_file, tensor_file
+from . import atomic_dir, remote_code, row_file, tensor_file
+from .modeling_apt import WEIGHTS
+from .shaped import shaped, widest
 
 logger = logging.getLogger("apt_ext")
 
 MANIFEST = "apt_export.json"  # of every export
 FILE = "apt_widths.json"
-WEIGHTS = "apt_weights"  # begins the names of the files with tensors
-_OTHER_WEIGHTS = (f"{WEIGHTS}*.safetensors", "model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
+_OTHER_WEIGHTS = (f"{WEIGHTS}*", "model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*")
 _FORMAT = 1
 _MOST_TEXT = 1 << 20  # bytes of each JSON file
 
 
 def save(model: Any, directory: Path, row: Architecture, **stock: Any) -> None:
     """Write a model of this row; `stock`: further arguments of the stock `save_pretrained`."""
-    sizes = Sizes.of(model, find_blocks(model, row))
+    blocks = find_blocks(model, row)
+    sizes = Sizes.of(model, blocks)
     wide = copy.copy(model)  # the same modules under another config
     wide.config = copy.deepcopy(model.config)
     entries = widest(row, sizes)
     for field, width in entries.items():
         setattr(wide.config, field, width)
     type(model).save_pretrained(wide, directory, **stock)  # the instance may have one of ours, see `saving`
-    for file in list(directory.glob("model*.safetensors")):
-        file.rename(file.with_name(file.name.replace("model", WEIGHTS, 1)))
-    (directory / "model.safetensors.index.json").unlink(missing_ok=True)
+    real = {field: getattr(model.config, field) for field in entries}
+    remote_code.write(model, wide.config, directory, blocks, real)
     says = {
         "format": _FORMAT,
         "class": type(model).__name__,
         "widths": {name: block.count for name, block in sizes.blocks.items()},
-        "config": {field: getattr(model.config, field) for field in entries},
+        "config": real,
         "row": row_file.written(row, model),
     }
     (directory / FILE).write_text(json.dumps(says, indent=2) + "\n", encoding="utf-8")
@@ -113,7 +105,7 @@ class PerLayerSaving:
             self._said = True
             logger.warning(
                 "save_pretrained: the widths of this %s differ by layer or from what its config can say, so %s is for "
-                "apt_ext.load_export; stock from_pretrained finds no tensors there",
+                "apt_ext.load_export, or for from_pretrained(..., trust_remote_code=True); without it stock classes find no tensors there",
                 kind.__name__,
                 directory,
             )
@@ -122,7 +114,7 @@ class PerLayerSaving:
 def load_export(path: str | os.PathLike[str]) -> nn.Module:
     """The model in a directory that `export(..., per_layer=True)` wrote, of its stock class, in evaluation mode and in its own dtype.
 
-    A directory that stock transformers can load has no apt_widths.json and is not for this function. Nothing is read as pickle.
+    It runs no code from the directory, which `from_pretrained(..., trust_remote_code=True)` of transformers does. A directory that stock transformers can load has no apt_widths.json and is not for this function. Nothing is read as pickle.
     The directory holds the row of the table by which the model was cut, so a row that was registered need not be registered here;
     only to prune the model further it has to be.
 
@@ -160,53 +152,14 @@ def load_export(path: str | os.PathLike[str]) -> nn.Module:
 def _made(kind: Any, file: atomic_dir.Sealed, row: Architecture | None, counts: dict[str, int], entries: dict[str, int]) -> Any:
     """A model with these numbers of blocks, whose values are of no account."""
     with error_prefix("config.json"):
-        config = kind.config_class.from_dict(file.json(_MOST_TEXT))
+        said = {entry: value for entry, value in file.json(_MOST_TEXT).items() if entry not in remote_code.ENTRIES}
+        config = kind.config_class.from_dict(said)
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(config, "dtype", None) or before)
     try:
         return shaped(kind, config, row, counts, entries)
     finally:
         torch.set_default_dtype(before)
-
-
-def shaped(kind: Any, config: Any, row: Architecture | None, counts: dict[str, int], entries: dict[str, int]) -> Any:
-    """A model with these numbers of blocks, cut from one that `config` describes; its values are of no account.
-
-    row      the one by which it is cut; None: that of the table, ValueError without one
-    counts   {block: how many there are}
-    entries  {entry of the config: what it says in the end}
-    """
-    model = kind(config)
-    if row is None and architecture_of(model) is None:
-        raise ValueError(
-            f"expected a row of the table for {config.model_type!r}, got none, for an earlier version wrote this directory; call "
-            "apt_ext.register_architecture(row) with the row that it was cut by"
-        )
-    blocks = find_blocks(model, row)
-    _check_attributes(model, blocks)
-    if blocks.keys() != counts.keys() or any(counts[name] > block.count for name, block in blocks.items()):
-        raise ValueError(f'expected "widths" of the blocks of this model, got {str(counts)[:200]}')
-    kept = {name: torch.arange(block.count, device="cpu") < counts[name] for name, block in blocks.items()}
-    lanes = lanes_for(model, blocks, kept)
-    with torch.no_grad():
-        replace_parameters(model, parameter_changes(model, lanes))
-        tell_modules(model, lanes)
-        tell_blocks(model, row)
-        if "hidden" in counts:
-            tell_constants(model, counts["hidden"])
-    for own in configs(model):
-        for field, width in entries.items():
-            setattr(own, field, width)
-    return model
-
-
-def _check_attributes(model: nn.Module, blocks: dict[str, Block]) -> None:
-    """ValueError unless what a cut sets on modules is there already, as a number."""
-    for name, block in blocks.items():
-        for attribute in (*block.rule.counts, *block.rule.totals) if block.rule is not None and block.owner else ():
-            found = getattr(model.get_submodule(block.owner), attribute, None)
-            if found is not None and type(found) is not int:
-                raise ValueError(f"expected a number {attribute!r} of {block.owner}, which {name} counts, got {type(found).__name__}")
 
 
 def _load_tensors(model: nn.Module, directory: Path, files: list[atomic_dir.Sealed]) -> None:
@@ -230,25 +183,3 @@ def _load_tensors(model: nn.Module, directory: Path, files: list[atomic_dir.Seal
         if missing:
             raise ValueError(f"expected the tensors of {FILE}: missing {missing[:3]}")
         model.load_state_dict(tensors, strict=False)
-
-
-def widest(row: Architecture, sizes: Sizes) -> dict[str, int]:
-    """Entries of a config that accepts them, each at least as large as in any layer."""
-    largest = {field: max([*found.values(), 1]) for field, found in sizes.widths.items()}
-    entry, hidden = sizes.hidden
-    for field in sizes.heads:
-        largest[field] = max(largest[field], sizes.shared(field))
-    if hidden is not None and row.derives_head_size:
-        # heads * channels of a head have to be the hidden size, whichever stack the heads are in
-        step = math.lcm(*(size * sizes.shared(field) for field, size in sizes.heads.items())) if sizes.heads else 1
-        hidden = max([hidden, *(largest[field] * size for field, size in sizes.heads.items())])
-        hidden = -(-hidden // step) * step
-        largest |= {field: hidden // size for field, size in sizes.heads.items()}
-    elif hidden is not None and row.heads_divide:
-        step = math.lcm(*(largest[field] for field in sizes.heads)) if sizes.heads else 1
-        hidden = -(-hidden // step) * step
-    if hidden is not None:
-        largest[entry] = hidden
-    for field, groups in sizes.groups.items():
-        largest[groups] = largest[field] // sizes.shared(field)
-    return largest

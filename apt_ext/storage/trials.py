@@ -17,7 +17,7 @@ from ..common.checks import listed
 from ..pruning.architectures.lookup import is_registered
 from ..pruning.cut import lanes_for, left, parameter_changes, tell_config
 from ..pruning.sizes import Sizes
-from .per_layer import shaped, widest
+from .shaped import shaped, widest
 
 
 def stock_trial(model: nn.Module, sizes: Sizes) -> list[str]:
