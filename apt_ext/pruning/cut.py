@@ -339,7 +339,7 @@ def tell_constants(model: nn.Module, width: int) -> None:
     """Set what stock modules derived from the hidden size when they were made, to what they would derive from `width`."""
     for module in model.modules():
         root = getattr(module, "embed_scale", None)
-        if isinstance(root, Tensor) and round(float(root) ** 2) != width:
+        if isinstance(root, Tensor) and (root.is_meta or round(float(root) ** 2) != width):
             root.fill_(width**0.5)
             module.scalar_embed_scale = width**0.5
         if isinstance(getattr(module, "model_dim", None), int):

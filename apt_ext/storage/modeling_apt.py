@@ -50,7 +50,7 @@ class PerLayerModel:
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         said = checked(config)
         set_entries(config, said["wide"])
-        super().__init__(config, *args, **kwargs)
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         narrow(self, said["shapes"], said["attributes"])
         for module in self.modules():  # type: ignore[attr-defined]
             if getattr(module, "config", None) is not None:

@@ -114,7 +114,8 @@ class PerLayerSaving:
 def load_export(path: str | os.PathLike[str]) -> nn.Module:
     """The model in a directory that `export(..., per_layer=True)` wrote, of its stock class, in evaluation mode and in its own dtype.
 
-    It runs no code from the directory, which `from_pretrained(..., trust_remote_code=True)` of transformers does. A directory that stock transformers can load has no apt_widths.json and is not for this function. Nothing is read as pickle.
+    A directory that stock transformers can load has no apt_widths.json and is not for this function. Nothing is read as pickle, and no code
+    of the directory runs, which `from_pretrained(..., trust_remote_code=True)` of transformers does.
     The directory holds the row of the table by which the model was cut, so a row that was registered need not be registered here;
     only to prune the model further it has to be.
 

@@ -54,7 +54,7 @@ def auto_classes(kind: type, config_class: type) -> dict[str, type]:
     """{auto class of transformers: the class that it makes for such a config}: those that make `kind`, and AutoModel."""
     from transformers.models.auto import modeling_auto
 
-    found = {}
+    found: dict[str, type] = {}
     for name in sorted(vars(modeling_auto)):
         mapping = getattr(getattr(modeling_auto, name), "_model_mapping", None)
         if name.startswith("AutoModel") and mapping is not None and config_class in mapping:
@@ -71,7 +71,7 @@ def _named(stock: str) -> str:
 
 def _code(kind: type, config_class: type, names: Mapping[str, type]) -> str:
     """The modeling file, with classes for `kind` and its body."""
-    auto = {one: name for name, one in reversed(names.items())}
+    auto = {one: name for name, one in reversed(list(names.items()))}
     kinds = {one.__name__: auto.get(one, "AutoModel") for one in (kind, *names.values())}
     config = config_class.__name__
     lines = [
