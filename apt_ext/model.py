@@ -342,7 +342,8 @@ class APTModel(Adapted):
         """`base_model` with the adapters that `save_pretrained` wrote to the directory `path`, in place as in `get_apt_model`.
 
         The files are read into memory, no larger than this model explains; pickle is never read, links are not followed. What was saved
-        after a cut cuts `base_model` alike, which may be the model as it was or one that was cut alike. Raises ValueError naming the
+        after a cut cuts `base_model` alike, which may be the model as it was or one that was cut alike. A base of another name or class
+        than the adapters were trained on is named in one line of the logger "apt_ext". Raises ValueError naming the
         file when it is missing, damaged or made for another model; `base_model` is then as before.
         """
         with checkpoint.opened(path) as saved:
@@ -357,6 +358,8 @@ class APTModel(Adapted):
                     apt.load_own_state(tensors if apt.trained_by is None else run_state.own(tensors), check=True)
                 apt.target = saved.target
                 apt._begin()
+            if saved.base is not None:
+                saved.base.tell_of_another(apt.model)
             return apt
 
     @classmethod

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -17,7 +18,8 @@ from ..common.names import parameters_of
 from ..config import APTConfig
 from ..pruning.architectures.lookup import task_heads
 from ..pruning.target import KEY, Target
-from . import atomic_dir, tensor_file
+from . import atomic_dir, base_model, tensor_file
+from .base_model import BaseModel
 
 CONFIG_FILE = "apt_config.json"
 TENSORS_FILE = "apt_model.safetensors"
@@ -38,6 +40,7 @@ def save(
     stream: bool,
     whole: list[str],
     target: Target | None,
+    about: Mapping[str, Any],
     file: str = TENSORS_FILE,
 ) -> None:
     """Write a checkpoint into the directory `path`; what `APTModel.save_pretrained` promises.
@@ -45,6 +48,7 @@ def save(
     stream  whether masks of hidden dimensions are among the tensors
     whole   the modules and Parameters that train whole: another base model may say otherwise
     target  what a Controller was to reach; left out where it is None, as in files of versions without it
+    about   what `base_model.about` says
     file    of the tensors, TENSORS_FILE or RUN_FILE
     """
     from safetensors.torch import save as serialize
@@ -55,7 +59,7 @@ def save(
     if any(value.is_meta for value in tensors.values()):
         raise RuntimeError("save_pretrained: expected tensors with values, got a model on meta")
     reach = {} if target is None else {KEY: target.to_dict()}
-    values = {"format": _FORMAT, "stream": stream, "saved": whole, **config.to_dict(), **reach}
+    values = {"format": _FORMAT, "stream": stream, "saved": whole, **about, **config.to_dict(), **reach}
     text = json.dumps(values, indent=2) + "\n"
     # Copies: safetensors refuses tensors that share memory, as tied weights do.
     copies = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
@@ -83,6 +87,7 @@ class Checkpoint:
         self._saved: list[str] | None = None  # names of what trained whole, likewise; None: an older version wrote it
         self._heads_alone = False  # whether that version saved the task heads, and nothing else
         self.target: Target | None = None  # what a Controller was to reach, likewise
+        self.base: BaseModel | None = None  # the model that it was trained on, likewise; None: an older version wrote it
 
     def config(self) -> APTConfig:
         """The configuration that it was saved with."""
@@ -95,6 +100,7 @@ class Checkpoint:
             if saved is not None and not (isinstance(saved, list) and all(name and isinstance(name, str) for name in saved)):
                 raise ValueError(f'expected "saved" to be a list of names, got {saved!r}')
             self.target = Target.of_dict(values.pop(KEY)) if KEY in values else None
+            self.base = base_model.taken(values)
             config = APTConfig.from_dict(values)
             self._saved, self._heads_alone = saved, config.modules_to_save is None
             return config

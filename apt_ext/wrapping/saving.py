@@ -13,6 +13,7 @@ from ..distributed import agreement
 from ..pruning.target import KEY
 from ..pruning.wrappers import StreamCarrier
 from ..storage import checkpoint
+from ..storage.base_model import about
 from . import cut_states, model_state, run_state
 
 
@@ -23,13 +24,13 @@ def save(apt: Any, path: str | os.PathLike[str], state_dict: Mapping[str, Any] |
     own = model_state.own_state(apt.model, apt.saved) if state_dict is None else _gathered(apt, state_dict)
     cuts = cut_states.tensors_of(apt.blocks)
     if not for_trainer:
-        checkpoint.save(path, apt.apt_config, own | cuts, stream, apt.saved, apt.target)
+        checkpoint.save(path, apt.apt_config, own | cuts, stream, apt.saved, apt.target, about(apt.model))
         return
     controller = run_state.controller_of(apt)
     target = {} if apt.target is None else {KEY: apt.target.to_tensor()}
     state = None if controller is None else controller.state_dict()
     tensors = run_state.packed(own, cuts | target, state, agreement.ranks())
-    checkpoint.save(path, apt.apt_config, tensors, stream, apt.saved, apt.target, checkpoint.RUN_FILE)
+    checkpoint.save(path, apt.apt_config, tensors, stream, apt.saved, apt.target, about(apt.model), checkpoint.RUN_FILE)
 
 
 def _gathered(apt: Any, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
