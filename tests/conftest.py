@@ -113,6 +113,8 @@ def loaded_here(monkeypatch):
 
     def reloaded(directory, loader, exchange):
         with monkeypatch.context() as patch:
+            patch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(exchange.with_name("modules")))
+            patch.setattr(sys, "path", sys.path[:])
             patch.setitem(sys.modules, "apt_ext", apt_ext if loader == "apt_ext" else None)
             lines = []
             patch.setattr("builtins.print", lines.append)

@@ -6,9 +6,9 @@ import copy
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +24,12 @@ from ..storage import atomic_dir
 from ..storage import per_layer as own_format
 from ..storage.formats import retype_failures, stock_failures
 from ..storage.per_layer import MANIFEST
+from ..storage.remote_code import auto_class_of
 from ..storage.trials import stock_trial
-from . import reload
+from . import cards, carried, reload
+from .cards import Origin, checked_metrics
 from .shrinking import shrink
 
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-)
 _REMEDY = "or write it for apt_ext.load_export with per_layer=True, or use the model as shrink returned it"
 # How far outputs may differ between two processes whose tensors are bitwise the same: a BLAS adds in another order at other addresses,
 # and a loader derives constants in the model's dtype that a conversion had rounded.
@@ -55,6 +44,7 @@ def export(
     max_shard_size: int | str = "5GB",
     per_layer: bool = False,
     unfinished: bool = False,
+    metrics: Mapping[str, float] | None = None,
 ) -> str:
     """Write an APTModel, which is shrunk, or what `shrink` returned into the directory `path`, for `from_pretrained` of its stock class.
 
@@ -62,11 +52,17 @@ def export(
     rounding), and takes its place in one step only then; whatever raises, or kills the process, leaves `path` as it was. It may be missing,
     empty, or hold an earlier export that nobody changed (apt_export.json lists the files), which is replaced.
 
-    tokenizer       saved with the model (anything with `save_pretrained`); None: the tokenizer's files in the directory that the model was
-                    loaded from, where it was one
+    Beside the weights there are README.md, a model card with the commands that load it, and provenance.json: versions, base, settings.
+    Processors, chat templates and what says how to generate travel from where the model was loaded. `use_cache` of the config is what it
+    was when the adapters came, which Trainer sets to False.
+
+    tokenizer       saved with the model (anything with `save_pretrained`, a processor too); None: the tokenizer's files in the directory
+                    that the model was loaded from, or in the Hub's cache
     max_shard_size  tensors beyond it go into further files
-    per_layer       where no stock config can say the widths, write them beside the stock files for `apt_ext.load_export`
+    per_layer       where no stock config can say the widths, write them beside the stock files for `apt_ext.load_export`, and code
+                    with which `from_pretrained(..., trust_remote_code=True)` loads them without apt_ext
     unfinished      write an APTModel as it is also where a Controller has not reached its density
+    metrics         {name: number}, for the card
 
     Returns the name of the class that loads it: the model's own; another that computes the same from the same tensors, where only its
     config can say the widths (LLaMA as Mistral); or "apt_ext.load_export".
@@ -75,13 +71,32 @@ def export(
     own; a directory with other content; a tensor or an output that does not come back. TypeError for another kind of model. RuntimeError
     where a Controller has not reached its density. ImportError without transformers.
     """
+    target = checked_path(path).absolute()
+    options = {"tokenizer": tokenizer, "max_shard_size": max_shard_size, "per_layer": per_layer, "unfinished": unfinished}
+    return write_export(model, target, target.name, metrics=metrics, **options)
+
+
+def write_export(
+    model: nn.Module,
+    target: Path,
+    name: str,
+    *,
+    call: str = "export",
+    tokenizer: Any = None,
+    max_shard_size: int | str = "5GB",
+    per_layer: bool = False,
+    unfinished: bool = False,
+    metrics: Mapping[str, float] | None = None,
+) -> str:
+    """`export`, with a card that loads it as `name`; `call` is what the user called."""
     checked_module("model", model)
     if not isinstance(model, APTModel) and any(True for _ in adapters(model)):
         raise TypeError(f"model: expected an APTModel or the result of shrink, got a {type(model).__name__} with adapters in it")
     if not checked_bool("unfinished", unfinished) and isinstance(model, APTModel):
-        model.refuse_unfinished("export")
-    target = checked_path(path).absolute()
+        model.refuse_unfinished(call)
+    numbers = checked_metrics(metrics)
     check_target(target)
+    origin = Origin.of(model)
     small: Any = shrink(model, unfinished=True) if isinstance(model, APTModel) else model
     check_class(small)
     blocks = find_blocks(small)
@@ -93,7 +108,7 @@ def export(
             own_format.save(small, new, blocks.row, max_shard_size=max_shard_size)
         else:
             save_stock(written, new, max_shard_size)
-        complete(small, new, loader, tokenizer)
+        complete(small, new, loader, tokenizer, lambda known: cards.write(new, name, written, blocks, origin, numbers, known))
         atomic_dir.place(new, target)
     return "apt_ext.load_export" if loader == "apt_ext" else loader
 
@@ -103,11 +118,17 @@ def save_stock(written: Any, directory: Path, max_shard_size: int | str = "5GB")
     type(written).save_pretrained(written, directory, max_shard_size=max_shard_size)
 
 
-def complete(small: Any, directory: Path, loader: str, tokenizer: Any = None) -> None:
-    """Add the tokenizer to what was saved and seal it; ValueError unless a fresh process loads the same model from there."""
-    _carry_tokenizer(tokenizer, small, directory)
+def complete(
+    small: Any, directory: Path, loader: str, tokenizer: Any = None, describe: Callable[[bool], None] = lambda with_tokenizer: None
+) -> None:
+    """Add the tokenizer to what was saved and seal it; ValueError unless a fresh process loads the same model from there.
+
+    describe  writes the card; it is told whether there is a tokenizer
+    """
+    describe(carried.carry(tokenizer, small, directory))
     atomic_dir.seal(directory, MANIFEST)
-    _compare(small, directory, loader, directory.with_name("exchange.safetensors"))
+    for one in _loaders(small, loader):
+        _compare(small, directory, one, directory.with_name("exchange.safetensors"))
 
 
 def check_class(model: nn.Module) -> None:
@@ -158,14 +179,10 @@ def _retyped(small: Any, model_type: str) -> Any:
     return twin
 
 
-def _carry_tokenizer(tokenizer: Any, small: Any, directory: Path) -> None:
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
-        return
-    source = Path(str(getattr(small.config, "_name_or_path", "") or "."))
-    for name in _TOKENIZER_FILES if source.name and source.is_dir() else ():
-        if (source / name).is_file():
-            shutil.copyfile(source / name, directory / name)
+def _loaders(small: Any, loader: str) -> list[str]:
+    """What has to load the directory: `loader`, and the auto class by the code of a directory with widths of their own."""
+    auto = auto_class_of(type(small), type(small.config)) if loader == "apt_ext" else None
+    return [loader] if auto is None else [loader, auto]
 
 
 def _compare(small: Any, directory: Path, loader: str, exchange: Path) -> None:
@@ -176,7 +193,8 @@ def _compare(small: Any, directory: Path, loader: str, exchange: Path) -> None:
     if expected is not None:
         save_file({name: tensor.cpu().contiguous().clone() for name, tensor in inputs.items()}, exchange)
     found = reloaded(directory, loader, exchange)
-    name = "apt_ext.load_export" if loader == "apt_ext" else loader
+    by_code = f"{loader} with trust_remote_code=True" if loader.startswith("Auto") else loader
+    name = "apt_ext.load_export" if loader == "apt_ext" else by_code
     if "error" in found:
         raise ValueError(f"model: expected {name} to load it again, but it does not: {found['error']}")
     difference = _difference(reload.digests(small), found["tensors"])
@@ -213,6 +231,8 @@ def reloaded(directory: Path, loader: str, exchange: Path) -> dict[str, Any]:
     command = [sys.executable, "-P", reload.__file__, str(directory), loader, str(exchange)]
     # The packages that this process sees, and as many threads, on which the last bits depend.
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    if loader.startswith("Auto"):
+        environment["HF_MODULES_CACHE"] = str(exchange.with_name("modules"))  # transformers copies code there before it runs
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)  # noqa: S603  # our own script
     if done.returncode:
         return {"error": _reported(done.stderr) or f"exit status {done.returncode}"}

@@ -2,7 +2,7 @@
 
 reload.py DIRECTORY CLASS EXCHANGE prints one line of JSON: {"tensors": {name: [dtype, shape, SHA-256]}, "class": its full name}. Where
 the file EXCHANGE (safetensors) holds inputs, the first output of the model for them takes their place. CLASS is a class of transformers,
-or "apt_ext" for `apt_ext.load_export`.
+an auto class, with which the code in the directory runs, or "apt_ext" for `apt_ext.load_export`.
 """
 
 import hashlib
@@ -51,7 +51,8 @@ def main(directory: str, kind: str, exchange: str) -> None:
             import transformers
 
             transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-            model = getattr(transformers, kind).from_pretrained(directory, dtype="auto", local_files_only=True)
+            code = {"trust_remote_code": True} if kind.startswith("Auto") else {}
+            model = getattr(transformers, kind).from_pretrained(directory, dtype="auto", local_files_only=True, **code)
     model.eval()
     if os.path.exists(exchange):
         save_file({"output": first_output(model, load_file(exchange)).contiguous()}, exchange)

@@ -65,6 +65,12 @@ def auto_classes(kind: type, config_class: type) -> dict[str, type]:
     return found
 
 
+def auto_class_of(kind: type, config_class: type) -> str | None:
+    """The auto class of transformers that says best what `kind` is for; None: none makes it."""
+    found = [name for name, one in auto_classes(kind, config_class).items() if one is kind]
+    return min(found, key=lambda name: (name == "AutoModelForPreTraining", name), default=None)
+
+
 def _named(stock: str) -> str:
     return f"PerLayer{stock}"
 

@@ -14,7 +14,9 @@ from apt_ext import APTConfig, APTModel, export, get_apt_model, load_export, shr
 transformers = pytest.importorskip("transformers")
 
 ADAPTER_FILES = {"apt_config.json", "apt_model.safetensors", "apt_manifest.json"}
-OWN_FILES = {"apt_weights.safetensors", "apt_widths.json", "apt_export.json", "config.json"}
+OWN_FILES = {"apt_weights.safetensors", "apt_weights.safetensors.index.json", "apt_widths.json", "apt_export.json"}
+OWN_FILES |= {"modeling_apt.py", "config.json"}
+CARD = {"README.md", "provenance.json"}  # of an export
 
 
 def uneven(name):
@@ -236,7 +238,7 @@ def test_a_model_without_adapters_saves_as_a_stock_one(tmp_path):
 def test_export_writes_its_own_files_whatever_the_instance_saves(tmp_path):
     _, apt = uneven("bert")
     assert export(shrink(apt), tmp_path / "own", per_layer=True) == "apt_ext.load_export"
-    assert {file.name for file in (tmp_path / "own").iterdir()} == OWN_FILES
+    assert {file.name for file in (tmp_path / "own").iterdir()} == OWN_FILES | CARD
 
 
 @pytest.mark.parametrize("how", ["itself", "deepcopy", "pickle"])
