@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from .adapter.layer import APTAdapter
-from .adapter.shared_memory import indexed
 from .adapter.state_dict import check_loadable, checked_before
 from .common.checks import checked_bool, checked_mapping, checked_module
 from .config import APTConfig, nearest
@@ -29,11 +28,12 @@ from .pruning.cut_in_place import Cut, checked_cut
 from .pruning.float32_heads import follow
 from .pruning.target import KEY, Target, load_target, save_target, target_after
 from .pruning.wrappers import StreamCarrier
-from .storage import checkpoint, stock_saving
-from .wrapping import compact_model, cut_states, model_state, peft_factors, run_state, saving, unload
+from .storage import checkpoint, hub, stock_saving
+from .wrapping import compact_model, cut_states, model_state, peft_factors, run_state, saving, unload, use_cache
 from .wrapping.bases import refuse_peft
 from .wrapping.build import Adapted, build
 from .wrapping.compiled import unwrap
+from .wrapping.disabling import without_adapters
 from .wrapping.fused_losses import tell_of_output_adapter
 from .wrapping.module_hooks import drop_copied_hooks
 
@@ -97,9 +97,10 @@ class APTModel(Adapted):
     trained_by  how many processes trained that together; None: no such checkpoint was loaded
     """
 
-    target: Target | None = None
     controller_state: dict[str, Any] | None = None
     trained_by: int | None = None
+    use_cache_before: bool | None = None  # this training
+    _target: Target | None = None
 
     def __init__(self, model: nn.Module, config: APTConfig, blocks: Blocks, saved: list[str]) -> None:
         super().__init__()
@@ -111,6 +112,7 @@ class APTModel(Adapted):
         self._blocks = blocks
         self.saved = saved
         self._chained = False
+        self.use_cache_before = use_cache.said(model)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -129,7 +131,17 @@ class APTModel(Adapted):
     @blocks.setter
     def blocks(self, blocks: Mapping[str, Block]) -> None:
         self._blocks = blocks if isinstance(blocks, Blocks) else Blocks(self._blocks.row, blocks)
-        stock_saving.note_blocks(self)
+        stock_saving.note(self)
+
+    @property
+    def target(self) -> Target | None:
+        """What the last Controller that worked on it was to leave; None: none did."""
+        return self._target
+
+    @target.setter
+    def target(self, target: Target | None) -> None:
+        self._target = target
+        stock_saving.note(self)
 
     @property
     def hidden_left(self) -> Tensor | None:
@@ -274,37 +286,22 @@ class APTModel(Adapted):
 
         Modules that train whole (modules_to_save) stay as they are trained.
         """
-        entered = [(adapter, adapter.disabled, adapter.merged, adapter.merge.keep) for _, adapter in adapters(self)]
-        stream = [(module, module.disabled) for module in self.modules() if isinstance(module, StreamCarrier)]
-        try:
-            with indexed():
-                for adapter, _, _, _ in entered:
-                    adapter.unmerge_weights()
-                    adapter.set_disabled(True)
-            for module, _ in stream:
-                module.set_disabled(True)
+        with without_adapters(self.model):
             yield
-        finally:
-            for module, disabled in stream:
-                module.set_disabled(disabled)
-            for adapter, disabled, _, _ in entered:
-                adapter.set_disabled(disabled)
-            with indexed():
-                for adapter, _, merged, keep in entered:
-                    if merged:
-                        adapter.merge_weights(keep)
 
     def merge_and_unload(self, *, unfinished: bool = False) -> nn.Module:
         """The model itself with adapters and masks merged into its linears, which are back in their places; full shapes, frozen as it was.
 
-        This APTModel has no adapters and no blocks afterwards. RuntimeError where a merged weight would not be finite, where dimensions
-        of the residual stream or others that a norm runs over are pruned (a stock norm over all of them computes something else;
+        This APTModel has no adapters and no blocks afterwards, and `use_cache` of the model's config is what it was when the adapters came.
+        RuntimeError where a merged weight would not be finite, where dimensions of the residual stream or others that a norm
+        runs over are pruned (a stock norm over all of them computes something else;
         `shrink` cuts them), and where a Controller has not reached its density unless `unfinished`; all is then as before. The original
         weights are held in host memory meanwhile.
         """
         if not checked_bool("unfinished", unfinished):
             self.refuse_unfinished("merge_and_unload")
         unload.merge_and_unload(self.model, self.blocks)
+        use_cache.restore(self.model, self.use_cache_before)
         self.blocks = Blocks(self.blocks.row)
         return self.model
 
@@ -331,11 +328,19 @@ class APTModel(Adapted):
         if options.get("is_main_process", True):
             saving.save(self, path, options.get("state_dict"), for_trainer=not options.keys().isdisjoint(("is_main_process", "state_dict")))
 
-    def push_to_hub(self, *_: Any, unfinished: bool = False, **__: Any) -> None:
-        """Refused with RuntimeError: `export` writes what stock transformers loads, `huggingface_hub.upload_folder` uploads it."""
+    def push_to_hub(self, repo_id: str, *, unfinished: bool = False, **options: Any) -> str:
+        """Export the shrunk model, verified as by `apt_ext.export`, and upload the directory to the Hub; returns the URL of the commit.
+
+        repo_id  "you/model", made if it is missing. Weights there of earlier pushes go in the same commit; other files stay
+        options  private, token (None: the one of `hf auth login` or HF_TOKEN), commit_message, revision (a branch, made if it is missing),
+                 create_pr, and tokenizer, max_shard_size, per_layer, metrics of `apt_ext.export`
+
+        RuntimeError where a Controller has not reached its density unless `unfinished`, without a token, and for what the Hub answers;
+        ValueError and TypeError of `apt_ext.export`; ImportError without huggingface_hub. The model inside has the same method.
+        """
         if not checked_bool("unfinished", unfinished):
             self.refuse_unfinished("push_to_hub")
-        stock_saving.refuse_push()
+        return hub.send(self, repo_id, unfinished=unfinished, **options)
 
     @classmethod
     def from_pretrained(cls, base_model: nn.Module, path: str | os.PathLike[str]) -> APTModel:

@@ -20,7 +20,7 @@ from ..common.modes import evaluating
 from ..model import APTModel, adapters
 from ..pruning.architectures.lookup import Blocks, find_blocks
 from ..pruning.sizes import Sizes
-from ..storage import atomic_dir
+from ..storage import atomic_dir, hub
 from ..storage import per_layer as own_format
 from ..storage.formats import retype_failures, stock_failures
 from ..storage.per_layer import MANIFEST
@@ -274,3 +274,6 @@ def _difference(ours: dict[str, list[Any]], theirs: dict[str, list[Any]]) -> str
         if content != other[2]:
             return f"the values of {name} differ"
     return None
+
+
+hub.export_with(write_export)

@@ -27,6 +27,7 @@ from ..pruning.cut import (
 from ..pruning.float32_heads import narrow
 from ..pruning.wrappers import StreamCarrier
 from ..storage import stock_saving
+from ..wrapping import use_cache
 
 logger = logging.getLogger("apt_ext")
 
@@ -44,7 +45,8 @@ def shrink(model: APTModel, *, unfinished: bool = False) -> nn.Module:
     logger "apt_ext" says so.
     Where the output layer shares the embedding's weight, the last norm takes back what a fraction scales there.
 
-    `model` is untouched. Every Parameter of the result is trainable, as in a model that was just loaded.
+    `model` is untouched. Every Parameter of the result is trainable, as in a model that was just loaded, and `use_cache` of its config is
+    what it was when the adapters came.
 
     unfinished  take the model as it is also where a Controller has not reached its density
 
@@ -99,5 +101,6 @@ def _shrunk(small: APTModel, gone: Removal) -> nn.Module:
     report_spared(gone.spared)
     for parameter in result.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
+    use_cache.restore(result, small.use_cache_before)
     stock_saving.restore(result, small.blocks.row)
     return result

@@ -34,9 +34,13 @@ class SavesAdapters(Protocol):
     saved: Any
     blocks: Any
     target: Any
+    use_cache_before: Any
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write the adapters."""
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Send an export."""
 
 
 def restore(model: nn.Module, row: Architecture | None) -> None:
@@ -52,26 +56,35 @@ def restore(model: nn.Module, row: Architecture | None) -> None:
 
 
 def install(apt: SavesAdapters) -> None:
-    """Make the model inside save what it can be loaded from: the adapters. It refuses to be uploaded."""
+    """Make the model inside save and upload what the APTModel does: adapters, and an export."""
+    saving = AdapterSaving(apt)
     if callable(getattr(apt.model, "save_pretrained", None)):
-        vars(apt.model)["save_pretrained"] = AdapterSaving(apt)
+        vars(apt.model)["save_pretrained"] = saving
     if callable(getattr(apt.model, "push_to_hub", None)):
-        vars(apt.model)["push_to_hub"] = refuse_push
+        vars(apt.model)["push_to_hub"] = ExportPush(saving)
 
 
-def note_blocks(apt: SavesAdapters) -> None:
-    """Let the model inside know what its APTModel's blocks are: it may outlive the APTModel."""
+def note(apt: SavesAdapters) -> None:
+    """Let the model inside know what its APTModel's blocks and target are: it may outlive the APTModel."""
     saving = vars(apt.model).get("save_pretrained")
     if isinstance(saving, AdapterSaving):
-        saving.note_blocks(apt)
+        saving.note(apt)
 
 
-def refuse_push(*_: Any, **__: Any) -> None:
-    """Raise RuntimeError: adapters are no model that stock transformers loads."""
-    raise RuntimeError(
-        "push_to_hub: expected a model that stock transformers loads, got one with adapters in it; call "
-        "apt_ext.export(model, dir) with the APTModel, then huggingface_hub.upload_folder(repo_id=..., folder_path=dir)"
-    )
+def refuse_push() -> None:
+    """Raise RuntimeError: what `save_pretrained` writes is no model that stock transformers loads."""
+    raise RuntimeError("push_to_hub: expected False, got True, with adapters in the model; call push_to_hub(repo_id), which sends an export")
+
+
+class ExportPush:
+    """`push_to_hub` of the model inside an APTModel: that of the APTModel. Copies of the model alone have it too."""
+
+    def __init__(self, saving: AdapterSaving) -> None:
+        self._saving = saving
+
+    def __call__(self, repo_id: str, **options: Any) -> str:
+        """Send what `APTModel.push_to_hub` sends, an export of the model as it is."""
+        return self._saving.whole().push_to_hub(repo_id, **options)
 
 
 class AdapterSaving:
@@ -82,7 +95,7 @@ class AdapterSaving:
         self._model: weakref.ref[nn.Module] = weakref.ref(apt.model)  # which holds this: let go, it is freed at once
         self._kind: Any = own_class(type(apt))
         self._apt: weakref.ref[SavesAdapters] | None = weakref.ref(apt)
-        self._blocks, self._target = apt.blocks, apt.target
+        self._blocks, self._target, self._use_cache = apt.blocks, apt.target, apt.use_cache_before
         self._said = False
 
     def __getstate__(self) -> dict[str, Any]:
@@ -100,10 +113,10 @@ class AdapterSaving:
         """The model that this saves."""
         return self._model()
 
-    def note_blocks(self, apt: SavesAdapters) -> None:
-        """Take over the blocks that `apt` has now, if it is the one that this saves."""
+    def note(self, apt: SavesAdapters) -> None:
+        """Take over the blocks and the target that `apt` has now, if it is the one that this saves."""
         if self._living() is apt:
-            self._blocks = apt.blocks
+            self._blocks, self._target = apt.blocks, apt.target
 
     def __call__(
         self,
@@ -122,7 +135,7 @@ class AdapterSaving:
             refuse_push()
         if not is_main_process:
             return
-        self._whole().save_pretrained(save_directory)
+        self.whole().save_pretrained(save_directory)
         if not self._said:
             self._said = True
             logger.warning(
@@ -133,12 +146,13 @@ class AdapterSaving:
                 str(save_directory),
             )
 
-    def _whole(self) -> SavesAdapters:
+    def whole(self) -> SavesAdapters:
+        """Return the APTModel around the model, or another where that is gone."""
         apt = self._living()
         if apt is not None:
             return apt
         made: SavesAdapters = self._kind(self.model, self.config, self._blocks, self.saved)
-        made.target = self._target
+        made.target, made.use_cache_before = self._target, self._use_cache
         return made
 
     def _living(self) -> SavesAdapters | None:
