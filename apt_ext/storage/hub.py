@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -47,13 +46,13 @@ def send(
     if private is not None:
         checked_bool("private", private)
     api = _checked_api(repo_id, token)
-    with _worded("expected a token that the Hub knows"):
+    with _worded(api, "expected a token that the Hub knows"):
         api.whoami()
     options = {"tokenizer": tokenizer, "max_shard_size": max_shard_size, "per_layer": per_layer, "unfinished": unfinished}
     with tempfile.TemporaryDirectory() as place:
         directory = Path(place) / "model"
         _exporters[0](model, directory, repo_id, call="push_to_hub", metrics=metrics, **options)
-        with _worded(f"expected the Hub to take {repo_id!r}"):
+        with _worded(api, f"expected the Hub to take {repo_id!r}"):
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None and not revision.startswith("refs/"):
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -88,11 +87,10 @@ def _checked_api(repo_id: str, token: str | None) -> Any:
 
 
 @contextmanager
-def _worded(expected: str) -> Iterator[None]:
+def _worded(api: Any, expected: str) -> Iterator[None]:
     """RuntimeError for whatever the client raises: its HTTP library and its classes are its own affair."""
     try:
         yield
     except Exception as error:
-        where = os.environ.get("HF_ENDPOINT", "huggingface.co")
         said = " ".join(str(error).split()) or type(error).__name__
-        raise RuntimeError(f"push_to_hub: {expected}, got from {where}: {said}") from error
+        raise RuntimeError(f"push_to_hub: {expected}, got from {api.endpoint}: {said}") from error

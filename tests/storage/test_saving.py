@@ -10,6 +10,7 @@ from families import FAMILIES, adapted, close, mask_all, outputs, some
 
 import apt_ext
 from apt_ext import APTConfig, APTModel, export, get_apt_model, load_export, shrink
+from apt_ext.pruning.target import Target
 
 transformers = pytest.importorskip("transformers")
 
@@ -203,17 +204,27 @@ def test_the_model_inside_saves_itself_however_it_was_copied(name, how, tmp_path
 
 
 def test_adapters_are_not_uploaded(tmp_path):
+    """push_to_hub sends an export: tests/exporting/test_push.py."""
     apt = adapted(FAMILIES["bert"])
-    words = r"push_to_hub: .*call apt_ext.export\(model, dir\) .* huggingface_hub.upload_folder"
-    for upload in (
-        lambda: apt.push_to_hub("me/it"),
-        lambda: apt.model.push_to_hub("me/it", private=True),
-        lambda: copy.deepcopy(apt.model).push_to_hub("me/it"),
-        lambda: apt.model.save_pretrained(tmp_path, push_to_hub=True),
+    with pytest.raises(
+        RuntimeError, match=r"push_to_hub: expected False, got True, .*; call push_to_hub\(repo_id\), which sends an export"
     ):
-        with pytest.raises(RuntimeError, match=words):
-            upload()
+        apt.model.save_pretrained(tmp_path, push_to_hub=True)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", ["controller", "load"])
+def test_the_model_inside_saves_the_target_of_an_apt_model_that_is_gone(how, tmp_path):
+    apt = adapted(FAMILIES["bert"])
+    apt.target = Target(0.5)
+    if how == "load":
+        state, apt = apt.state_dict(), adapted(FAMILIES["bert"])
+        apt.load_state_dict(state)
+    inner, copied = apt.model, copy.deepcopy(apt.model)
+    del apt
+    for number, model in enumerate((inner, copied)):
+        model.save_pretrained(tmp_path / str(number))
+        assert APTModel.from_pretrained(FAMILIES["bert"].model(), tmp_path / str(number)).target == Target(0.5)
 
 
 def test_a_model_without_adapters_saves_as_a_stock_one(tmp_path):
