@@ -141,7 +141,8 @@ def check_class(model: nn.Module) -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a model of transformers inside, got {kind.__name__}")
     if kind.__module__.partition(".")[0] != "transformers":
-        raise ValueError(f"model: expected a class of transformers, which others can load, got {kind.__module__}.{kind.__name__}")
+        by_code = "; load the directory with apt_ext.load_export to prune it further" if kind.__name__.startswith("PerLayer") else ""
+        raise ValueError(f"model: expected a class of transformers, which others can load, got {kind.__module__}.{kind.__name__}{by_code}")
 
 
 def expressed(small: Any, per_layer: bool, blocks: Blocks | None = None, remedy: str = _REMEDY) -> tuple[Any, str]:
