@@ -37,6 +37,7 @@ def carry(tokenizer: Any, small: Any, directory: Path) -> bool:
         tokenizer.save_pretrained(directory)
         if (directory / _TEMPLATES).is_dir():
             shutil.rmtree(directory / _TEMPLATES)
+            (directory / "chat_template.jinja").unlink(missing_ok=True)  # which would hide the others
             tokenizer.save_pretrained(directory, save_jinja_files=False)  # all templates in tokenizer_config.json
     name = str(getattr(small.config, "_name_or_path", "") or "")
     for file in (*(_TOKENIZER if tokenizer is None else ()), *_OTHERS):
