@@ -22,10 +22,9 @@ from ..pruning.architectures.lookup import Blocks, find_blocks
 from ..pruning.sizes import Sizes
 from ..storage import atomic_dir, hub
 from ..storage import per_layer as own_format
-from ..storage.formats import retype_failures, stock_failures
+from ..storage.formats import per_layer_refusals, retype_failures, stock_refusals
 from ..storage.per_layer import MANIFEST
 from ..storage.remote_code import auto_class_of
-from ..storage.trials import stock_trial
 from . import cards, carried, reload
 from .cards import Origin, checked_metrics
 from .shrinking import shrink
@@ -149,7 +148,7 @@ def expressed(small: Any, per_layer: bool, blocks: Blocks | None = None, remedy:
     """The model under a class and config that can say its sizes, and what loads it; ValueError with `remedy` where there is none."""
     blocks = find_blocks(small) if blocks is None else blocks
     row, sizes, kind = blocks.row, Sizes.of(small, blocks), type(small)
-    failures = stock_failures(small.config, sizes) or stock_trial(small, sizes)
+    failures = stock_refusals(small, sizes)
     if not failures:
         return small, kind.__name__
     others = retype_failures(small.config, sizes)
@@ -157,9 +156,12 @@ def expressed(small: Any, per_layer: bool, blocks: Blocks | None = None, remedy:
         other = _retyped(small, row.retype[0])
         if other is not None:
             return other, type(other).__name__
-    if per_layer and row is not None:
+    refused = per_layer_refusals(small, sizes)
+    if per_layer and not refused:
         return small, "apt_ext"
     also = f"; nor can another class say it: {'; '.join(others)}" if row is not None and row.retype is not None and others else ""
+    if per_layer:
+        remedy = f"nor can per_layer=True: {'; '.join(refused)}; use the model as shrink returned it"
     raise ValueError(f"model: expected sizes that a stock config can say, but {'; '.join(failures)}{also}; {remedy}")
 
 

@@ -17,7 +17,7 @@ from ..exporting.directories import check_class
 from ..pruning.architectures.lookup import ARCHITECTURES, Block, Blocks, unknown_modules
 from ..pruning.cost import Cost
 from ..pruning.sizes import Sizes
-from ..storage.formats import allowed
+from ..storage.formats import allowed, per_layer_refusals
 from .select.groups import groups_of
 from .select.search import Group, search
 
@@ -212,21 +212,25 @@ def check_export(outlook: Outlook, export: str | None) -> None:
         check_class(outlook.model)
     elif not outlook.pruned:
         return
-    failures = outlook.unwritable()
-    if not failures or export == "per_layer":
+    refused = per_layer_refusals(outlook.model, Sizes.of(outlook.model, outlook.blocks, outlook.left()))
+    if export == "per_layer" and refused:
+        raise ValueError(f"export: expected a model that per_layer=True can write, but {'; '.join(refused)}")
+    failures = outlook.unwritable() if export != "per_layer" else []
+    if not failures:
         return
     settings, other = f"prune={outlook.config.prune} with uniform={outlook.config.uniform}", outlook.writable()
     if export is None:
         would = f"; {other} would pass" if other else ""
-        logger.warning(
-            "Controller: no stock config may be able to say what %s leaves: %s%s; export(..., per_layer=True) writes it in any case "
-            "(Controller(export='per_layer') says that this is meant)",
-            settings,
-            "; ".join(failures),
-            would,
-        )
+        own = "export(..., per_layer=True) writes it in any case (Controller(export='per_layer') says that this is meant)"
+        if refused:
+            own = "nor can export(..., per_layer=True) write it"
+        text = "Controller: no stock config may be able to say what %s leaves: %s%s; %s"
+        logger.warning(text, settings, "; ".join(failures), would, own)
         return
-    would = f"{other} would pass, and so would export='per_layer'" if other else "export='per_layer' would pass"
+    if refused:
+        would = f"{other} would pass" if other else "no other export would pass"
+    else:
+        would = f"{other} would pass, and so would export='per_layer'" if other else "export='per_layer' would pass"
     raise ValueError(
         f"export: expected settings of which a stock config can say whatever is left, got {settings}: {'; '.join(failures)}; {would}"
     )

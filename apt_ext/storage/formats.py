@@ -17,6 +17,7 @@ from torch import nn
 from ..common.checks import listed
 from ..pruning.architectures.lookup import Architecture
 from ..pruning.sizes import Sizes
+from .shaped import unknown_entries
 from .trials import per_layer_trial, stock_trial
 
 
@@ -56,11 +57,25 @@ def allowed(model: nn.Module, sizes: Sizes) -> dict[str, list[str]]:
     if kind.__module__.partition(".")[0] != "transformers":
         other = [f"{kind.__module__}.{kind.__name__} is no class of transformers, which others can load"]
         return {name: other for name in ("stock", "per layer")}
-    found = {"stock": stock_failures(config, sizes) or stock_trial(model, sizes)}
+    found = {"stock": stock_refusals(model, sizes)}
     if row is not None and row.retype is not None:
         found["retyped"] = retype_failures(config, sizes)
-    found["per layer"] = per_layer_trial(model, sizes) if row is not None else ["the architecture is not in the table"]
+    found["per layer"] = per_layer_refusals(model, sizes)
     return found
+
+
+def stock_refusals(model: nn.Module, sizes: Sizes) -> list[str]:
+    """What keeps a stock directory of the model's own class from saying these sizes, found by the row or by trial."""
+    config: Any = getattr(model, "config", None)
+    found = stock_failures(config, sizes) or stock_trial(model, sizes)
+    return [*unknown_entries(config, sizes), *found] if found else []
+
+
+def per_layer_refusals(model: nn.Module, sizes: Sizes) -> list[str]:
+    """The same of a directory whose layers have widths of their own."""
+    if sizes.blocks.row is None:
+        return ["the architecture is not in the table"]
+    return unknown_entries(getattr(model, "config", None), sizes) or per_layer_trial(model, sizes)
 
 
 def retype_failures(config: Any, sizes: Sizes) -> list[str]:

@@ -23,7 +23,7 @@ from ..pruning.architectures.lookup import Architecture, architecture_of, find_b
 from ..pruning.sizes import Sizes
 from . import atomic_dir, remote_code, row_file, tensor_file
 from .modeling_apt import WEIGHTS
-from .shaped import shaped, widest
+from .shaped import shaped, unknown_entries, widest
 
 logger = logging.getLogger("apt_ext")
 
@@ -38,6 +38,9 @@ def save(model: Any, directory: Path, row: Architecture, **stock: Any) -> None:
     """Write a model of this row; `stock`: further arguments of the stock `save_pretrained`."""
     blocks = find_blocks(model, row)
     sizes = Sizes.of(model, blocks)
+    unknown = unknown_entries(model.config, sizes)
+    if unknown:
+        raise ValueError(f"model: expected sizes that its config can say at least of the widest layer, but {'; '.join(unknown)}")
     wide = copy.copy(model)  # the same modules under another config
     wide.config = copy.deepcopy(model.config)
     entries = widest(row, sizes)

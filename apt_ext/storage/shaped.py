@@ -21,6 +21,17 @@ from ..pruning.cut import (
 from ..pruning.sizes import Sizes
 
 
+def unknown_entries(config: Any, sizes: Sizes) -> list[str]:
+    """The entries that the row of the table names and the config lacks, in words: no directory can say those sizes."""
+    name = type(config).__name__
+    return [
+        f"{name} has no entry {field!r}, in which the row of the table looks for a number of {sizes.blocks[next(iter(found))].kind}; "
+        "correct its width_field"
+        for field, found in sizes.widths.items()
+        if not hasattr(config, field)
+    ]
+
+
 def widest(row: Architecture, sizes: Sizes) -> dict[str, int]:
     """Entries of a config that accepts them, each at least as large as in any layer."""
     largest = {field: max([*found.values(), 1]) for field, found in sizes.widths.items()}

@@ -17,9 +17,8 @@ from torch import nn
 from ..common.stock_class import own_class
 from ..pruning.architectures.lookup import Architecture, find_blocks
 from ..pruning.sizes import Sizes
-from .formats import stock_failures
+from .formats import stock_refusals
 from .per_layer import PerLayerSaving
-from .trials import stock_trial
 
 logger = logging.getLogger("apt_ext")
 
@@ -47,11 +46,9 @@ def restore(model: nn.Module, row: Architecture | None) -> None:
     """Give a model without adapters the stock saving, or the format per layer where no stock config says its widths."""
     for name in _ATTRIBUTES:
         vars(model).pop(name, None)
-    config = getattr(model, "config", None)
     if row is None or not callable(getattr(model, "save_pretrained", None)):
         return
-    sizes = Sizes.of(model, find_blocks(model, row))
-    if stock_failures(config, sizes) or stock_trial(model, sizes):
+    if stock_refusals(model, Sizes.of(model, find_blocks(model, row))):
         vars(model)["save_pretrained"] = PerLayerSaving(model, row)
 
 
