@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .adapter.layer import APTAdapter
-from .adapter.state_dict import check_loadable, checked_before
+from .adapter.state_dict import check_loadable
 from .common.checks import checked_bool, checked_mapping, checked_module
 from .config import APTConfig, nearest
 from .distributed import agreement
@@ -26,8 +26,7 @@ from .pruning.block_masks import (
 from .pruning.cost import density_of
 from .pruning.cut_in_place import Cut, checked_cut
 from .pruning.float32_heads import follow
-from .pruning.target import KEY, Target, load_target, save_target, target_after
-from .pruning.wrappers import StreamCarrier
+from .pruning.target import KEY, Target, save_target, target_after
 from .storage import checkpoint, hub, stock_saving
 from .wrapping import compact_model, cut_states, model_state, peft_factors, run_state, saving, unload, use_cache
 from .wrapping.bases import refuse_peft
@@ -36,6 +35,7 @@ from .wrapping.compiled import unwrap
 from .wrapping.disabling import without_adapters
 from .wrapping.fused_losses import tell_of_output_adapter
 from .wrapping.module_hooks import drop_copied_hooks
+from .wrapping.state_hooks import load_cuts, save_cuts
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, APTAdapter]]:
@@ -105,8 +105,8 @@ class APTModel(Adapted):
     def __init__(self, model: nn.Module, config: APTConfig, blocks: Blocks, saved: list[str]) -> None:
         super().__init__()
         self._register_state_dict_hook(save_target)  # type: ignore[no-untyped-call]
-        self._register_state_dict_hook(_save_cuts)  # type: ignore[no-untyped-call]
-        self._register_load_state_dict_pre_hook(_load_cuts, with_module=True)  # type: ignore[no-untyped-call]
+        self._register_state_dict_hook(save_cuts)  # type: ignore[no-untyped-call]
+        self._register_load_state_dict_pre_hook(load_cuts, with_module=True)  # type: ignore[no-untyped-call]
         self.model = model
         self.apt_config = config
         self._blocks = blocks
@@ -470,23 +470,3 @@ class APTModel(Adapted):
         cut_states.raise_rank_limits(self.model, blocks)
         limits = {name: adapter.rank_limit for name, adapter in adapters(self)}
         checkpoint.check(own, model_state.own_state(self.model, self.saved), limits)
-
-
-def _save_cuts(apt: APTModel, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
-    """A hook of torch's `state_dict`."""
-    state.update(cut_states.tensors_of(apt.blocks, prefix))
-
-
-@checked_before
-def _load_cuts(apt: APTModel, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A hook before torch's `load_state_dict`, which then finds the sizes of `state`; that is torch's own copy.
-
-    It takes the target as well, once nothing can be refused: a wrapper's load comes here without the checks of ours.
-    """
-    target_after(apt.target, state, prefix)
-    with cut_states.cut_to(apt.model, apt.blocks, cut_states.read(state, apt.blocks, prefix)) as blocks:
-        apt.blocks = blocks
-    load_target(apt, state, prefix)
-    kept = cut_states.without(run_state.without_run(state, prefix), prefix)
-    for key in state.keys() - kept.keys():
-        del state[key]

@@ -70,7 +70,9 @@ def note(apt: SavesAdapters) -> None:
 
 def refuse_push() -> None:
     """Raise RuntimeError: what `save_pretrained` writes is no model that stock transformers loads."""
-    raise RuntimeError("push_to_hub: expected False, got True, with adapters in the model; call push_to_hub(repo_id), which sends an export")
+    raise RuntimeError(
+        "push_to_hub: expected False, got True, with adapters in the model; call push_to_hub(repo_id), which sends an export"
+    )
 
 
 class ExportPush:
