@@ -12,7 +12,7 @@ import torch
 from families import EMPTY_HEADS, FAMILIES, ONE_EACH, adapted, close, generated, mask_all, outputs, some, streams
 
 from apt_ext import APTConfig, export, get_apt_model, load_export, shrink
-from apt_ext.storage import atomic_dir
+from apt_ext.storage import atomic_dir, remote_code
 from apt_ext.storage.per_layer import MANIFEST
 
 transformers = pytest.importorskip("transformers")
@@ -221,3 +221,15 @@ def test_push_to_hub_of_save_pretrained_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"push_to_hub: expected False, got True; call push_to_hub\(repo_id\)"):
         again.save_pretrained(tmp_path / "other", push_to_hub=True)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.usefixtures("code_runs", "loaded_here")
+def test_export_loads_it_by_its_code_before_it_takes_its_place(tmp_path, monkeypatch):
+    family = FAMILIES["bert"]
+    apt = adapted(family)
+    mask_all(apt, some(family, apt.blocks, ("neurons",), "hard"))
+    monkeypatch.setattr(remote_code, "_shapes", lambda *_: {})
+    words = "expected AutoModelForSequenceClassification with trust_remote_code=True to load it again, but it does not"
+    with pytest.raises(ValueError, match=words):
+        export(apt, tmp_path / "small", per_layer=True)
+    assert not (tmp_path / "small").exists()
