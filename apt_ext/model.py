@@ -95,11 +95,12 @@ class APTModel(Adapted):
     target      the Target of the last Controller that worked on it; None: none did
     controller_state  the Controller's state in the Trainer checkpoint that was loaded last; None: there was none
     trained_by  how many processes trained that together; None: no such checkpoint was loaded
+    use_cache_before  `use_cache` of the model's config when the adapters came, which Trainer changes; None: it says none
     """
 
     controller_state: dict[str, Any] | None = None
     trained_by: int | None = None
-    use_cache_before: bool | None = None  # this training
+    use_cache_before: bool | None = None
     _target: Target | None = None
 
     def __init__(self, model: nn.Module, config: APTConfig, blocks: Blocks, saved: list[str]) -> None:
@@ -331,7 +332,7 @@ class APTModel(Adapted):
     def push_to_hub(self, repo_id: str, *, unfinished: bool = False, **options: Any) -> str:
         """Export the shrunk model, verified as by `apt_ext.export`, and upload the directory to the Hub; returns the URL of the commit.
 
-        repo_id  "you/model", made if it is missing. Weights there of earlier pushes go in the same commit; other files stay
+        repo_id  "you/model", made if it is missing. Weights there of earlier pushes go in the same commit; files of other names stay
         options  private, token (None: the one of `hf auth login` or HF_TOKEN), commit_message, revision (a branch, made if it is missing),
                  create_pr, and tokenizer, max_shard_size, per_layer, metrics of `apt_ext.export`
 

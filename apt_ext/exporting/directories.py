@@ -24,7 +24,7 @@ from ..storage import atomic_dir, hub
 from ..storage import per_layer as own_format
 from ..storage.formats import per_layer_refusals, retype_failures, stock_refusals
 from ..storage.per_layer import MANIFEST
-from ..storage.remote_code import auto_class_of
+from ..storage.remote_code import CODE, auto_class_of
 from . import cards, carried, reload
 from .cards import Origin, checked_metrics
 from .shrinking import shrink
@@ -126,7 +126,7 @@ def complete(
     """
     describe(carried.carry(tokenizer, small, directory))
     atomic_dir.seal(directory, MANIFEST)
-    for one in _loaders(small, loader):
+    for one in _loaders(small, directory, loader):
         _compare(small, directory, one, directory.with_name("exchange.safetensors"))
 
 
@@ -182,9 +182,9 @@ def _retyped(small: Any, model_type: str) -> Any:
     return twin
 
 
-def _loaders(small: Any, loader: str) -> list[str]:
+def _loaders(small: Any, directory: Path, loader: str) -> list[str]:
     """What has to load the directory: `loader`, and the auto class by the code of a directory with widths of their own."""
-    auto = auto_class_of(type(small), type(small.config)) if loader == "apt_ext" else None
+    auto = auto_class_of(type(small), type(small.config)) if (directory / CODE).is_file() else None
     return [loader] if auto is None else [loader, auto]
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from ..common.checks import checked_bool
 
 # Of earlier pushes: a stock class would find them beside what is sent now.
-_WEIGHTS = ["*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*", "apt_*.json", "modeling_apt.py"]
+_WEIGHTS = ["model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*", "apt_w*", "apt_export.json", "modeling_apt.py"]
 _exporters: list[Callable[..., str]] = []
 
 

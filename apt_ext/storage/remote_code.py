@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ from ..pruning.cut import CONSTANTS
 from . import modeling_apt
 from .shaped import shaped
 
+logger = logging.getLogger("apt_ext")
+
 CODE = "modeling_apt.py"
 ENTRIES = ("apt_per_layer", "auto_map")  # what it adds to config.json
 
@@ -30,13 +33,26 @@ def write(model: Any, wide: Any, directory: Path, blocks: Blocks, real: Mapping[
 
     real  the entries of `wide` that are wider than the model, as the model's own config says them
     """
-    names = auto_classes(type(model), type(wide))
-    body: Any = names.get("AutoModel", type(model))
-    made = _twin(lambda: shaped(body, copy.deepcopy(wide), blocks.row, {name: block.count for name, block in blocks.items()}, {}))
-    if made is None:  # a row that does not fit the body alone
-        del names["AutoModel"]
-    (directory / CODE).write_text(_code(type(model), type(wide), names), encoding="utf-8")
     modeling_apt.rename_weights(directory)
+    kind: Any = type(model)
+    twin = _twin(lambda: kind(copy.deepcopy(wide)))
+    if twin is None:
+        logger.warning(
+            "save_pretrained: transformers cannot make a %s before it has its values, so the directory is for apt_ext.load_export "
+            "alone and carries no code for trust_remote_code=True",
+            kind.__name__,
+        )
+        return
+    names = auto_classes(kind, type(wide))
+    body: Any = names.get("AutoModel", kind)
+    counts = {name: block.count for name, block in blocks.items()}
+    cut = _twin(lambda: shaped(body, copy.deepcopy(wide), blocks.row, counts, {}))
+    body_shapes: dict[str, str] = {}
+    if cut is None:  # a row that does not fit the body alone
+        names.pop("AutoModel", None)
+    else:
+        body_shapes = _shapes(cut, _twin(lambda: body(copy.deepcopy(wide))), f"{body.base_model_prefix}.")
+    (directory / CODE).write_text(_code(type(model), type(wide), names), encoding="utf-8")
     file = directory / "config.json"
     said = json.loads(file.read_text(encoding="utf-8"))
     maps = {name: kind.__name__ for name, kind in names.items()} | {"AutoConfig": type(wide).__name__}
@@ -44,8 +60,8 @@ def write(model: Any, wide: Any, directory: Path, blocks: Blocks, real: Mapping[
     said["apt_per_layer"] = {
         "wide": {field: getattr(wide, field) for field in real},
         "real": dict(real),
-        "shapes": _shapes(made, wide, f"{body.base_model_prefix}.") | _shapes(model, wide),
-        "attributes": _attributes(model, wide, blocks),
+        "shapes": body_shapes | _shapes(model, twin),
+        "attributes": _attributes(model, twin, blocks),
     }
     file.write_text(json.dumps(said, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -92,26 +108,18 @@ def _code(kind: type, config_class: type, names: Mapping[str, type]) -> str:
 
 
 def _twin(make: Callable[[], nn.Module]) -> nn.Module | None:
-    """What `make` makes, on meta; None where it refuses."""
+    """What `make` makes, on meta; None where the class does not allow it."""
     with torch.device("meta"), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return make()
-        except ValueError:
+        except Exception:  # a class's own code
             return None
 
 
-def _wide(kind: Any, wide: Any) -> nn.Module:
-    made = _twin(lambda: kind(copy.deepcopy(wide)))
-    assert made is not None  # its config was saved, so the class takes it
-    return made
-
-
-def _shapes(model: nn.Module | None, wide: Any, prefix: str = "") -> dict[str, str]:
-    """{name of a Parameter: its shape}, of those that are narrower than what the model's class makes of the config `wide`."""
-    if model is None:
-        return {}
-    theirs = dict(_wide(type(model), wide).named_parameters(remove_duplicate=False))
+def _shapes(model: nn.Module, wide: nn.Module | None, prefix: str = "") -> dict[str, str]:
+    """{name of a Parameter: its shape}, of those that are narrower than in `wide`, a model of the same class."""
+    theirs = {} if wide is None else dict(wide.named_parameters(remove_duplicate=False))
     return {
         f"{prefix}{name}": "x".join(map(str, parameter.shape))
         for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -119,11 +127,11 @@ def _shapes(model: nn.Module | None, wide: Any, prefix: str = "") -> dict[str, s
     }
 
 
-def _attributes(model: nn.Module, wide: Any, blocks: Blocks) -> dict[str, dict[str, int | float]]:
-    """{name of a module: {attribute: number}}, of those that a cut sets and the model's class sets otherwise."""
+def _attributes(model: nn.Module, wide: nn.Module, blocks: Blocks) -> dict[str, dict[str, int | float]]:
+    """{name of a module: {attribute: number}}, of those that a cut sets and `wide` has otherwise."""
     rules = [block.rule for block in blocks.values() if block.rule is not None]
     attributes = sorted({*CONSTANTS, *(one for rule in rules for one in (*rule.counts, *rule.totals))})
-    theirs = dict(_wide(type(model), wide).named_modules())
+    theirs = dict(wide.named_modules())
     found: dict[str, dict[str, int | float]] = {}
     for name, module in model.named_modules():
         for attribute in attributes:

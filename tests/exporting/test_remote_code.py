@@ -12,8 +12,11 @@ import torch
 from families import EMPTY_HEADS, FAMILIES, ONE_EACH, adapted, close, generated, mask_all, outputs, some, streams
 
 from apt_ext import APTConfig, export, get_apt_model, load_export, shrink
-from apt_ext.storage import atomic_dir, remote_code
+from apt_ext.pruning.architectures.lookup import architecture_of, find_blocks
+from apt_ext.pruning.sizes import Sizes
+from apt_ext.storage import atomic_dir, per_layer, remote_code
 from apt_ext.storage.per_layer import MANIFEST
+from apt_ext.storage.shaped import widest
 
 transformers = pytest.importorskip("transformers")
 KINDS = ("heads", "neurons", "hidden")
@@ -233,3 +236,37 @@ def test_export_loads_it_by_its_code_before_it_takes_its_place(tmp_path, monkeyp
     with pytest.raises(ValueError, match=words):
         export(apt, tmp_path / "small", per_layer=True)
     assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.usefixtures("loaded_here")
+def test_a_class_that_cannot_be_made_on_meta_is_written_for_load_export_alone(tmp_path, monkeypatch, caplog):
+    family = FAMILIES["bert"]
+    apt = adapted(family)
+    mask_all(apt, some(family, apt.blocks, ("neurons",), "hard"))
+    init = transformers.BertForSequenceClassification.__init__
+
+    def reads_values(self, config):
+        init(self, config)
+        float(self.classifier.weight.sum())
+
+    monkeypatch.setattr(transformers.BertForSequenceClassification, "__init__", reads_values)
+    export(apt, tmp_path / "small", per_layer=True)
+    assert "carries no code for trust_remote_code=True" in caplog.text
+    assert not (tmp_path / "small" / "modeling_apt.py").exists()
+    assert "trust_remote_code" not in (tmp_path / "small" / "README.md").read_text()
+    close(outputs(load_export(tmp_path / "small"), family.inputs()), outputs(apt, family.inputs()))
+
+
+@pytest.mark.usefixtures("code_runs")
+@pytest.mark.parametrize("name", ["gemma", "t5"])
+def test_constants_are_those_of_the_hidden_size_that_is_left(name, tmp_path, monkeypatch):
+    """Where a config has to say more hidden dimensions than there are: Gemma scales its embedding by them, T5 its output."""
+    field = {"gemma": "hidden_size", "t5": "d_model"}[name]
+    family, small = uneven(name)
+    real = widest(architecture_of(small), Sizes.of(small, find_blocks(small)))
+    entry = field if field in real else "hidden_size"
+    monkeypatch.setattr(per_layer, "widest", lambda *_: {**real, entry: real[entry] + 5})
+    small.save_pretrained(tmp_path / "small")
+    assert json.loads((tmp_path / "small" / "config.json").read_text())[field] == real[entry] + 5
+    for again in (loaded(tmp_path / "small"), load_export(tmp_path / "small")):
+        close(outputs(again, family.inputs()), outputs(small, family.inputs()), 1e-10)
