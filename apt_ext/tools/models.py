@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -15,6 +16,8 @@ from ..pruning.on_meta import positions
 from .data import Missing
 
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
 def transformers_offline() -> Any:
@@ -88,7 +91,7 @@ def check_length(model: Any, length: int) -> None:
         raise Missing(f"length: expected at most the {most} positions of {type(model).__name__}, got {length}")
 
 
-def load_stock(directory: Path, dtype: torch.dtype) -> Any:
+def load_stock(directory: Path, dtype: torch.dtype | str) -> Any:
     """The model in a directory, by the class of transformers that its config.json names."""
     kind, _ = class_of(directory)
     return kind.from_pretrained(directory, local_files_only=True, dtype=dtype).eval()
@@ -108,7 +111,25 @@ def package_file(source: str) -> Path:
             return path
         if path.name == "config.json" and path.is_file():
             return path.parent
+    if _HUB_ID.fullmatch(source):
+        return _from_hub(source)
     raise Missing(f"model: expected a directory, a .gguf file or an installed package that holds one, got {source}")
+
+
+def _from_hub(source: str) -> Path:
+    """The directory of a model of the Hub in huggingface_hub's cache, fetched where it is not there. Missing in words."""
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise Missing('a model of the Hub needs huggingface_hub; run: python -m pip install "apt_ext[hf]"') from error
+    try:
+        return Path(snapshot_download(source, allow_patterns=list(_HUB_FILES)))
+    except Exception as error:  # of the network, the Hub or the disk
+        said = " ".join(str(error).split())[:200]
+        raise Missing(
+            f"model: expected a directory, a .gguf file, an installed package that holds one, or a model of the Hub, got {source}, which "
+            f"could not be fetched: {type(error).__name__}: {said}"
+        ) from error
 
 
 def check_weights(path: Path) -> None:
@@ -126,14 +147,15 @@ def load_tokenizer(path: Path) -> Any:
         return transformers_offline().AutoTokenizer.from_pretrained(path.parent if path.is_file() else path, **_where(path))
 
 
-def load(path: Path, kind: Any, head: bool = False) -> Any:
-    """The model in float32 from a directory or a .gguf file. Missing in words, also where weights are not of the model.
+def load(path: Path, kind: Any, head: bool = False, dtype: torch.dtype = torch.float32, **config: Any) -> Any:
+    """The model from a directory or a .gguf file. Missing in words, also where weights are not of the model.
 
-    head: the task's head and the pooler may be new; every other Parameter has to be there.
+    head    the task's head and the pooler may be new, or of another number of labels; every other Parameter has to be there
+    config  values that take the place of config.json's
     """
     transformers_offline()
     check_weights(path)
-    more = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    more = {"dtype": dtype, "output_loading_info": True, "ignore_mismatched_sizes": True, **config}
     with _unreadable(path):
         model, found = kind.from_pretrained(path.parent if path.is_file() else path, **_where(path), **more)
         _check_loaded(path, model, found, head)
@@ -158,8 +180,9 @@ def _check_loaded(source: Path, model: Any, found: dict[str, Any], head: bool) -
         names = ", ".join(lost[:3])
         other = f"; it holds {sorted(found['unexpected_keys'])[0]}" if found["unexpected_keys"] else ""
         raise Missing(f"model: {source}: expected the weights of {type(model).__name__}, found none for {len(lost)} ({names}...){other}")
-    if found["mismatched_keys"]:
-        key, there, expected = sorted(found["mismatched_keys"])[0]
+    mismatched = [entry for entry in sorted(found["mismatched_keys"]) if not head or entry[0].startswith(inner)]
+    if mismatched:
+        key, there, expected = mismatched[0]
         raise Missing(f"model: {source}: expected {key} of shape {list(expected)}, which config.json says, got {list(there)}")
 
 
