@@ -55,23 +55,32 @@ def compared(directories: Mapping[str, Path], batches: list[Batch], device: str,
             else:
                 plain = [{key: value.tolist() for key, value in batch.items()} for batch in inputs]
                 memory[name].append(run_apart(resident_of, directory, plain))
-    synchronize: Callable[[], None] = torch.cuda.synchronize if device == "cuda" else lambda: None
-    for model in models.values():
-        model.to(device)
-    tokens = sum(int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel() for batch in inputs)
-    found: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.backends.cpu.get_cpu_capability()}",
-        "threads": torch.get_num_threads(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "batches": [list(batch["input_ids"].shape) for batch in inputs],
-        "tokens per second": _speeds({name: _pass(model, inputs) for name, model in models.items()}, tokens, rounds, synchronize),
-        "peak memory": {name: spread(values) for name, values in memory.items()},
-    }
+    found = throughput(models, inputs, device, rounds)
+    found["peak memory"] = {name: spread(values) for name, values in memory.items()}
+    synchronize = _waits_for(device)
     if all(model.can_generate() for model in models.values()):
         start = inputs[0]["input_ids"][:1, :16]
         calls = {name: _generation(model, start) for name, model in models.items()}
         found["generated tokens per second"] = _speeds(calls, _NEW, rounds, synchronize)
     return found
+
+
+def _waits_for(device: str) -> Callable[[], None]:
+    return torch.cuda.synchronize if device == "cuda" else lambda: None
+
+
+def throughput(models: Mapping[str, Any], inputs: list[Batch], device: str, rounds: int) -> dict[str, Any]:
+    """Tokens a second of these models, which are moved to the device, over these inputs, which lie there; and what was measured on."""
+    for model in models.values():
+        model.to(device)
+    tokens = sum(int(batch["attention_mask"].sum()) if "attention_mask" in batch else batch["input_ids"].numel() for batch in inputs)
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.backends.cpu.get_cpu_capability()}",
+        "threads": torch.get_num_threads(),
+        "dtype": str(next(iter(models.values())).dtype).removeprefix("torch."),
+        "batches": [list(batch["input_ids"].shape) for batch in inputs],
+        "tokens per second": _speeds({name: _pass(model, inputs) for name, model in models.items()}, tokens, rounds, _waits_for(device)),
+    }
 
 
 def _speeds(calls: Mapping[str, Callable[[], object]], tokens: int, rounds: int, synchronize: Callable[[], None]) -> dict[str, Spread]:
