@@ -24,7 +24,8 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            tqdm.write(f"{_PROGRAM}: {record.levelname.lower()}: {' '.join(record.getMessage().split())}", file=sys.stderr)
+            level = "" if record.levelno == logging.INFO else f"{record.levelname.lower()}: "
+            tqdm.write(f"{_PROGRAM}: {level}{' '.join(record.getMessage().split())}", file=sys.stderr)
         except Exception:  # as all handlers of logging do
             self.handleError(record)
 
@@ -34,6 +35,22 @@ def log_to_stderr() -> logging.Handler:
     handler = _Lines(logging.WARNING)
     logger.addHandler(handler)
     return handler
+
+
+@contextmanager
+def steps_on_stderr() -> Iterator[None]:
+    """Within this context, and where `warnings_on_stderr` is at work, what a run says of its steps (level INFO) is shown too."""
+    shown = [handler for handler in logger.handlers if isinstance(handler, _Lines)]
+    before = logger.level
+    logger.setLevel(logging.INFO)
+    for handler in shown:
+        handler.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+        for handler in shown:
+            handler.setLevel(logging.WARNING)
 
 
 @contextmanager

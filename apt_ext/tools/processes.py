@@ -24,11 +24,12 @@ _held: list[int] | None = None  # signals that came while a process was being st
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked this process to end."""
+    """A signal asked this process to end. `advice`: what the user can do about it, after a semicolon."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
         self.signal = signal.Signals(number)
+        self.advice = ""
 
 
 @contextmanager
