@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from ..common.checks import checked_choice
 from ..config import APTConfig
 from ..exporting.directories import check_class
-from ..pruning.architectures.lookup import ARCHITECTURES, Block, Blocks, unknown_modules
-from ..pruning.cost import Cost
+from ..pruning.architectures.lookup import ARCHITECTURES, Block, Blocks, find_blocks, unknown_modules
+from ..pruning.cost import Cost, budget_cost
 from ..pruning.sizes import Sizes
 from ..storage.formats import allowed, per_layer_refusals
+from .schedule import Steps
 from .select.groups import groups_of
 from .select.search import Group, search
 
@@ -234,3 +235,23 @@ def check_export(outlook: Outlook, export: str | None) -> None:
     raise ValueError(
         f"export: expected settings of which a stock config can say whatever is left, got {settings}: {'; '.join(failures)}; {would}"
     )
+
+
+def check_settings(
+    model: nn.Module, config: APTConfig, steps: int, export: str, budget: str, length: int, floor: int, joint: bool
+) -> APTConfig:
+    """ValueError or TypeError for what a Controller of `steps` optimizer steps would refuse, known from the shapes of a stock model, which
+    may lie on meta; returns the config with the kinds that are pruned.
+    """
+    blocks = find_blocks(model)
+    live = {name: torch.ones(block.count, dtype=torch.bool, device="cpu") for name, block in blocks.items()}
+
+    def outlook_of(one: APTConfig) -> Outlook:
+        cost = budget_cost(model, blocks, budget, length, None, pruned_blocks(model, blocks, one))
+        return Outlook(model, blocks, one, cost, live, floor, joint)
+
+    Steps.of(config.schedule, steps)
+    outlook = chosen(config, blocks, outlook_of)
+    outlook.check_density()
+    check_export(outlook, export)
+    return outlook.config
