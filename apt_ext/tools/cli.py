@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _status(words)
     except KeyboardInterrupt as stopped:
         ended = getattr(stopped, "signal", signal.SIGINT)
-        say(f"ended by {ended.name}")
+        say(f"ended by {ended.name}{getattr(stopped, 'advice', '')}")
         return 128 + ended
 
 
@@ -152,6 +152,25 @@ def _shrink(options: argparse.Namespace) -> None:
         replace_json(options.json, kept)
 
 
+def _train(options: argparse.Namespace) -> None:
+    """Options of `train` are jsonargparse's, which only it needs."""
+    from .train import train
+    from .train_options import parsed
+    from .train_table import table as train_table
+
+    words = [word for word in options.words if word != "--debug"]
+    settings = parsed(words)
+    try:
+        report = train(settings, words)
+    except ValueError as error:
+        raise Missing(str(error)) from error
+    if report is None:
+        return
+    print(train_table(report))
+    if settings.json is not None:
+        replace_json(settings.json, {**report, "command": _without_places(["train", *words])}, indent=2)
+
+
 def _results(options: argparse.Namespace) -> None:
     """Refuse what only benchmarks/evidence can do."""
     raise Missing(
@@ -251,12 +270,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--recover", type=_steps, default=0, help="fine-tuning steps after the cut (%(default)s)")
     command.add_argument("--seed", type=_seed, default=0, help="of adapters and batches (%(default)s)")
     command.set_defaults(run=_shrink)
+    # No word begins with this prefix: all of them, --help too, are taken as they are.
+    command = commands.add_parser("train", help="fine-tune a model on your own data while it is pruned", add_help=False, prefix_chars="\0")
+    command.add_argument("words", nargs="*")
+    command.set_defaults(run=_train)
     if checkout.has_evidence():
         import_module(f"{checkout.__name__}.evidence.command").add_command(commands)
     for each in commands.choices.values():
-        each.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=_DEBUG)
+        if each.prefix_chars == "-":
+            each.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=_DEBUG)
     if not checkout.has_evidence():
-        # No word begins with this prefix: all of them, --help too, are taken as they are.
         command = commands.add_parser("results", help="only from a checkout of the repository", add_help=False, prefix_chars="\0")
         command.add_argument("words", nargs="*")
         command.set_defaults(run=_results)

@@ -1,0 +1,125 @@
+"""What `apt-ext train` refuses before a model is loaded: places, other runs, and what the shapes of the model and the options decide."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from ..config import APTConfig
+from ..method.outlook import check_settings
+from .data import Missing, Misuse
+from .messages import logger
+from .models import class_of, load_tokenizer, transformers_offline
+from .places import check_export
+from .train_options import TrainOptions, dashed
+
+RECORD, CHECKPOINTS, MODEL, TEACHER, REPORT = "run.json", "checkpoints", "model", "teacher", "report.html"
+_LENGTH = 128  # tokens of a sequence that a budget of FLOPs is of
+
+
+def check_output(output: Path, resume: bool) -> None:
+    """Missing where there is something else, or a run that is not to go on."""
+    there = {one.name for one in output.iterdir()}
+    record = (output / RECORD).is_file()
+    if resume:
+        if not record:
+            raise Missing(f"resume: expected a run of apt-ext train in {output}, found none; leave --resume out")
+    elif there:
+        begun = record and not checkpoints(output) and there <= {RECORD, CHECKPOINTS, TEACHER}
+        if not begun:  # one that was ended before its first checkpoint begins anew
+            advice = "--resume goes on with the run in it" if record else "choose another or empty it"
+            raise Missing(f"output: expected a missing or empty directory, got one with other content: {output}; {advice}")
+    check_export("output", output / MODEL)
+
+
+def checkpoint_of(output: Path, record: dict[str, Any]) -> Path:
+    """The last checkpoint of a run that was begun alike; Missing where there is none, Misuse where it was begun otherwise."""
+    before = json.loads((output / RECORD).read_text(encoding="utf-8"))
+    for name, words in (("model", "MODEL"), ("data", "--data")):
+        if before.get(name) != record[name]:
+            raise Misuse(f"resume: expected the {words} of the run in {output}, got another")
+    plain = json.loads(json.dumps(record["options"]))
+    for name, value in before.get("options", {}).items():
+        if plain.get(name) != value:
+            raise Misuse(f"resume: expected {dashed(name)} {value} as in the run in {output}, got {plain.get(name)}")
+    found = checkpoints(output)
+    if not found:
+        raise Missing(f"resume: expected a checkpoint in {output / CHECKPOINTS}, found none; leave --resume out, and it begins anew")
+    return found[-1]
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """Those of a run that are whole, the last one at the end: what Trainer writes last is there."""
+    found = [file.parent for file in output.glob(f"{CHECKPOINTS}/checkpoint-*/trainer_state.json")]
+    return sorted(found, key=lambda one: int(one.name.rpartition("-")[2]))
+
+
+def kind_of(path: Path, text: bool) -> tuple[Any, list[str]]:
+    """(the auto class of transformers that learns it, the classes that the model knows by name). Missing where there is no such model."""
+    transformers = transformers_offline()
+    config = class_of(path)[1]
+    if not text:
+        if type(config) not in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+            raise Missing(f"model: expected one that can have a classifier, which rows with labels need, got {type(config).__name__}")
+        names = [str(name) for _, name in sorted(config.id2label.items())]
+        return transformers.AutoModelForSequenceClassification, names
+    encoder = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or encoder:
+        raise Missing(
+            f"data: expected rows with labels (.csv, .tsv, .jsonl) for {type(config).__name__}, which is no causal language model, got text"
+        )
+    return transformers.AutoModelForCausalLM, []
+
+
+def config_of(options: TrainOptions) -> APTConfig:
+    try:
+        return APTConfig(
+            r=options.rank,
+            lora_alpha=options.lora_alpha,
+            lora_dropout=options.lora_dropout,
+            target_modules=options.target_modules or "all-linear",
+            exclude_modules=options.exclude_modules,
+            modules_to_save=options.modules_to_save,
+            max_rank=options.max_rank,
+            float32_factors=options.dtype != "float32",
+            prune=options.prune,
+            density=options.density,
+            schedule=options.schedule,
+            round_to=options.round_to,
+            uniform=options.uniform,
+        )
+    except (TypeError, ValueError) as error:
+        raise Misuse(str(error)) from error
+
+
+def check_controller(empty: Any, config: APTConfig, options: TrainOptions, steps: int) -> None:
+    """Missing for what the Controller, or the export at the end, would refuse of a model of these shapes."""
+    names = ("export", "budget", "floor", "joint")
+    given = {name: getattr(options, name) for name in names}
+    try:
+        chosen = check_settings(empty, config, steps, length=options.length or _LENGTH, **given)
+    except (TypeError, ValueError) as error:
+        raise Missing(str(error)) from error
+    if config.density == 1.0:
+        logger.warning("density is 1, so nothing is pruned; ranks grow")
+    elif config.prune is None:
+        logger.info("pruning %s, which --prune would choose", " and ".join(chosen.prune or []))
+
+
+def tokenizer_of(path: Path) -> Any:
+    tokenizer = load_tokenizer(path)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise Missing(f"model: expected a tokenizer with a padding or end token in {path}, got one without")
+        tokenizer.pad_token = tokenizer.eos_token
+        logger.info("the tokenizer has no padding token; its end token %r pads", tokenizer.eos_token)
+    return tokenizer
+
+
+def fingerprint(path: Path) -> str:
+    files = [path] if path.is_file() else sorted(one for one in path.iterdir() if one.suffix in (".safetensors", ".bin"))
+    digest = hashlib.sha256(b"" if path.is_file() else (path / "config.json").read_bytes())
+    digest.update(json.dumps([(file.name, file.stat().st_size) for file in files]).encode())
+    return digest.hexdigest()[:16]
