@@ -213,8 +213,7 @@ def _say_head(run: _Run, model: Any) -> None:
         return
     there, config = class_of(run.path)[1], model.config
     if type(model).__name__ not in (there.architectures or []):
-        what = type(there).__name__
-        logger.info("%s has no head for this task: one of %d outputs is drawn at random and trained", what, config.num_labels)
+        logger.info("the model has no head for this task: one of %d outputs is drawn at random and trained", config.num_labels)
     elif there.num_labels != config.num_labels:
         logger.warning("the model's head has %d labels, the data %d: it is drawn anew and trained", there.num_labels, config.num_labels)
     elif there.id2label != config.id2label:

@@ -9,6 +9,7 @@ from typing import Any
 
 from ..config import APTConfig
 from ..method.outlook import check_settings
+from ..wrapping.build import match
 from .data import Missing, Misuse
 from .messages import logger
 from .models import class_of, load_tokenizer, transformers_offline
@@ -99,13 +100,14 @@ def check_controller(empty: Any, config: APTConfig, options: TrainOptions, steps
     names = ("export", "budget", "floor", "joint")
     given = {name: getattr(options, name) for name in names}
     try:
+        match(empty, config)  # the names of modules
         chosen = check_settings(empty, config, steps, length=options.length or _LENGTH, **given)
     except (TypeError, ValueError) as error:
         raise Missing(str(error)) from error
     if config.density == 1.0:
         logger.warning("density is 1, so nothing is pruned; ranks grow")
     elif config.prune is None:
-        logger.info("pruning %s, which --prune would choose", " and ".join(chosen.prune or []))
+        logger.info("--prune is not given: %s are pruned", " and ".join(chosen.prune or []))
 
 
 def tokenizer_of(path: Path) -> Any:

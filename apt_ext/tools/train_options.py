@@ -191,7 +191,7 @@ def _parser() -> Any:
             parser.add_argument(dashed(field.name), nargs="+", type=get_args(listed)[0], **more)
         else:
             parser.add_argument(dashed(field.name), type=kind, **more)
-    parser.add_argument("--config", action=jsonargparse.ActionConfigFile, help="a YAML file of these options")
+    parser.add_argument("--config", action="config", help="a YAML file of these options")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     names = [name for action in parser._actions for name in action.option_strings]
     return parser

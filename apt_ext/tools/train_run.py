@@ -19,7 +19,7 @@ import apt_ext
 from ..config import nearest
 from ..method import Distiller
 from ..storage import state_directory
-from .data import Misuse
+from .data import Missing, Misuse
 from .messages import logger
 from .models import transformers_offline
 from .processes import Stopped
@@ -57,6 +57,7 @@ def arguments(options: TrainOptions, task: Learned, output: Path) -> Any:
     for name in options.trainer:
         if name not in known:
             raise Misuse(f"trainer: expected fields of TrainingArguments, got {name!r}{nearest(name, known)}")
+    _check_integrations(options.report_to or [])
     every = "steps" if options.eval_steps else "epoch"
     save = "steps" if options.save_steps or options.eval_steps else "epoch"
     stopping: dict[str, Any] = {}
@@ -97,6 +98,18 @@ def arguments(options: TrainOptions, task: Learned, output: Path) -> Any:
         return transformers.TrainingArguments(**values)
     except (TypeError, ValueError, ImportError) as error:
         raise Misuse(f"trainer: {' '.join(str(error).split())}") from error
+
+
+def _check_integrations(names: list[str]) -> None:
+    """Misuse for a name that transformers does not report to, Missing where its package is not there."""
+    from transformers.integrations import integration_utils
+
+    known, there = list(integration_utils.INTEGRATION_TO_CALLBACK), integration_utils.get_available_reporting_integrations()
+    for name in names:
+        if name not in ("none", "all", *known):
+            raise Misuse(f"report-to: expected some of {', '.join(known)}, got {name!r}{nearest(name, known)}")
+        if name in known and name not in there:
+            raise Missing(f"report-to: expected {name} to be installed, found it not; run: python -m pip install {name}")
 
 
 def controller_arguments(options: TrainOptions) -> dict[str, Any]:
