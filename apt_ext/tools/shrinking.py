@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import platform
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from .data import (
     Batch,
     Missing,
     Review,
+    Split,
     encode,
     load_reviews,
     sorted_batches,
@@ -44,6 +45,7 @@ from .models import (
     random_model,
     transformers_offline,
 )
+from .own_data import Row, Task, load_task
 from .places import check_export, replace_json
 from .recipe import Recipe, accuracy, fit
 
@@ -114,14 +116,15 @@ class Text:
 
 
 class Reviews:
-    """Movie reviews, positive or negative: accuracy on the test split."""
+    """Texts with classes, such as movie reviews, positive or negative: accuracy on the test split."""
 
     measure = "accuracy"
 
-    def __init__(self, reviews: list[Review], tokenizer: Any, settings: Settings, positions: int | None = None) -> None:
-        split, most = split_reviews(reviews), min(64, positions or 64)
+    def __init__(self, split: Split, tokenizer: Any, settings: Settings, positions: int | None = None, what: str = "reviews") -> None:
+        most = min(64, positions or 64)
+        self._what = what
         if len(split.train) < settings.batch:
-            raise Missing(f"batch: expected at most the {len(split.train)} reviews to train on, got {settings.batch}")
+            raise Missing(f"batch: expected at most the {len(split.train)} {what} to train on, got {settings.batch}")
         self._train, self._test = encode(tokenizer, split.train, most), encode(tokenizer, split.test, most)
         self._pad, self._settings = tokenizer.pad_token_id, settings
 
@@ -133,7 +136,7 @@ class Reviews:
 
     @property
     def tested(self) -> str:
-        return f"{len(self._test):,} reviews"
+        return f"{len(self._test):,} {self._what}"
 
     def timed(self) -> list[Batch]:
         return self.tests()[::5]  # of every length
@@ -143,12 +146,21 @@ class Reviews:
 
 
 def shrink_model(
-    source: str, output: Path, settings: Settings, *, text: list[Path], reviews: Path, devices: list[str] | None = None
+    source: str,
+    output: Path,
+    settings: Settings,
+    *,
+    text: list[Path],
+    reviews: Path,
+    rows: Sequence[str] = (),
+    columns: tuple[str, str] = ("text", "label"),
+    devices: list[str] | None = None,
 ) -> dict[str, Any]:
     """Prune, cut and export; compare the model before with the exported one, both loaded as stock; returns the report.
 
     source   a directory, a .gguf file, or an installed package that holds one
-    text     files to model; none: `reviews`, vaderSentiment's archive, to classify
+    text     files to model
+    rows     files of texts and classes, in these two columns; none, and no text: `reviews`, vaderSentiment's archive, to classify
     devices  where speed and memory are measured; None: on the CPU, and on CUDA where there is a GPU
 
     Arguments, files and what the model's shapes decide are checked before a model is loaded. Raises Missing in words. The report is also in
@@ -158,16 +170,21 @@ def shrink_model(
     _check_places(output)
     path = package_file(source)
     check_weights(path)
-    kind = _kind(path, text)
+    kind = _kind(path, text, bool(rows))
     for file in text:
         _read(file)
-    classified = [] if text else load_reviews(reviews)
-    config = apt_ext.APTConfig(r=8, modules_to_save=None if text else list(_HEAD))
+    own = load_task(rows, None, text=columns[0], label=columns[1], problem="classification", seed=settings.seed) if rows else None
+    split = None if text else split_reviews(load_reviews(reviews)) if own is None else _split_of(own)
+    config = apt_ext.APTConfig(r=8, modules_to_save=None if text or rows else list(_HEAD))
     empty = _checked(path, kind, config, settings, long=bool(text))
     tokenizer = load_tokenizer(path)
-    task = Text(text, tokenizer, settings) if text else Reviews(classified, tokenizer, settings, positions(empty))
+    what = "reviews" if own is None else "rows"
+    task = Text(text, tokenizer, settings) if split is None else Reviews(split, tokenizer, settings, positions(empty), what)
     torch.manual_seed(settings.seed)
-    apt = apt_ext.get_apt_model(load(path, kind, head=not text), config)
+    names: dict[str, Any] = (
+        {} if own is None else {"id2label": dict(enumerate(own.labels)), "label2id": {name: i for i, name in enumerate(own.labels)}}
+    )
+    apt = apt_ext.get_apt_model(load(path, kind, head=not text, **names), config)
     if settings.steps:
         fit(apt, task.batches(settings.seed), Recipe(steps=settings.steps), "train")
     apt.eval()
@@ -225,7 +242,16 @@ def _check_places(output: Path) -> None:
         check_export("output", output / name)
 
 
-def _kind(path: Path, text: list[Path]) -> Any:
+def _split_of(own: Task) -> Split:
+    """The rows of the user's own files as reviews: what `load_task` holds out is the test part."""
+
+    def reviews(rows: list[Row]) -> list[Review]:
+        return [Review(row.text, int(own.number(row))) for row in rows]
+
+    return Split(reviews(own.train), [], reviews(own.validation))
+
+
+def _kind(path: Path, text: list[Path], own: bool) -> Any:
     """The class of transformers that learns: of text a language model, of reviews a classifier. Missing where that needs text."""
     transformers = transformers_offline()
     if text:
@@ -233,8 +259,10 @@ def _kind(path: Path, text: list[Path]) -> Any:
     kind = transformers.AutoModelForSequenceClassification
     if type(class_of(path)[1]) in transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         modules = [name for name, _ in empty_model(path, kind).named_modules()]
-        if all(any(name.endswith(part) for name in modules) for part in _HEAD):
+        if own or all(any(name.endswith(part) for name in modules) for part in _HEAD):
             return kind
+    if own:
+        raise Missing(f"data: expected a model that can have a classifier, got {type(class_of(path)[1]).__name__}")
     raise Missing(
         f"text: expected --text FILE, which a language model needs, got none for {path}; only a model that can have a classifier over a "
         "pooler, as BERT can, learns from reviews"
