@@ -126,7 +126,13 @@ def _train(options: TrainOptions, output: Path, words: Sequence[str]) -> dict[st
     steps = total_steps(options, len(task.train))
     run = _Run(options, path, kind, task, tokenizer, arguments(options, task, output / CHECKPOINTS), steps, output, words)
     check_controller(empty, config, options, steps)
-    record = {"options": options.compared(), "model": fingerprint(path), "data": task.fingerprint}
+    record: dict[str, Any] = {
+        "options": options.compared(),
+        "model": fingerprint(path),
+        "data": task.fingerprint,
+        "base": str(path.absolute()),
+    }
+    record |= {"class": type(empty).__name__, "config": task.config(), "steps": steps}
     checkpoint = checkpoint_of(output, record) if options.resume else None
 
     torch.manual_seed(options.seed)
@@ -286,8 +292,11 @@ def _page(run: _Run, model: Any, controller: Any, losses: Any) -> str | None:
     if write is None:
         logger.warning("%s is not written: this version of apt_ext has no report", REPORT)
         return None
-    write(model, controller, run.output / REPORT, losses=losses, exported=run.output / MODEL)
-    return str(run.output / REPORT)
+    try:
+        return str(write(model, controller, run.output / REPORT, losses=losses, exported=run.output / MODEL, rounds=run.options.rounds))
+    except ImportError as error:
+        logger.warning("%s is not written: %s; then: apt-ext report %s", REPORT, error, run.output)
+        return None
 
 
 def _speed(run: _Run, small: Any) -> dict[str, Any]:

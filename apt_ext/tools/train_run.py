@@ -104,7 +104,8 @@ def _check_integrations(names: list[str]) -> None:
     """Misuse for a name that transformers does not report to, Missing where its package is not there."""
     from transformers.integrations import integration_utils
 
-    known, there = list(integration_utils.INTEGRATION_TO_CALLBACK), integration_utils.get_available_reporting_integrations()
+    library: Any = integration_utils
+    known, there = list(library.INTEGRATION_TO_CALLBACK), library.get_available_reporting_integrations()
     for name in names:
         if name not in ("none", "all", *known):
             raise Misuse(f"report-to: expected some of {', '.join(known)}, got {name!r}{nearest(name, known)}")
