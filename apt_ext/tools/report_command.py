@@ -1,0 +1,46 @@
+"""`apt-ext report`: the page of a run, or of a checkpoint or export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import apt_ext
+
+from .data import Missing
+from .places import directory_of
+from .train_checks import REPORT
+from .trained import Trained
+
+
+def report_of(directory: Path, base: str | None, output: Path | None, rounds: int) -> str:
+    """Write the page of what is in `directory` to `output` (None: into it) and return its path. Missing in words."""
+    write: Callable[..., str] | None = getattr(apt_ext, "report", None)
+    if write is None:
+        raise Missing("report: expected a version of apt_ext that writes reports, got one without")
+    if not directory.is_dir():
+        raise Missing(f"directory: expected one, found none at {directory}")
+    place = output or directory / REPORT
+    with directory_of("output", place):
+        try:
+            if (directory / "config.json").is_file() and base is None:  # an export
+                return write(directory, None, place, rounds=rounds)
+            trained = Trained.of(directory, base)
+            model = trained.load()
+            controller = trained.controller(model)
+            more: dict[str, Any] = {"losses": trained.losses(), "exported": trained.exported, "metrics": _metrics(directory)}
+            return write(model, controller, place, rounds=rounds, **more)
+        except (ImportError, ValueError, RuntimeError) as error:
+            raise Missing(f"report: {error}") from error
+
+
+def _metrics(directory: Path) -> dict[str, float] | None:
+    """What `apt-ext train` has measured at the end of the run in `directory`."""
+    file = directory / "report.json"
+    if not file.is_file():
+        return None
+    found = json.loads(file.read_text(encoding="utf-8"))
+    scores = found.get("after", {}).get("scores") if isinstance(found, dict) else None
+    return scores or None
