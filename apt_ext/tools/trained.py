@@ -15,6 +15,7 @@ from .data import Missing
 from .models import check_weights, class_of, empty_model, load, load_tokenizer, package_file, transformers_offline
 from .train_checks import CHECKPOINTS, MODEL, RECORD, checkpoints
 
+_TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "CausalLM", "MaskedLM")
 _CONFIG, _WEIGHTS = "apt_config.json", ("apt_model.safetensors", "model.safetensors")
 
 
@@ -76,11 +77,23 @@ class Trained:
         """(the class that was trained, what its config says of the labels), as far as something has noted it."""
         transformers = transformers_offline()
         named = self.record.get("class") or (self.values.get("base") or {}).get("kind")
-        kind = getattr(transformers, str(named), None) or class_of(self.base)[0]
+        kind = getattr(transformers, str(named), None) or self._with_head()
         if "config" in self.record:
             return kind, self.record["config"]
         labels = self._labels(kind)
         return kind, {} if labels is None else {"num_labels": labels}
+
+    def _with_head(self) -> Any:
+        """The base's own class, or, where it has no such modules as were saved, one for a task that has."""
+        transformers = transformers_offline()
+        own, config = class_of(self.base)
+        for kind in (own, *(getattr(transformers, f"AutoModelFor{task}") for task in _TASKS)):
+            table = getattr(kind, "_model_mapping", None)
+            if table is None or type(config) in table:
+                modules = dict(empty_model(self.base, kind).named_modules())
+                if all(name in modules for name in self.values.get("saved", [])):
+                    return kind
+        return own
 
     def _labels(self, kind: Any) -> int | None:
         """How many labels the head in the checkpoint has, where that is another number than the base's."""

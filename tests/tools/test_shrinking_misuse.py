@@ -10,7 +10,7 @@ from small_source import command, letters
 
 from apt_ext.tools import arguments, cli, shrinking
 from apt_ext.tools.cli import main
-from apt_ext.tools.data import Review
+from apt_ext.tools.data import Review, split_reviews
 from apt_ext.tools.models import positions
 
 transformers = pytest.importorskip("transformers")
@@ -127,11 +127,11 @@ def test_the_longest_inputs_fit(family):
 
 
 def test_reviews_are_no_longer_than_the_model(source):
-    texts = [Review(f"a film {i} " * 30, i % 2) for i in range(3000)]
+    split = split_reviews([Review(f"a film {i} " * 30, i % 2) for i in range(3000)])
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     tokenizer.pad_token = "[UNK]"  # noqa: S105
     for most, length in ((16, 16), (None, 64), (512, 64)):
-        reviews = shrinking.Reviews(texts, tokenizer, shrinking.Settings(keep={}), most)
+        reviews = shrinking.Reviews(split, tokenizer, shrinking.Settings(keep={}), most)
         assert max(batch["input_ids"].shape[1] for batch in reviews.tests()) == length
 
 
