@@ -59,7 +59,7 @@ def _status(words: list[str]) -> int:
     debug = "--debug" in words
     try:
         try:
-            options = parser(_RUNS).parse_args(words)
+            options = _parser().parse_args(words)
             options.argv = words
             options.run(options)
         finally:
@@ -240,14 +240,17 @@ def _once(pairs: list[tuple[str, int]]) -> dict[str, int]:
     return dict(pairs)
 
 
-_RUNS = {
-    "demo": _demo,
-    "plan": _plan,
-    "shrink": _shrink,
-    "train": _train,
-    "export": _export,
-    "report": _report,
-    "doctor": _doctor,
-    "bench": _bench,
-    "results": _results,
-}
+def _parser() -> argparse.ArgumentParser:
+    return parser(
+        {
+            "demo": _demo,
+            "plan": _plan,
+            "shrink": _shrink,
+            "train": _train,
+            "export": _export,
+            "report": _report,
+            "doctor": _doctor,
+            "bench": _bench,
+            "results": _results,
+        }
+    )

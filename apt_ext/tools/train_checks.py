@@ -85,7 +85,7 @@ def config_of(options: TrainOptions) -> APTConfig:
             modules_to_save=options.modules_to_save,
             max_rank=options.max_rank,
             float32_factors=options.dtype != "float32",
-            prune=options.prune,
+            prune=None if options.prune is None else [*options.prune],
             density=options.density,
             schedule=options.schedule,
             round_to=options.round_to,

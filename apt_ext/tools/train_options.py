@@ -23,6 +23,7 @@ example:
 
 run.yaml, for --config, holds options by these names (round-to: 8); what stands on the command line wins.
 """
+_WORD = "MODEL"  # an option of its own, because a positional word that is not given would win over --config
 _PLACES = ("model", "data", "validation_data")  # a resumed run compares what is in them
 _NOT_COMPARED = (*_PLACES, "output", "resume", "dry_run", "json", "report_to", "workers", "rounds", "device")
 _WRONG = re.compile(r'Parser key "([^"]*)"[^:]*: Expected an? (?:<class \')?(.*?)(?:\'>)?\. Got value: (.*)')
@@ -48,7 +49,7 @@ class TrainOptions:
     encoding: str = _option("utf-8", "of the files")
     length: int | None = _option(None, "most tokens of a row (128); tokens of a block of text (256)")
     # what is left
-    prune: list[str] | None = _option(None, "kinds of blocks (what a stock config can store)")
+    prune: list[Literal["heads", "neurons", "hidden"]] | None = _option(None, "kinds of blocks (what a stock config can store)")
     density: float = _option(0.5, "share of the layers' parameters that stays; 1 prunes nothing")
     schedule: Schedule = _option(Schedule(), "when blocks are pruned and ranks grow; a float is a share of all steps")
     round_to: int = _option(8, "neurons and hidden dimensions go in groups of so many")
@@ -121,7 +122,8 @@ def parsed(words: Sequence[str]) -> TrainOptions:
     Missing where jsonargparse is not installed.
     """
     found = _parser().parse_args(_config_first(words))
-    values = {name: value for name, value in vars(found).items() if name not in ("config", "debug")}
+    values = {name: value for name, value in vars(found).items() if name not in ("config", "debug", _WORD)}
+    values["model"] = getattr(found, _WORD) or values["model"]
     try:
         options = TrainOptions(**{**values, "schedule": Schedule(**vars(values["schedule"])), "trainer": dict(values["trainer"] or {})})
     except (TypeError, ValueError) as error:
@@ -177,15 +179,14 @@ def _parser() -> Any:
         usage="apt-ext train MODEL --data FILE ... --output DIR [options]",
         parser_mode="apt_ext",
     )
+    parser.add_argument(_WORD, nargs="?", type=str, help="the same as --model")
     hints = get_type_hints(TrainOptions)
     for field in dataclasses.fields(TrainOptions):
         default = field.default if field.default is not dataclasses.MISSING else {}
         kind: Any = hints[field.name]
         more: dict[str, Any] = {"default": default, "help": _help(field.metadata["help"], default)}
         listed = next((one for one in (kind, *get_args(kind)) if get_origin(one) is list), None)
-        if field.name == "model":
-            parser.add_argument("model", nargs="?", type=str, **more)
-        elif default is False:
+        if default is False:
             parser.add_argument(dashed(field.name), action="store_true", help=more["help"])
         elif listed is not None:
             parser.add_argument(dashed(field.name), nargs="+", type=get_args(listed)[0], **more)

@@ -8,7 +8,7 @@ import torch
 from families import FAMILIES
 from small_source import command, letters
 
-from apt_ext.tools import arguments, cli, shrinking
+from apt_ext.tools import cli, shrinking
 from apt_ext.tools.cli import main
 from apt_ext.tools.data import Review, split_reviews
 from apt_ext.tools.models import positions
@@ -101,7 +101,7 @@ def test_a_seed_that_is_none(source, tmp_path, capsys, idle, name, seed):
 
 @pytest.mark.parametrize("seed", [-(2**63), 2**63 - 1])
 def test_seeds_at_the_ends_are_seeds(seed):
-    options = arguments.parser(cli._RUNS).parse_args(["shrink", "m", "--keep", "heads=1", f"--seed={seed}"])
+    options = cli._parser().parse_args(["shrink", "m", "--keep", "heads=1", f"--seed={seed}"])
     for more in range(3):  # as the command does
         torch.Generator().manual_seed(options.seed + more)
 
