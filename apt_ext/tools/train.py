@@ -124,8 +124,6 @@ def _train(options: TrainOptions, output: Path, words: Sequence[str]) -> dict[st
         check_length(empty, options.length)
     task.encode(tokenizer, empty, options.length)
     steps = total_steps(options, len(task.train))
-    run = _Run(options, path, kind, task, tokenizer, arguments(options, task, output / CHECKPOINTS), steps, output, words)
-    check_controller(empty, config, options, steps)
     record: dict[str, Any] = {
         "options": options.compared(),
         "model": fingerprint(path),
@@ -134,6 +132,8 @@ def _train(options: TrainOptions, output: Path, words: Sequence[str]) -> dict[st
     }
     record |= {"class": type(empty).__name__, "config": task.config(), "steps": steps}
     checkpoint = checkpoint_of(output, record) if options.resume else None
+    run = _Run(options, path, kind, task, tokenizer, arguments(options, task, output / CHECKPOINTS), steps, output, words)
+    check_controller(empty, config, options, steps)
 
     torch.manual_seed(options.seed)
     stock = run.load()

@@ -44,7 +44,9 @@ def checkpoint_of(output: Path, record: dict[str, Any]) -> Path:
     plain = json.loads(json.dumps(record["options"]))
     for name, value in before.get("options", {}).items():
         if plain.get(name) != value:
-            raise Misuse(f"resume: expected {dashed(name)} {value} as in the run in {output}, got {plain.get(name)}")
+            wanted, got = (dashed(name) if one is not None else f"no {dashed(name)}" for one in (value, plain.get(name)))
+            shown = "" if value is None else f" {value}"
+            raise Misuse(f"resume: expected {wanted}{shown} as in the run in {output}, got {plain.get(name) if name in plain else got}")
     found = checkpoints(output)
     if not found:
         raise Missing(f"resume: expected a checkpoint in {output / CHECKPOINTS}, found none; leave --resume out, and it begins anew")

@@ -199,6 +199,12 @@ def stopping_callback() -> Any:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if self.asked is not None:
                 control.should_save = control.should_training_stop = True
+                control.should_evaluate = False
+
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            """Stop within an epoch without its evaluation, which would draw random numbers that a whole run does not."""
+            if self.asked is not None:
+                control.should_save = control.should_evaluate = False
 
     return Stopping()
 
@@ -275,9 +281,13 @@ def _distilling(base: type) -> type:
 
 
 def _keeper(trainer: Any) -> Any:
-    """A callback that puts the distiller's state into every checkpoint."""
+    """A callback that puts the distiller's state into every checkpoint, and clears its gradients, of which Trainer does not know."""
 
     class Keeper(transformers_offline().TrainerCallback):  # type: ignore[misc]
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            for parameter in trainer.distiller.parameters():
+                parameter.grad = None
+
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             place = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _STATE
             state_directory.save(place, {"distiller": trainer.distiller.state_dict(), "refreshed": trainer.refreshed})
