@@ -128,6 +128,28 @@ def loaded_here(monkeypatch):
 
 
 @pytest.fixture(scope="module")
+def own_source(tmp_path_factory):
+    """A tiny classifier of 3 labels with its tokenizer."""
+    from own_source import classifier
+
+    return classifier(tmp_path_factory.mktemp("classifier"), num_labels=3)
+
+
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory):
+    """A table of two classes that it can learn."""
+    from own_source import table
+
+    return table(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def out(tmp_path):
+    """A directory that is not there yet."""
+    return tmp_path / "out"
+
+
+@pytest.fixture(scope="module")
 def pack(tmp_path_factory):
     """What apt-ext results learns from, tiny, as tests/evidence/small_cells.py packs it."""
     from small_cells import packed

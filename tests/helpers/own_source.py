@@ -33,3 +33,10 @@ def words(source, data, output, *more):
 
 def train(source, data, output, *more):
     return main(words(source, data, output, *more))
+
+
+def stock(directory, kind="AutoModelForSequenceClassification"):
+    """The model in a directory, as transformers loads it."""
+    import transformers
+
+    return getattr(transformers, kind).from_pretrained(directory)
