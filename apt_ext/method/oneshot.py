@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from ..common.checks import FLOATING, checked_bool, checked_int, checked_mapping, checked_number
+from ..common.log import logger
 from ..common.modes import evaluating
 from ..model import APTModel, adapters
 from ..pruning.architectures.lookup import Blocks
 from ..pruning.cost import cost_of
+from ..pruning.sizes import Sizes
+from ..storage.formats import retype_failures, stock_failures
 from .outlook import Outlook, allowance, chosen
 from .refusals import checked_scores, refuse_second
 from .score.block_scores import BlockScores
@@ -34,6 +37,7 @@ def one_shot(
     before it is tuned, or of a tuned one. Neither weights nor gradients are left changed, and dropout is off meanwhile. Layers that have to
     keep the same heads are scored together. A dimension of the residual stream has the sum of its scores where attention and feed-forward
     layers read it.
+    Where no stock config can say the numbers of `keep`, the logger warns before anything is scored.
 
     Raises ValueError (a kind or number that the model does not have, a density outside [0, 1] or below the floors, no batches, batches
     without labels or whose loss is not finite), TypeError, and RuntimeError (salience that is not finite or 0 everywhere, a merged adapter,
@@ -42,6 +46,8 @@ def one_shot(
     _check_model(model)
     if isinstance(keep, Mapping):
         check_keep(model, keep)
+        counts = {name: keep.get(block.kind, int((model.get_block_mask(name) != 0).sum())) for name, block in model.blocks.items()}
+        _say_unwritable(model, counts)
         scores = block_scores(model, list(keep), batches, kurtosis)
         masks = {name: top_k(score, keep[model.blocks[name].kind]).float() for name, score in scores.items()}
     else:
@@ -57,6 +63,16 @@ def one_shot(
                 model.set_block_mask(name, mask)
         raise
     return masks
+
+
+def _say_unwritable(model: APTModel, counts: Mapping[str, int]) -> None:
+    """Say it, before anything is scored, where no stock config can say what will be left."""
+    sizes, config = Sizes.of(model.model, model.blocks, counts), getattr(model.model, "config", None)
+    failures = stock_failures(config, sizes)
+    if failures and retype_failures(config, sizes):
+        logger.warning(
+            "one_shot: no stock config can say what keep leaves: %s; export(..., per_layer=True) writes it in any case", "; ".join(failures)
+        )
 
 
 def pruned_kinds(model: APTModel, density: float) -> list[str]:

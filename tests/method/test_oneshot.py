@@ -171,3 +171,23 @@ def test_what_is_out_stays_out(weight):
     before = {name: apt.get_block_mask(name) for name in apt.blocks if name.endswith("neurons")}
     masks = one_shot(apt, with_loss(family, apt), {"neurons": 9}, kurtosis=weight)
     assert all(torch.equal(mask, before[name]) for name, mask in masks.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "keep", "words"),
+    [
+        ("bert", {"heads": 2}, "one_shot: no stock config can say what keep leaves: BertConfig makes heads of hidden_size"),
+        ("bert", {"neurons": 5}, None),
+        ("llama", {"heads": 2}, None),
+    ],
+)
+def test_what_no_stock_config_can_say_is_said_first(name, keep, words, caplog):
+    family = FAMILIES[name]
+    apt = get_apt_model(family.model(), APTConfig(r=2))
+
+    def batches():
+        assert ("one_shot:" in caplog.text) == (words is not None)  # before the first batch
+        yield from with_loss(family, apt)
+
+    one_shot(apt, batches(), keep)
+    assert words is None or words in caplog.text
