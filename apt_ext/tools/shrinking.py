@@ -48,6 +48,7 @@ from .models import (
 from .own_data import Row, Task, load_task
 from .places import check_export, replace_json
 from .recipe import Recipe, accuracy, fit
+from .train_checks import tokenizer_of
 
 _HELD_OUT = 0.1  # of a text, at its end
 _HEAD = ("classifier", "pooler.dense")  # what learns from reviews beside the adapters
@@ -177,14 +178,17 @@ def shrink_model(
     split = None if text else split_reviews(load_reviews(reviews)) if own is None else _split_of(own)
     config = apt_ext.APTConfig(r=8, modules_to_save=None if text or rows else list(_HEAD))
     empty = _checked(path, kind, config, settings, long=bool(text))
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path) if own is None else tokenizer_of(path)
     what = "reviews" if own is None else "rows"
     task = Text(text, tokenizer, settings) if split is None else Reviews(split, tokenizer, settings, positions(empty), what)
     torch.manual_seed(settings.seed)
     names: dict[str, Any] = (
         {} if own is None else {"id2label": dict(enumerate(own.labels)), "label2id": {name: i for i, name in enumerate(own.labels)}}
     )
-    apt = apt_ext.get_apt_model(load(path, kind, head=not text, **names), config)
+    stock = load(path, kind, head=not text, **names)
+    if own is not None and stock.config.pad_token_id is None:
+        stock.config.pad_token_id = tokenizer.pad_token_id
+    apt = apt_ext.get_apt_model(stock, config)
     if settings.steps:
         fit(apt, task.batches(settings.seed), Recipe(steps=settings.steps), "train")
     apt.eval()

@@ -212,3 +212,16 @@ def test_reviews_are_classified(monkeypatch, tmp_path, source):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["loaded by"] == "BertForSequenceClassification" and 0 <= report["quality"]["after"] <= 1
     assert report["quality"]["on"] == "1,568 reviews" and "generated tokens per second" not in report["devices"]["cpu"]
+
+
+def test_rows_of_the_users_own_file(tmp_path, capsys, own_data):
+    from own_source import classifier
+
+    source = classifier(tmp_path, num_labels=3)
+    words = ["shrink", str(source), "--data", str(own_data), "--keep", "neurons=8", "--steps", "4", "--recover", "2", "--rounds", "2"]
+    assert main([*words, "--device", "cpu", "--output", str(tmp_path / "out")]) == 0
+    small = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "out" / "model")
+    assert small.config.intermediate_size == 8 and small.config.id2label == {0: "neg", 1: "pos"}
+    assert "accuracy, 8 rows" in capsys.readouterr().out
+    assert main([*words, "--label-column", "lable", "--device", "cpu", "--output", str(tmp_path / "other")]) == 1
+    assert "expected a column 'lable' in" in capsys.readouterr().err
