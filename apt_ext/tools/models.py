@@ -144,7 +144,10 @@ def check_weights(path: Path) -> None:
 def load_tokenizer(path: Path) -> Any:
     """The tokenizer in a directory or a .gguf file. Missing in words."""
     with _unreadable(path):
-        return transformers_offline().AutoTokenizer.from_pretrained(path.parent if path.is_file() else path, **_where(path))
+        tokenizer = transformers_offline().AutoTokenizer.from_pretrained(path.parent if path.is_file() else path, **_where(path))
+    if len(tokenizer.get_vocab()) <= len(tokenizer.all_special_tokens):  # what some classes make of a directory without any
+        raise Missing(f"model: expected a tokenizer's files in {path}, found none")
+    return tokenizer
 
 
 def load(path: Path, kind: Any, head: bool = False, dtype: torch.dtype = torch.float32, **config: Any) -> Any:

@@ -152,7 +152,6 @@ def _parser() -> Any:
     try:
         import jsonargparse
         import yaml
-        from jsonargparse import set_loader
     except ImportError as error:
         raise Missing('train needs jsonargparse; run: python -m pip install "apt_ext[cli]"') from error
 
@@ -166,11 +165,14 @@ def _parser() -> Any:
             self.exit(2, f"{self.prog}: error: {text.rstrip('.')}{hint} (see {self.prog} --help)\n")
 
     def load(text: str) -> Any:
-        """YAML, whose names may have dashes as the options do."""
-        found = yaml.safe_load(text)
-        return {str(key).replace("-", "_"): value for key, value in found.items()} if isinstance(found, dict) else found
+        """YAML, whose names may have dashes as the options do, and one word where several may stand."""
+        found = jsonargparse.get_loader("yaml")(text)
+        if not isinstance(found, dict):
+            return found
+        named = {str(key).replace("-", "_"): value for key, value in found.items()}
+        return {name: [value] if name in lists and isinstance(value, str) else value for name, value in named.items()}
 
-    set_loader("apt_ext", load, exceptions=(yaml.YAMLError,))
+    jsonargparse.set_loader("apt_ext", load, exceptions=(yaml.YAMLError,))
     parser = Parser(
         prog="apt-ext train",
         description="Fine-tune a pretrained model on your own data while it is pruned; export the smaller model and a report.",
@@ -180,12 +182,14 @@ def _parser() -> Any:
         parser_mode="apt_ext",
     )
     parser.add_argument(_WORD, nargs="?", type=str, help="the same as --model")
-    hints = get_type_hints(TrainOptions)
+    hints, lists = get_type_hints(TrainOptions), set[str]()
     for field in dataclasses.fields(TrainOptions):
         default = field.default if field.default is not dataclasses.MISSING else {}
         kind: Any = hints[field.name]
         more: dict[str, Any] = {"default": default, "help": _help(field.metadata["help"], default)}
         listed = next((one for one in (kind, *get_args(kind)) if get_origin(one) is list), None)
+        if listed is not None:
+            lists.add(field.name)
         if default is False:
             parser.add_argument(dashed(field.name), action="store_true", help=more["help"])
         elif listed is not None:

@@ -55,6 +55,8 @@ def arguments(options: TrainOptions, task: Learned, output: Path) -> Any:
     transformers = transformers_offline()
     known = [field.name for field in dataclasses.fields(transformers.TrainingArguments)]
     for name in options.trainer:
+        if name == "output_dir":
+            raise Misuse("trainer: expected --output DIR, which is where checkpoints go, got output_dir")
         if name not in known:
             raise Misuse(f"trainer: expected fields of TrainingArguments, got {name!r}{nearest(name, known)}")
     _check_integrations(options.report_to or [])

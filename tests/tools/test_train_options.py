@@ -33,13 +33,14 @@ def test_words():
 
 def test_a_file_has_the_same_names_and_the_words_win_over_it(tmp_path):
     file = tmp_path / "run.yaml"
-    file.write_text(
-        "model: m\ndata: [a.csv]\noutput: out\nround-to: 16\ndensity: 0.3\nschedule: {events: 2}\nresume: true\ntrainer: {optim: sgd}\n"
-    )
+    lines = ["model: m", "data: [a.csv]", "output: out", "round-to: 16", "density: 0.3", "schedule: {events: 2}", "resume: true"]
+    lines += ["trainer: {optim: sgd, max_grad_norm: 1e-1}", "learning-rate: 5e-4", "prune: neurons"]
+    file.write_text("\n".join(lines))
     for words in (["--density", "0.4", "--config", str(file)], [f"--config={file}", "--density=0.4"]):
         found = parsed(words)
         assert found.model == "m" and found.round_to == 16 and found.density == 0.4 and found.schedule == Schedule(events=2)
-        assert found.resume and found.trainer == {"optim": "sgd"}
+        assert found.resume and found.trainer == {"optim": "sgd", "max_grad_norm": 0.1}
+        assert found.learning_rate == 5e-4 and found.prune == ["neurons"] and found.data == ["a.csv"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """What apt-ext train refuses before it loads anything."""
 
+import shutil
+
 import pytest
 import torch
 from own_source import train
@@ -28,6 +30,7 @@ def unloaded(monkeypatch):
         (["--report-to", "nothing"], 2, "report-to: expected some of"),
         (["--trainer.learnin_rate", "1"], 2, "got 'learnin_rate'; nearest: learning_rate"),
         (["--trainer.lr_scheduler_type", "foo"], 2, "trainer: foo is not a valid SchedulerType"),
+        (["--trainer.output_dir", "x"], 2, "trainer: expected --output DIR, which is where checkpoints go"),
         (["--label-column", "lable"], 1, "expected a column 'lable' in"),
         (["--device", "cuda"], 1, "device: expected a CUDA device that torch can use, found none"),
         (["--resume"], 1, "resume: expected a run of apt-ext train in"),
@@ -60,6 +63,13 @@ def test_text_for_an_encoder_and_rows_for_what_has_no_classifier(own_source, own
     (tmp_path / "clip" / WEIGHTS).touch()
     assert train(tmp_path / "clip", own_data, out) == 1
     assert "expected one that can have a classifier, which rows with labels need, got CLIPConfig" in capsys.readouterr().err
+
+
+def test_a_model_without_a_tokenizer(own_source, own_data, tmp_path, out, capsys, unloaded):
+    bare = tmp_path / "bare"
+    shutil.copytree(own_source, bare, ignore=shutil.ignore_patterns("token*"))
+    assert train(bare, own_data, out) == 1
+    assert f"model: expected a tokenizer's files in {bare}, found none" in capsys.readouterr().err
 
 
 def test_several_processes_are_refused(own_source, own_data, out, capsys, unloaded, monkeypatch):
