@@ -19,7 +19,7 @@ import torch
 from .. import _C, ops, reference
 
 OK, WARNING, BROKEN = "ok", "warning", "broken"
-_EXTRAS = {"cli": "apt-ext train", "hf": "Trainer and export", "demo": "apt-ext demo and reports"}
+_EXTRAS = {"cli": "apt-ext train", "hf": "Trainer and export", "demo": "apt-ext demo", "report": "report.html"}
 _EPS = {torch.float32: 2e-6, torch.bfloat16: 1e-2}  # of docs: the error over the sum of magnitudes
 _SIZES = (5, 24, 16, 4)  # tokens, out, in, rank
 

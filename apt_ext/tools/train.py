@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,7 @@ def _train(options: TrainOptions, output: Path, words: Sequence[str]) -> dict[st
     run = _Run(options, path, kind, task, tokenizer, arguments(options, task, output / CHECKPOINTS), steps, output, words)
     check_controller(empty, config, options, steps)
 
+    _say_no_page()
     torch.manual_seed(options.seed)
     stock = run.load()
     _say_head(run, stock)
@@ -209,7 +211,7 @@ def _fit(run: _Run, model: Any, teacher: Any, checkpoint: Path | None, before: d
         "report": None,
     }
     replace_json(output / "report.json", report, indent=2)  # what is done is kept, whatever happens to the page
-    report["report"] = _page(run, model, controller, trainer.state.log_history)
+    report["report"] = _page(run, model, controller, trainer.state.log_history, after["scores"])
     return report
 
 
@@ -286,14 +288,23 @@ def _advice(run: _Run) -> Iterator[None]:
         raise
 
 
-def _page(run: _Run, model: Any, controller: Any, losses: Any) -> str | None:
+def _say_no_page() -> None:
+    """Say at the start that there will be no page, where a library is missing."""
+    lacking = [name for name in ("matplotlib", "jinja2") if find_spec(name) is None]
+    if lacking:
+        text = 'no %s will be written without %s; run: python -m pip install "apt_ext[report]"'
+        logger.warning(text, REPORT, " and ".join(lacking))
+
+
+def _page(run: _Run, model: Any, controller: Any, losses: Any, scores: Any) -> str | None:
     """Write the report for people; None where this version has none."""
     write: Callable[..., Any] | None = getattr(apt_ext, "report", None)
     if write is None:
         logger.warning("%s is not written: this version of apt_ext has no report", REPORT)
         return None
     try:
-        return str(write(model, controller, run.output / REPORT, losses=losses, exported=run.output / MODEL, rounds=run.options.rounds))
+        more = {"losses": losses, "exported": run.output / MODEL, "rounds": run.options.rounds, "metrics": scores}
+        return str(write(model, controller, run.output / REPORT, **more))
     except ImportError as error:
         logger.warning("%s is not written: %s; then: apt-ext report %s", REPORT, error, run.output)
         return None

@@ -9,6 +9,7 @@ from own_source import classifier, stock, train
 from small_source import letters
 
 import apt_ext
+from apt_ext.tools import train as command
 from apt_ext.tools.cli import main
 
 pytest.importorskip("jsonargparse")
@@ -75,6 +76,18 @@ def test_a_table_becomes_a_smaller_model(own_source, own_data, out, tmp_path, ca
     monkeypatch.setattr(apt_ext, "report", write_again, raising=False)
     assert main(["report", str(out), "--output", str(tmp_path / "page.html")]) == 0
     assert written == [(tmp_path / "page.html", True, out.absolute() / "model", 1.0, 32)]
+
+
+def test_what_the_page_lacks_is_said_at_the_start(own_source, own_data, out, capsys, monkeypatch):
+    def fails(*_, **__):
+        raise ImportError("report needs jinja2")
+
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "jinja2" else name)
+    monkeypatch.setattr(apt_ext, "report", fails, raising=False)
+    assert train(own_source, own_data, out) == 0
+    said = capsys.readouterr().err
+    first = 'no report.html will be written without jinja2; run: python -m pip install "apt_ext[report]"'
+    assert said.index(first) < said.index("timing a few steps") < said.index(f"report needs jinja2; then: apt-ext report {out}")
 
 
 def test_text_becomes_a_smaller_language_model(tmp_path, out, capsys):

@@ -21,12 +21,12 @@ WEIGHTS = "model.safetensors"
 def ends_after(monkeypatch):
     """A signal comes during this optimizer step."""
 
-    def put(step, number=signal.SIGTERM):
+    def put(step, number=signal.SIGTERM, times=1):
         kind = type(stopping_callback())
 
         class At(kind):
             def on_step_end(self, args, state, control, **more):
-                if state.global_step == step:
+                for _ in range(times if state.global_step == step else 0):
                     signal.raise_signal(number)
                 return super().on_step_end(args, state, control, **more)
 
@@ -49,6 +49,13 @@ def test_a_stopped_run_goes_on_bit_for_bit(own_source, own_data, out, tmp_path, 
     assert train(own_source, own_data, out, "--epochs", "4", *more, "--resume") == 0
     assert f"going on from {out / 'checkpoints' / 'checkpoint-7'}" in capsys.readouterr().err
     assert (out / "model" / WEIGHTS).read_bytes() == (tmp_path / "whole" / "model" / WEIGHTS).read_bytes()
+
+
+def test_a_second_signal_ends_the_run_at_once(own_source, own_data, out, capsys, ends_after):
+    ends_after(3, times=2)
+    assert train(own_source, own_data, out) == 128 + signal.SIGTERM
+    assert not (out / "checkpoints" / "checkpoint-3").exists()
+    assert capsys.readouterr().err.splitlines()[-1].startswith("apt-ext: ended by SIGTERM; there is no checkpoint yet")
 
 
 def test_what_may_not_differ_when_a_run_goes_on(own_source, own_data, out, tmp_path, capsys, ends_after):
