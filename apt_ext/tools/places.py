@@ -48,6 +48,17 @@ def check_export(option: str, directory: Path) -> None:
         raise Missing(f"{option}: {error}") from error
 
 
+def read_json(option: str, file: Path) -> dict[str, Any]:
+    """The object in a file; Missing in words, which name the option, where there is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Missing(f"{option}: expected JSON in {file}, got {error}") from error
+    if not isinstance(found, dict):
+        raise Missing(f"{option}: expected an object in {file}, got {type(found).__name__}")
+    return found
+
+
 def replace_json(path: Path, value: Any, indent: int = 1) -> None:
     """Write a value as JSON, as `replace_file` does."""
     replace_file(path, (json.dumps(value, indent=indent) + "\n").encode())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import apt_ext
 
 from .data import Missing
-from .places import directory_of
+from .places import directory_of, read_json
 from .train_checks import REPORT
 from .trained import Trained
 
@@ -41,6 +40,5 @@ def _metrics(directory: Path) -> dict[str, float] | None:
     file = directory / "report.json"
     if not file.is_file():
         return None
-    found = json.loads(file.read_text(encoding="utf-8"))
-    scores = found.get("after", {}).get("scores") if isinstance(found, dict) else None
+    scores = read_json("directory", file).get("after", {}).get("scores")
     return scores or None

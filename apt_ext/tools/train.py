@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import platform
+import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -25,7 +25,7 @@ from .measuring import commit_here, disk_bytes, throughput
 from .messages import logger, steps_on_stderr
 from .models import check_length, check_weights, class_of, empty_model, load, load_stock, package_file, transformers_offline
 from .own_data import is_text
-from .places import directory_for, directory_of, replace_json
+from .places import directory_for, directory_of, read_json, replace_json
 from .processes import Stopped
 from .train_checks import (
     CHECKPOINTS,
@@ -159,7 +159,7 @@ def _fit(run: _Run, model: Any, teacher: Any, checkpoint: Path | None, before: d
     stopping = stopping_callback()
     distiller = Distiller(model, teacher, seed=options.seed) if teacher is not None else None
     trainer = trainer_for(model, options, task, run.tokenizer, run.given, stopping, distiller)
-    record = json.loads((output / RECORD).read_text(encoding="utf-8"))
+    record = read_json("output", output / RECORD)
     if checkpoint is None:
         logger.info("evaluating the model before it is trained")
         record["before"] = scores_of(trainer.evaluate(), task)
@@ -186,7 +186,7 @@ def _fit(run: _Run, model: Any, teacher: Any, checkpoint: Path | None, before: d
         "scores": scores_of(stock_trainer(small, task, run.given).evaluate(), task),
     }
     report: dict[str, Any] = {
-        "command": " ".join(["apt-ext", "train", *run.words]),
+        "command": shlex.join(["apt-ext", "train", *run.words]),
         "commit": commit_here(),
         "versions": {
             "apt_ext": apt_ext.__version__,

@@ -9,14 +9,16 @@ from typing import Any
 
 from ..config import APTConfig
 from ..method.outlook import check_settings
+from ..storage import state_directory
 from ..wrapping.build import match
 from .data import Missing, Misuse
 from .messages import logger
 from .models import class_of, load_tokenizer, transformers_offline
-from .places import check_export
+from .places import check_export, read_json
 from .train_options import TrainOptions, dashed
 
 RECORD, CHECKPOINTS, MODEL, TEACHER, REPORT = "run.json", "checkpoints", "model", "teacher", "report.html"
+DISTILLER = "distiller"  # in a checkpoint
 _LENGTH = 128  # tokens of a sequence that a budget of FLOPs is of
 
 
@@ -37,17 +39,18 @@ def check_output(output: Path, resume: bool) -> None:
 
 def checkpoint_of(output: Path, record: dict[str, Any]) -> Path:
     """The last checkpoint of a run that was begun alike; Missing where there is none, Misuse where it was begun otherwise."""
-    before = json.loads((output / RECORD).read_text(encoding="utf-8"))
+    before = read_json("resume", output / RECORD)
     for name, words in (("model", "MODEL"), ("data", "--data")):
         if before.get(name) != record[name]:
             raise Misuse(f"resume: expected the {words} of the run in {output}, got another")
     plain = json.loads(json.dumps(record["options"]))
     for name, value in before.get("options", {}).items():
         if plain.get(name) != value:
-            wanted, got = (dashed(name) if one is not None else f"no {dashed(name)}" for one in (value, plain.get(name)))
-            shown = "" if value is None else f" {value}"
-            raise Misuse(f"resume: expected {wanted}{shown} as in the run in {output}, got {plain.get(name) if name in plain else got}")
+            wanted = f"no {dashed(name)}" if value is None else f"{dashed(name)} {value}"
+            raise Misuse(f"resume: expected {wanted} as in the run in {output}, got {plain.get(name)}")
     found = checkpoints(output)
+    if plain["teacher"]:  # killed between the two
+        found = [one for one in found if (one / DISTILLER / state_directory.MANIFEST_FILE).is_file()]
     if not found:
         raise Missing(f"resume: expected a checkpoint in {output / CHECKPOINTS}, found none; leave --resume out, and it begins anew")
     return found[-1]

@@ -23,13 +23,13 @@ from .data import Missing, Misuse
 from .messages import logger
 from .models import transformers_offline
 from .processes import Stopped
+from .train_checks import DISTILLER
 from .train_options import TrainOptions
 from .train_task import Learned
 
 DISTILLED = 0.75  # of the steps; from there on the task's loss alone, as in docs/results.md
 _LINES = 20  # that a run says of its loss
 _CHECKPOINTING = ("activation_checkpointing", "gradient_checkpointing")  # the name before transformers 5.20
-_STATE = "distiller"  # in a checkpoint
 
 
 def total_steps(options: TrainOptions, rows: int) -> int:
@@ -291,7 +291,7 @@ def _keeper(trainer: Any) -> Any:
                 parameter.grad = None
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            place = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _STATE
+            place = Path(args.output_dir) / f"checkpoint-{state.global_step}" / DISTILLER
             state_directory.save(place, {"distiller": trainer.distiller.state_dict(), "refreshed": trainer.refreshed})
 
     return Keeper()
@@ -304,7 +304,7 @@ def load_distiller(trainer: Any, checkpoint: Path) -> None:
         trainer.distiller.load_state_dict(state["distiller"])
         trainer.refreshed = bool(state["refreshed"])
 
-    state_directory.load(checkpoint / _STATE, take)
+    state_directory.load(checkpoint / DISTILLER, take)
 
 
 def kept_of(model: apt_ext.APTModel) -> dict[str, dict[str, list[int]]]:

@@ -26,8 +26,8 @@ class Rows:
 
     has_head = True
 
-    def __init__(self, task: Task, fingerprint: str = "") -> None:
-        self.task, self.fingerprint = task, fingerprint or task.fingerprint()
+    def __init__(self, task: Task) -> None:
+        self.task, self.fingerprint = task, task.fingerprint()
         self.measure = "rmse" if task.regression else "accuracy"
         self.better = "lower" if task.regression else "higher"
 
@@ -49,7 +49,6 @@ class Rows:
         self.train = self._encoded(tokenizer, "train", most)
         self.validation = self._encoded(tokenizer, "validation", most)
         self.collator = transformers_offline().DataCollatorWithPadding(tokenizer)
-        self.tokens = sum(len(row["input_ids"]) for row in self.train) // len(self.train)
 
     def _encoded(self, tokenizer: Any, part: str, most: int) -> list[dict[str, Any]]:
         rows = getattr(self.task, part)
@@ -109,7 +108,6 @@ class Text:
             )
         self.train, self.validation = ([{"input_ids": ids, "labels": ids} for ids in part] for part in (blocks, held))
         self.collator = transformers_offline().default_data_collator
-        self.tokens = most
         logger.info("%d blocks of %d tokens to train on, %d to evaluate on", len(blocks), most, len(held))
 
     @staticmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import apt_ext
 
 from .data import Missing
 from .models import check_weights, class_of, empty_model, load, load_tokenizer, package_file, transformers_offline
+from .places import read_json
 from .train_checks import CHECKPOINTS, MODEL, RECORD, checkpoints
 
 _TASKS = ("SequenceClassification", "TokenClassification", "QuestionAnswering", "CausalLM", "MaskedLM")
@@ -46,8 +46,8 @@ class Trained:
                 f"{directory}"
             )
         above = next((one for one in (directory, *directory.absolute().parents[:2]) if (one / RECORD).is_file()), None)
-        record = _json(above / RECORD) if above is not None else {}
-        values = _json(directory / _CONFIG)
+        record = read_json("checkpoint", above / RECORD) if above is not None else {}
+        values = read_json("checkpoint", directory / _CONFIG)
         name = base or record.get("base") or (values.get("base") or {}).get("name")
         if not name:
             raise Missing(f"base: expected --base MODEL, the model that was trained, which {directory / _CONFIG} does not name")
@@ -130,20 +130,10 @@ class Trained:
     def losses(self) -> list[dict[str, Any]] | None:
         """What Trainer has logged; None where it has not."""
         file = self.directory / "trainer_state.json"
-        return _json(file).get("log_history") if file.is_file() else None
+        return read_json("checkpoint", file).get("log_history") if file.is_file() else None
 
     @property
     def exported(self) -> Path | None:
         """The export of the run."""
         place = self.directory.parent.parent / MODEL
         return place if self.record and (place / "config.json").is_file() else None
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise Missing(f"checkpoint: expected JSON in {file}, got {error}") from error
-    if not isinstance(found, dict):
-        raise Missing(f"checkpoint: expected an object in {file}, got {type(found).__name__}")
-    return found
