@@ -97,9 +97,12 @@ def arguments(options: TrainOptions, task: Learned, output: Path) -> Any:
         **options.trainer,
     }
     try:
-        return transformers.TrainingArguments(**values)
+        given = transformers.TrainingArguments(**values)
     except (TypeError, ValueError, ImportError) as error:
         raise Misuse(f"trainer: {' '.join(str(error).split())}") from error
+    if given.n_gpu > 1:
+        raise Missing(f"device: expected one GPU, got {given.n_gpu}; choose one, as with CUDA_VISIBLE_DEVICES=0 before the command")
+    return given
 
 
 def _check_integrations(names: list[str]) -> None:

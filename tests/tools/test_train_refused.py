@@ -77,6 +77,11 @@ def test_several_processes_are_refused(own_source, own_data, out, capsys, unload
     assert train(own_source, own_data, out) == 1 and "apt_ext.hf.APTTrainer trains on several GPUs" in capsys.readouterr().err
 
 
+def test_several_gpus_are_refused(own_source, own_data, out, capsys, unloaded, monkeypatch):
+    monkeypatch.setattr(transformers.TrainingArguments, "n_gpu", 2)
+    assert train(own_source, own_data, out) == 1 and "expected one GPU, got 2; choose one" in capsys.readouterr().err
+
+
 def test_a_model_of_the_hub(own_source, own_data, out, capsys, monkeypatch):
     huggingface_hub = pytest.importorskip("huggingface_hub")
     asked = []
