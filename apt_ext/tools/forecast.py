@@ -11,10 +11,9 @@ import torch
 
 import apt_ext
 
-from ..common.clock import waiting_for
+from ..common.clock import spread, waiting_for
+from ..common.memory import peak_memory
 from .data import Batch
-from .measuring import spread
-from .processes import peak_memory
 
 _TIMED = 3  # after one that is not counted
 

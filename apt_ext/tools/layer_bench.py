@@ -12,8 +12,7 @@ from torch.nn import functional as F
 
 import apt_ext
 
-from ..common.clock import waiting_for
-from .measuring import in_turn, spread
+from ..common.clock import in_turn, spread, waiting_for
 
 _SHAPES = {
     "cpu": ((512, 384, 384), (512, 1536, 384), (512, 384, 1536)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +15,18 @@ from .trained import Trained
 
 def report_of(directory: Path, base: str | None, output: Path | None, rounds: int) -> str:
     """Write the page of what is in `directory` to `output` (None: into it) and return its path. Missing in words."""
-    write: Callable[..., str] | None = getattr(apt_ext, "report", None)
-    if write is None:
-        raise Missing("report: expected a version of apt_ext that writes reports, got one without")
     if not directory.is_dir():
         raise Missing(f"directory: expected one, found none at {directory}")
     place = output or directory / REPORT
     with directory_of("output", place):
         try:
             if (directory / "config.json").is_file() and base is None:  # an export
-                return write(directory, None, place, rounds=rounds)
+                return apt_ext.report(directory, None, place, rounds=rounds)
             trained = Trained.of(directory, base)
             model = trained.load()
             controller = trained.controller(model)
             more: dict[str, Any] = {"losses": trained.losses(), "exported": trained.exported, "metrics": _metrics(directory)}
-            return write(model, controller, place, rounds=rounds, **more)
+            return apt_ext.report(model, controller, place, rounds=rounds, **more)
         except (ImportError, ValueError, RuntimeError) as error:
             raise Missing(f"report: {error}") from error
 

@@ -7,7 +7,7 @@ import os
 import platform
 import shlex
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -297,14 +297,10 @@ def _say_no_page() -> None:
 
 
 def _page(run: _Run, model: Any, controller: Any, losses: Any, scores: Any) -> str | None:
-    """Write the report for people; None where this version has none."""
-    write: Callable[..., Any] | None = getattr(apt_ext, "report", None)
-    if write is None:
-        logger.warning("%s is not written: this version of apt_ext has no report", REPORT)
-        return None
+    """Write the report for people; None where a library is missing."""
     try:
         more = {"losses": losses, "exported": run.output / MODEL, "rounds": run.options.rounds, "metrics": scores}
-        return str(write(model, controller, run.output / REPORT, **more))
+        return str(apt_ext.report(model, controller, run.output / REPORT, **more))
     except ImportError as error:
         logger.warning("%s is not written: %s; then: apt-ext report %s", REPORT, error, run.output)
         return None

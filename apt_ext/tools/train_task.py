@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
+from ..pruning.on_meta import positions
 from .data import Batch, Missing
 from .messages import logger
-from .models import positions, transformers_offline
+from .models import transformers_offline
 from .own_data import Task, load_task, texts
 
 _LENGTH, _BLOCK = 128, 256  # tokens of a row, of a block

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from apt_ext import ops
-from apt_ext.tools import doctor, layer_bench, measuring
+from apt_ext.common import clock
+from apt_ext.tools import doctor, layer_bench
 from apt_ext.tools.cli import main
 
 
@@ -148,7 +149,7 @@ def test_extras(monkeypatch):
 
 
 def test_bench(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(measuring, "_ROUND", 0.0)
+    monkeypatch.setattr(clock, "_ROUND", 0.0)
     monkeypatch.setitem(layer_bench._SHAPES, "cpu", ((4, 16, 8),))
     assert main(["bench", "--device", "cpu", "--rounds", "2", "--rank", "2", "--json", str(tmp_path / "b.json")]) == 0
     rows = json.loads((tmp_path / "b.json").read_text())["rows"]
