@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checks import checked_bool, checked_module, checked_path
-from ..common.modes import evaluating
+from ..common.modes import evaluating, exact_products
 from ..model import APTModel, adapters
 from ..pruning.architectures.lookup import Blocks, find_blocks
 from ..pruning.sizes import Sizes
@@ -222,7 +222,7 @@ def probe(small: Any) -> tuple[dict[str, Tensor], Tensor | None]:
     """transformers' own dummy inputs, one row of them, and the model's first output; None where it wants other inputs."""
     words = getattr(small.config, "vocab_size", None) or 1  # an index beyond them would end a CUDA context
     inputs = {name: (tensor[:1] % words).to(small.device) for name, tensor in small.dummy_inputs.items() if isinstance(tensor, Tensor)}
-    with evaluating(small):
+    with evaluating(small), exact_products():
         try:
             return inputs, reload.first_output(small, inputs).detach()
         except (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError, StopIteration):
