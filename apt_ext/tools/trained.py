@@ -78,6 +78,13 @@ class Trained:
         transformers = transformers_offline()
         named = self.record.get("class") or (self.values.get("base") or {}).get("kind")
         kind = getattr(transformers, str(named), None) or self._with_head()
+        _, there = class_of(self.base)
+        expected = getattr(kind, "config_class", None)
+        if expected is not None and not isinstance(there, expected):
+            raise Missing(
+                f"checkpoint: expected a base with a {expected.__name__}, because a {kind.__name__} was trained, got a "
+                f"{type(there).__name__} in {self.base}"
+            )
         if "config" in self.record:
             return kind, self.record["config"]
         labels = self._labels(kind)

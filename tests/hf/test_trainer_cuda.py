@@ -14,7 +14,7 @@ from hf_runs import END, STEPS, losses, trainer
 
 import apt_ext
 
-pytestmark = pytest.mark.cuda
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 HELPERS = Path(__file__).parents[1] / "helpers"
 OVERFLOW = float("inf")
 
