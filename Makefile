@@ -15,7 +15,7 @@ SOURCES := setup.py pyproject.toml $(wildcard build_backend/*.py csrc/*.* csrc/*
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh csrc/*/*.h)
 VADER := .data/vaderSentiment-3.3.2.tar.gz
 
-.PHONY: demo test lint format kernels bench installs asan cuda-sanitize clean
+.PHONY: demo test lint format docs kernels bench installs wheel asan cuda-sanitize clean
 
 demo: $(VENV)/extra-demo $(VENV)/sentence-model $(VADER)
 	$(VENV)/bin/apt-ext demo $(DEMO_ARGS)
@@ -36,6 +36,10 @@ format: $(VENV)/extra-dev
 	$(VENV)/bin/ruff format
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
+# The pages into build/site. Docstrings are read, not imported; a warning is an error.
+docs: $(VENV)/extra-docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
 kernels:
 	$(PYTHON) benchmarks/registers.py
 
@@ -52,6 +56,11 @@ cuda-sanitize: $(VENV)/extra-test
 # Every way to install that needs no download; `tests/install/run.sh all` has the others.
 installs: $(VENV)/built
 	PYTHON="$(CURDIR)/$(PY)" tests/install/run.sh offline
+
+# A wheel in dist/, for this Python and this torch; its install is tested.
+wheel: $(VENV)/built
+	PYTHON="$(CURDIR)/$(PY)" tests/install/run.sh sdist
+	mkdir -p dist && cp build/install/dist/*.whl dist/
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info apt_ext/*.so apt_ext/_built_for.py .*_cache demo-output

@@ -403,7 +403,7 @@ class APTAdapter(MaskCarrier):
 
         Raises:
             ValueError: lower than rank, above min(N, K) or max_rank. RuntimeError: merged; optimizer state that cannot
-            be resized; a Parameter held by DDP or FSDP; ranks of a process group that disagree. Everything is then as before.
+                be resized; a Parameter held by DDP or FSDP; ranks of a process group that disagree. Everything is then as before.
         """
         growth.increase_rank(self, new_rank, init_type, optimizer, generator)
 

@@ -101,11 +101,11 @@ class Controller:
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, naming it; blocks that the model does not have; a density that
-        the floors do not allow; an optimizer without the adapters' factors, or whose state cannot follow them as they grow or are cut
-        (Adafactor); what may be left and `export` cannot write.
+            the floors do not allow; an optimizer without the adapters' factors, or whose state cannot follow them as they grow or are cut
+            (Adafactor); what may be left and `export` cannot write.
         RuntimeError: another Controller is at work on the model; ranks are to grow without max_rank, or the model is to be cut, under DDP
-        or FSDP; hidden dimensions are to be pruned and FSDP2 has sharded the modules that would have to be wrapped for it; ranks of a
-        process group disagree.
+            or FSDP; hidden dimensions are to be pruned and FSDP2 has sharded the modules that would have to be wrapped for it; ranks of a
+            process group disagree.
     """
 
     def __init__(
