@@ -28,8 +28,9 @@ def test_there_are_guides():
     assert len(PRESENT) >= 5
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT reads it
 @pytest.mark.parametrize("name", PRESENT)
-def test_its_code_runs(name, tmp_path, monkeypatch):
+def test_its_code_runs(name, tmp_path, monkeypatch, loaded_here):
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "environ", os.environ.copy())
