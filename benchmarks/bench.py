@@ -8,7 +8,7 @@ quartiles in the JSON. "masks" has 1 % zeros and 1 % at 0.5 in every mask; "none
 On the CPU freed memory stays with the process: glibc otherwise gives it back at a moment that depends on the calls before, and the peer
 that comes next pays for fresh pages. Each row says its page faults a call.
 The JSON is written after every case; a case that fails is named in it and costs no other. --report measures nothing: it writes the tables
-of docs/performance*.md and the README from the kept files.
+of docs/performance*.md, docs/shrink.md and the README from the kept files.
 """
 
 from __future__ import annotations
@@ -383,7 +383,7 @@ def main():
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="a PNG of the layers")
     parser.add_argument("--replot", type=Path, help="draw --plot from a kept JSON file and measure nothing")
-    parser.add_argument("--report", action="store_true", help="write the tables of docs/performance*.md and README.md, and measure nothing")
+    parser.add_argument("--report", action="store_true", help="write the tables of docs/performance*.md, docs/shrink.md and README.md, and measure nothing")
     options = parser.parse_args()
     if options.report:
         for document in report.DOCUMENTS:

@@ -1,5 +1,5 @@
-"""The tables of docs/performance*.md and the README, from the kept results: what stands between `<!-- bench FILE PART -->` and
-`<!-- end -->`. FILE may be a pattern, for a table of several.
+"""The tables of docs/performance*.md and docs/shrink.md, and the README's figures, from the kept results: what stands between
+`<!-- bench FILE PART -->` and `<!-- end -->`. FILE may be a pattern, for a table of several.
 
 python benchmarks/bench.py --report
 """
@@ -12,11 +12,12 @@ import statistics
 from pathlib import Path
 
 import aims
+import benefit
 import shrunk
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = (ROOT / "docs" / "performance.md", ROOT / "docs" / "performance-cpu.md", ROOT / "README.md")
+DOCUMENTS = tuple(ROOT / name for name in ("docs/performance.md", "docs/performance-cpu.md", "docs/shrink.md", "README.md"))
 BASES = {"frozen", "dense step", "F.linear", "one pass over W", "one copy of the same bytes", "aligned", "PEFT merge"}
 MARKED = re.compile(r"(<!-- bench (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -126,6 +127,8 @@ def updated(text):
 
     def section(match):
         start, file, part, end = match.groups()
+        if part == "benefit":
+            return start + "\n" + benefit.benefit([json.loads(line) for line in (RESULTS / file).read_text().splitlines()]) + "\n" + end
         if part in RUNS:
             return start + "\n" + table(*RUNS[part]([json.loads(path.read_text()) for path in sorted(RESULTS.glob(file))])) + "\n" + end
         data = json.loads((RESULTS / file).read_text())
