@@ -383,7 +383,7 @@ def main():
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="a PNG of the layers")
     parser.add_argument("--replot", type=Path, help="draw --plot from a kept JSON file and measure nothing")
-    parser.add_argument("--report", action="store_true", help="write the tables of docs/performance*.md, docs/shrink.md and README.md, and measure nothing")
+    parser.add_argument("--report", action="store_true", help="write the figures of the documents, and measure nothing")
     options = parser.parse_args()
     if options.report:
         for document in report.DOCUMENTS:

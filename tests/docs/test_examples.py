@@ -16,7 +16,7 @@ NEEDS = {"lightning_callback": ["lightning"], "from_peft": ["peft"], "accelerate
 LAST = {
     "accelerate_loop": r"loss [\d.]+, density 0\.\d+, written to smaller-model",
     "lightning_callback": r"density 0\.\d+, written to smaller-model",
-    "trainer_csv": r"written to smaller-model: .*config\.json, model\.safetensors, tokenizer\.json, tokenizer_config\.json",
+    "trainer_csv": r"written to smaller-model: .*config\.json, model\.safetensors, .*tokenizer\.json, tokenizer_config\.json",
     "decoder_generation": r"generated \[3, 4, 5, 6, 7, 8, 9, 10, 1\d.*\]",
     "from_peft": r"density 0\.\d+; smaller/base and smaller/adapter give the same logits",
     "own_architecture": r"loss [\d.]+; 70,402 parameters became [23]\d,\d{3}",

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import apt_ext
+
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 GUIDES = ("quickstart", "choosing", "trainer", "peft", "decoder", "deploy", "multi-gpu")
@@ -45,6 +47,11 @@ def test_its_code_runs(name, tmp_path, monkeypatch, loaded_here):
 def test_it_is_short(name):
     prose = re.sub(r"^```.*?^```", "", (DOCS / f"{name}.md").read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
     assert len(prose.split()) <= 500
+
+
+def test_the_reference_has_every_public_name():
+    listed = set(re.findall(r"^::: apt_ext\.(\w+)$", (DOCS / "api.md").read_text(encoding="utf-8"), re.MULTILINE))
+    assert set(dir(apt_ext)) - {"__version__"} == listed
 
 
 def literals():

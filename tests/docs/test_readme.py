@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import apt_ext
 from apt_ext import ops
 from apt_ext.tools import cli
 
