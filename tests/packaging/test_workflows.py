@@ -59,3 +59,12 @@ def test_a_pull_request_compiles_the_kernels():
     assert pinned and all(re.fullmatch(r"nvidia-[a-z-]+==[\d.]+ --hash=sha256:[0-9a-f]{64}", line) for line in pinned)
     release = (ROOT / "benchmarks/registers.txt").read_text().splitlines()[0].rpartition(" ")[2]
     assert any(line.startswith(f"nvidia-cuda-nvcc=={release}.") for line in pinned)
+
+
+def test_a_pull_request_builds_a_wheel_and_installs_it():
+    wheel = (ROOT / ".github/workflows/ci.yml").read_text().partition("\n  wheel:\n")[2].partition("\n  kernels:\n")[0]
+    assert "runs-on: ubuntu-latest" in wheel and "run: make wheel" in wheel
+    recipe = (ROOT / "Makefile").read_text().partition("\nwheel:")[2].partition("\n\n")[0]
+    case = (ROOT / "tests/install/run.sh").read_text().partition("\nsdist() {\n")[2].partition("\n}\n")[0]
+    assert "tests/install/run.sh sdist" in recipe and "dist/" in recipe
+    assert case.index("pip wheel ") < case.index("pip install ") < case.index("works ")
