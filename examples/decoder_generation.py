@@ -33,7 +33,7 @@ if options.quick:
 else:
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     base = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
-    tokens, length, rate = tokenizer(Path(options.text).read_text(encoding="utf-8"), return_tensors="pt").input_ids[0], 512, 2e-4
+    tokens, length, rate = tokenizer(Path(options.text).read_text(encoding="utf-8"), return_tensors="pt").input_ids[0], 512, 5e-4
 steps = options.steps or (60 if options.quick else 1000)
 device = torch.device("cuda" if torch.cuda.is_available() and not options.quick else "cpu")
 

@@ -59,6 +59,12 @@ def test_the_notebook_runs():
     assert names["small"].config.intermediate_size < 64
 
 
+def test_the_notebook_is_the_quickstart():
+    cells = json.loads((EXAMPLES / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    guide = re.findall(r"^```python\n(.*?)\n```", (ROOT / "docs/quickstart.md").read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    assert ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"] == guide
+
+
 def test_the_notebook_is_valid():
     nbformat = pytest.importorskip("nbformat")
     nbformat.validate(nbformat.read(EXAMPLES / "quickstart.ipynb", as_version=4))
