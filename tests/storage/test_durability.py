@@ -102,7 +102,10 @@ def test_kill_during_export_as_stock_transformers_sees_it(tmp_path, server, kill
         last = found
     assert last > 1
     assert server.run("export", path, 0) == 0 and read("export", path) == 0
-    assert names(tmp_path) == ["saved", "saved/apt_export.json", "saved/config.json", "saved/model.safetensors"]
+    assert names(tmp_path) == [
+        "saved",
+        *(f"saved/{name}" for name in ("README.md", "apt_export.json", "config.json", "model.safetensors", "provenance.json")),
+    ]
 
 
 def test_readers_see_one_save_or_the_next(tmp_path, server):

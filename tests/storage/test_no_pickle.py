@@ -72,4 +72,4 @@ def test_an_export_is_not_pickled_either(tmp_path, watched):
     watched.clear()
     export(model, tmp_path / "small")
     assert not [event for event in watched if event[0].startswith("pickle.")]
-    assert {file.suffix for file in (tmp_path / "small").iterdir()} == {".json", ".safetensors"}
+    assert {file.suffix for file in (tmp_path / "small").iterdir()} == {".json", ".md", ".safetensors"}
