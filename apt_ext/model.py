@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -36,6 +37,8 @@ from .wrapping.disabling import without_adapters
 from .wrapping.fused_losses import tell_of_output_adapter
 from .wrapping.module_hooks import drop_copied_hooks
 from .wrapping.state_hooks import load_cuts, save_cuts
+
+logger = logging.getLogger("apt_ext")
 
 
 def adapters(model: nn.Module) -> Iterator[tuple[str, APTAdapter]]:
@@ -271,6 +274,13 @@ class APTModel(Adapted):
 
     def refuse_unfinished(self, call: str) -> None:
         """Raise RuntimeError, with the present and the target density, where `target_reached` is False. `call` begins the message."""
+        if self.target is None and self.apt_config.prune and self.apt_config.density < self.density == 1.0:
+            logger.warning(
+                "%s: nothing is pruned, because no Controller has worked on this model, whose config asks for a density of %g; train with "
+                "apt_ext.Controller or, in Trainer, apt_ext.hf.APTCallback",
+                call,
+                self.apt_config.density,
+            )
         if self.target is not None and not self.target_reached:
             raise RuntimeError(
                 f"{call}: the model is not finished: its masks keep {self.density:.4f} of the layers' "
@@ -407,6 +417,8 @@ class APTModel(Adapted):
         checked_mapping("state_dict", state_dict)
         processes = run_state.processes_of(state_dict)
         complete = processes is not None  # without the base
+        if complete:
+            run_state.check(state_dict, run_state.scalings_of(self.model))
         controller, state_dict = run_state.controller_state(state_dict), run_state.without_run(state_dict)
         target_after(self.target, state_dict)  # refused before anything changes
         left = cut_states.read(state_dict, self.blocks)  # likewise

@@ -87,7 +87,7 @@ def _load(
 
     ``state`` is torch's private copy of the mapping: entries are rewritten there in today's names and storage shapes.
     """
-    own = _entries(state, prefix)
+    own = _own_entries(adapter, state, prefix)
     if not own:
         return
     found = _validate(adapter, own, prefix)
@@ -149,6 +149,17 @@ def _entries(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
 
 
+def _own_entries(adapter: APTAdapter, state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The adapter's own entries, with the factors of rank 0: accelerate leaves them out, for empty tensors seem to share memory."""
+    own = _entries(state, prefix)
+    rank = own.get("rank")
+    if isinstance(rank, Tensor) and rank.numel() == 1 and int(rank) == 0 and not _SEED_NAMES.keys() & own.keys():
+        like = adapter.lora_A
+        empty = {"lora_A": like.new_empty(0, adapter.in_features), "lora_B": like.new_empty(adapter.out_features, 0)}
+        own |= {name: value for name, value in empty.items() if name not in own and not adapter.max_rank}
+    return own
+
+
 def _validate(adapter: APTAdapter, own: dict[str, Any], prefix: str) -> _Found:
     """What of its own entries the adapter refuses (RuntimeError: DDP or FSDP holds factors of another rank); changes nothing."""
     _check_entries(own, prefix)
@@ -183,7 +194,7 @@ def check_loadable(model: nn.Module, state: Any, strict: bool) -> None:
             continue
         wanted = {key: value for key, value in module._buffers.items() if key not in module._non_persistent_buffers_set}
         wanted |= module._parameters
-        own = _entries(state, prefix) if _is_adapter(module) else {}
+        own = _own_entries(cast("APTAdapter", module), state, prefix) if _is_adapter(module) else {}
         if own:
             _validate(cast("APTAdapter", module), own, prefix)
             taken = {_SEED_NAMES.get(key, key) for key in own if key in (*_SEED_NAMES, *_SEED_NAMES.values(), "mask_in", "mask_out")}

@@ -38,6 +38,16 @@ class LooksStock(nn.Module):
         """The model's own."""
         return self.model(*args, **kwargs)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set what is read from the model there (config, generation_config), and all else here."""
+        ours = vars(self)
+        model = ours.get("_modules", {}).get("model")
+        registered = any(name in ours.get(where, ()) for where in ("_modules", "_parameters", "_buffers"))
+        if model is not None and not (name in ours or registered or hasattr(type(self), name)) and hasattr(model, name):
+            setattr(model, name, value)
+        else:
+            super().__setattr__(name, value)
+
     def __reduce_ex__(self, _protocol: Any) -> tuple[Any, ...]:
         return empty, (own_class(type(self)), type(self.model)), self.__getstate__()  # type: ignore[no-untyped-call]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ class APTCallback(TrainerCallback):
             logger.warning(
                 "APTCallback: torch_compile compiles the model, so what is pruned is compacted and not cut; shrink= says otherwise"
             )
-        self.controller = Controller(model, optimizer, state.max_steps, **arguments)
+        self.controller = Controller(model, optimizer, _total_steps(apt, state), **arguments)
         if state.global_step:
             try:
                 _resume(self.controller, apt, state.global_step, _checkpoint(args, state))
@@ -153,6 +154,21 @@ def _forget_best(state: Any) -> None:
     state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 
 
+def _total_steps(apt: APTModel, state: Any) -> int:
+    """The run's number of steps; of one that is resumed the number that it was begun with, which its schedule is made of."""
+    schedule = (apt.controller_state or {}).get("schedule") if state.global_step else None
+    begun: Any = schedule.get("total_steps") if isinstance(schedule, Mapping) else None
+    if isinstance(begun, int) and begun != state.max_steps:
+        logger.warning(
+            "APTCallback: the run was begun with %d steps and goes on to %d; its pruning schedule stays that of %d",
+            begun,
+            state.max_steps,
+            begun,
+        )
+        return begun
+    return int(state.max_steps)
+
+
 def _checkpoint(args: Any, state: Any) -> Path:
     """Where Trainer saves at this step."""
     return Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
@@ -193,7 +209,7 @@ def _unfinished(controller: Controller, state: Any) -> str:
     text += f"(target {controller.config.density:g}), so export and merge_and_unload refuse the model"
     if skipped > 0 and state.global_step >= state.max_steps:
         return (
-            f"{text}; GradScaler skipped {skipped} of the {state.global_step} optimizer steps: train {skipped} steps more with "
-            "max_steps, use bf16, or end the schedule earlier with Schedule(end=0.9)"
+            f"{text}; GradScaler skipped {skipped} of the {state.global_step} optimizer steps: resume with "
+            f"max_steps={state.max_steps + skipped}, or use bf16, which skips none"
         )
     return f"{text}; go on with resume_from_checkpoint, or pass unfinished=True to them"

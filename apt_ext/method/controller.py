@@ -29,7 +29,7 @@ from ..pruning.target import BUDGETS, Target
 from ..storage import state_directory
 from ..wrapping.run_state import note_controller
 from .block_record import BlockRecord
-from .history import Event, checked_history, event, line
+from .history import Event, checked_history, event, line, settings_of
 from .outlook import Outlook, allowance, check_export, chosen, pruned_blocks, say_unpruned
 from .refusals import (
     MODES,
@@ -447,7 +447,7 @@ class Controller:
                 "parameters": self.ranks.parameters(self.ranks.initial),
                 "ranks": dict(self.ranks.initial),
             },
-            "schedule": vars(self.steps) | {"events": list(self.steps.events), "density": self.config.density},
+            "schedule": settings_of(self),
             "shrink": self.shrink,
             "history": copy.deepcopy(self.history),
         }

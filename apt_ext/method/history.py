@@ -28,6 +28,23 @@ def event(step: int, density: float, kept: Mapping[str, int], ranks: Mapping[str
     )
 
 
+def settings_of(controller: Any) -> dict[str, Any]:
+    """What a Controller that goes on from another's state must have alike, and `total_steps`, of plain values."""
+    steps, config = controller.steps, controller.config
+    return {
+        **vars(steps),
+        "events": list(steps.events),
+        "density": config.density,
+        "round_to": config.round_to,
+        "uniform": config.uniform,
+        "budget": controller.budget,
+        "joint": controller.joint,
+        "floor": controller.floor,
+        "growth": repr(controller.ranks.growth),
+        "total_steps": controller.total_steps,
+    }
+
+
 def line(found: Event, target: float, blocks: Blocks) -> str:
     """The event in words; `blocks` are those that are pruned."""
     text = f"step {found['step']}: density {found['density']:.4f} (target {target:g})"

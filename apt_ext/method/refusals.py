@@ -135,8 +135,14 @@ def check_state(state: Any, own: Mapping[str, Any]) -> None:
     checked_keys("state", state, own)
     for key in ("scores", "importance", "masks", "live", "ranks", "initial", "schedule"):
         checked_mapping(f"state[{key!r}]", state[key])
-    if not _same(state["schedule"], own["schedule"]):
-        raise ValueError(f"state: expected the schedule {own['schedule']}, got {dict(state['schedule'])}")
+    checked_keys("state['schedule']", state["schedule"], own["schedule"])
+    if not (state["schedule"]["total_steps"] is own["schedule"]["total_steps"] is None):
+        checked_int("state['schedule']['total_steps']", state["schedule"]["total_steps"], 1)
+    ours, theirs = ({key: value for key, value in one["schedule"].items() if key != "total_steps"} for one in (own, state))
+    if not _same(theirs, ours):
+        other = sorted(key for key in ours.keys() | theirs.keys() if not _same({key: theirs.get(key)}, {key: ours.get(key)}))
+        expected, got = ({key: one.get(key) for key in other} for one in (ours, theirs))
+        raise ValueError(f"state: expected the schedule and settings of this Controller, {expected}, got {got}")
     if not _same(state["ranks"], own["ranks"]):
         raise ValueError(
             f"state: expected the ranks of the model, {own['ranks']}, got {dict(state['ranks'])}; load the model's state first"

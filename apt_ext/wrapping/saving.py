@@ -29,7 +29,7 @@ def save(apt: Any, path: str | os.PathLike[str], state_dict: Mapping[str, Any] |
     controller = run_state.controller_of(apt)
     target = {} if apt.target is None else {KEY: apt.target.to_tensor()}
     state = None if controller is None else controller.state_dict()
-    tensors = run_state.packed(own, cuts | target, state, agreement.ranks())
+    tensors = run_state.packed(own, cuts | target, state, agreement.ranks(), run_state.scalings_of(apt.model))
     checkpoint.save(path, apt.apt_config, tensors, stream, apt.saved, apt.target, about(apt.model), checkpoint.RUN_FILE)
 
 

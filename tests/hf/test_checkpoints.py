@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from apt_ext import APTModel, Schedule
 from apt_ext.hf import APTTrainer
+from apt_ext.wrapping import run_state
 
 # name of the family: what its Controller prunes, and how
 RUNS = {
@@ -96,8 +97,15 @@ def test_a_checkpoint_is_read_as_it_was_written(runs, tmp_path):
     ):
         damaged = {**tensors, key: value} if value is not None else {name: v for name, v in tensors.items() if name != key}
         with pytest.raises(ValueError, match=words):
-            model.load_state_dict(damaged, False)
+            model.load_state_dict(run_state.signed(damaged), False)
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()) and model.controller_state is None
+    changed = {**tensors, "model.model.layers.0.mlp.up_proj.lora_A": tensors["model.model.layers.0.mlp.up_proj.lora_A"] + 1}
+    for damaged in (changed, {key: value for key, value in tensors.items() if key != "apt_sha256"}):
+        with pytest.raises(ValueError, match="expected the tensors that were saved, by their SHA-256, got others"):
+            model.load_state_dict(damaged, False)
+    for other in ({"r": 4}, {"lora_alpha": 64}):
+        with pytest.raises(ValueError, match=r"expected adapters of the scalings of this model \(lora_alpha / r\), .* got 8; make"):
+            built(**other).load_state_dict(tensors, False)
     assert model.load_state_dict(tensors, False) == ([], [])
     (path / "checkpoint-4").rename(tmp_path / "moved")
     file = tmp_path / "moved" / "model.safetensors"
@@ -119,7 +127,14 @@ def test_a_checkpoint_of_another_run_is_refused_in_words(tmp_path, caplog):
     saved, _ = trainer(tmp_path / "z", save_strategy="steps", save_steps=4)
     saved.train()
     checkpoint = str(tmp_path / "z" / "checkpoint-4")
-    for other in ({"density": 0.9}, {"schedule": Schedule(events=3, warm_up=1, end=END)}, {"prune": ["heads"]}):
+    others = (
+        {"density": 0.9},
+        {"schedule": Schedule(events=3, warm_up=1, end=END)},
+        {"prune": ["heads"]},
+        {"round_to": 2},
+        {"growth": 2.0},
+    )
+    for other in others:
         run, apt = trainer(tmp_path / "y", apt=other)
         with pytest.raises(ValueError, match="resume_from_checkpoint: the Controller of this run is not that of the checkpoint"):
             run.train(resume_from_checkpoint=checkpoint)
@@ -186,3 +201,36 @@ def test_a_model_without_a_controller_goes_on_too(tmp_path):
     assert losses(other, 4) == losses(run, 4)
     assert all(torch.equal(value, other.model.state_dict()[key]) for key, value in run.model.state_dict().items())
     assert isinstance(run.model, transformers.PreTrainedModel)
+
+
+def test_a_longer_run_keeps_the_schedule_that_it_began_with(tmp_path, caplog):
+    apt = {"schedule": Schedule(events=2)}  # shares of the run
+    run, first = trainer(tmp_path, apt=apt, save_strategy="steps", save_steps=2)
+    run.train()
+    other, again = trainer(tmp_path / "other", apt=apt, max_steps=STEPS + 4)
+    with caplog.at_level(logging.WARNING, "apt_ext"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert f"begun with {STEPS} steps and goes on to {STEPS + 4}" in caplog.text
+    assert again.controller.steps == first.controller.steps and again.controller.done
+    assert other.state.global_step == STEPS + 4
+
+
+def test_accelerates_own_states_with_layers_without_a_rank(tmp_path):
+    """It takes empty factors for shared memory, and leaves them out."""
+    import accelerate
+
+    for hidden in (False, True):
+        model = built(target_modules=["q_proj"])
+        if hidden:
+            model.set_block_mask("hidden", (torch.arange(24) < 16).float())
+        accelerator = accelerate.Accelerator(cpu=True)
+        accelerator.prepare(model)
+        accelerator.save_state(str(tmp_path / str(hidden)))
+        other = accelerate.Accelerator(cpu=True).prepare(built(target_modules=["q_proj"]))
+        with torch.no_grad():
+            other.model.model.layers[0].self_attn.q_proj.lora_B.add_(1.0)
+        loader = accelerate.Accelerator(cpu=True)
+        loader._models = [other]
+        loader.load_state(str(tmp_path / str(hidden)))
+        found = other.state_dict()
+        assert all(torch.equal(value, found[key]) for key, value in model.state_dict().items())

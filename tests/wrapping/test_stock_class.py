@@ -92,3 +92,20 @@ def test_trainer_computes_what_it_computes_with_the_model_inside(tmp_path, name,
     assert columns[0] == columns[1] == ["labels"]
     assert ours[:3] == theirs[:3]
     assert all(torch.equal(one, other) for one, other in zip(ours[3], theirs[3], strict=True))
+
+
+def test_what_is_read_from_the_model_is_written_to_it():
+    apt = built("llama")
+    config = copy.deepcopy(apt.config)
+    apt.config = config
+    apt.generation_config = transformers.GenerationConfig(max_new_tokens=3, eos_token_id=None)
+    assert apt.model.config is config and apt.generation_config is apt.model.generation_config
+    x = batch_for(FAMILIES["llama"], 0)["input_ids"][:1]
+    assert apt.generate(x).shape[1] == x.shape[1] + 3
+    apt.resize_token_embeddings(64)
+    assert apt.config.vocab_size == 64
+    apt.note = "of the wrapper"
+    assert vars(apt)["note"] == "of the wrapper" and "note" not in vars(apt.model)
+    assert isinstance(apt, transformers.PreTrainedModel) and apt.main_input_name == apt.model.main_input_name
+    assert type(apt).config_class is type(apt.model).config_class
+    assert apt.half() is apt and apt.lm_head.weight.dtype == torch.float16
