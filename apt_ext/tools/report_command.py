@@ -20,7 +20,7 @@ def report_of(directory: Path, base: str | None, output: Path | None, rounds: in
     place = output or directory / REPORT
     with directory_of("output", place):
         try:
-            if (directory / "config.json").is_file() and base is None:  # an export
+            if (directory / "config.json").is_file() and not (directory / "apt_config.json").is_file() and base is None:  # an export
                 return apt_ext.report(directory, None, place, rounds=rounds)
             trained = Trained.of(directory, base)
             model = trained.load()

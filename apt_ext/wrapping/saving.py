@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,8 +15,11 @@ from ..distributed import agreement
 from ..pruning.target import KEY
 from ..pruning.wrappers import StreamCarrier
 from ..storage import checkpoint
+from ..storage.atomic_file import replace_file
 from ..storage.base_model import about
 from . import cut_states, model_state, run_state
+
+_WEIGHTS = "adapters-alone-APTModel.from_pretrained-reads-them.safetensors"
 
 
 def save(apt: Any, path: str | os.PathLike[str], state_dict: Mapping[str, Any] | None, for_trainer: bool) -> None:
@@ -31,6 +36,14 @@ def save(apt: Any, path: str | os.PathLike[str], state_dict: Mapping[str, Any] |
     state = None if controller is None else controller.state_dict()
     tensors = run_state.packed(own, cuts | target, state, agreement.ranks(), run_state.scalings_of(apt.model))
     checkpoint.save(path, apt.apt_config, tensors, stream, apt.saved, apt.target, about(apt.model), checkpoint.RUN_FILE)
+    _keep_stock_classes_off(apt.model, Path(path, "config.json"))
+
+
+def _keep_stock_classes_off(model: Any, file: Path) -> None:
+    """Write the model's config with a name of weights that are not there: without one, stock classes would begin with random weights."""
+    text = getattr(getattr(model, "config", None), "to_json_string", None)
+    if callable(text) and (not file.exists() or _WEIGHTS in file.read_text(encoding="utf-8")):
+        replace_file(file, json.dumps({**json.loads(text()), "transformers_weights": _WEIGHTS}, indent=2).encode() + b"\n")
 
 
 def _gathered(apt: Any, state_dict: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -67,13 +67,16 @@ def test_a_checkpoint_holds_the_models_own_state_once(runs, tmp_path):
     assert {"target", "original.hidden", "controller.values", "apt_format"} <= tensors.keys()
     names = sorted(file.name for file in directory.iterdir())
     assert names == sorted(
-        ["apt_config.json", "apt_manifest.json", "model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt"]
+        ["apt_config.json", "apt_manifest.json", "config.json", "model.safetensors", "optimizer.pt", "rng_state.pth", "scheduler.pt"]
         + ["trainer_state.json", "training_args.bin"]
     )
     torch.manual_seed(0)
     again = APTModel.from_pretrained(FAMILIES["gpt2"].model(dtype=torch.float32), directory)
     assert all(torch.equal(value, state[key]) for key, value in again.state_dict().items())
     assert again.target_reached and again.controller_state["step"] == STEPS and again.trained_by == 1
+    for kind in (transformers.GPT2LMHeadModel, transformers.AutoModelForCausalLM):  # never random weights
+        with pytest.raises(OSError, match="adapters-alone-APTModel.from_pretrained-reads-them"):
+            kind.from_pretrained(directory)
     again.save_pretrained(tmp_path)  # without Trainer's arguments, the three files
     assert sorted(file.name for file in tmp_path.iterdir()) == ["apt_config.json", "apt_manifest.json", "apt_model.safetensors"]
     again.save_pretrained(tmp_path / "none", is_main_process=False)
