@@ -1,6 +1,6 @@
 """Prune a classifier on your own csv with transformers' Trainer.
 
-python examples/trainer_csv.py --data my.csv --text-column text --label-column label --model bert-base-uncased
+python examples/trainer_csv.py --data my.csv --text-column text --label-column label --model google-bert/bert-base-uncased
 python examples/trainer_csv.py --quick      a tiny random model on a small csv that the script writes
 """
 
@@ -19,7 +19,7 @@ parser.add_argument("--quick", action="store_true", help="a tiny random model an
 parser.add_argument("--data", help="a csv with a header")
 parser.add_argument("--text-column", default="text")
 parser.add_argument("--label-column", default="label")
-parser.add_argument("--model", help="a directory or a name that transformers loads")
+parser.add_argument("--model", help="a directory, or a model of the Hub as owner/name; `apt-ext train` takes installed packages too")
 parser.add_argument("--density", type=float, default=0.6)
 parser.add_argument("--epochs", type=float)
 parser.add_argument("--output", default="smaller-model")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checks import checked_bool, checked_module, checked_path
+from ..common.extras import lacking
 from ..common.modes import evaluating, exact_products
 from ..model import APTModel, adapters
 from ..pruning.architectures.lookup import Blocks, find_blocks
@@ -135,7 +136,7 @@ def check_class(model: nn.Module) -> None:
     try:
         from transformers import PreTrainedModel
     except ImportError as error:
-        raise ImportError('export needs transformers: pip install "apt_ext[hf]"') from error
+        raise ImportError(lacking("export", "transformers", error)) from error
     kind = type(model)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a model of transformers inside, got {kind.__name__}")

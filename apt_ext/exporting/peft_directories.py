@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .._version import __version__
 from ..common.checks import checked_bool, checked_path
+from ..common.extras import lacking
 from ..common.names import covered
 from ..model import APTModel
 from ..storage import atomic_dir
@@ -71,7 +72,7 @@ def to_peft(model: APTModel, path: str | os.PathLike[str], *, unfinished: bool =
     try:
         import peft
     except ImportError as error:
-        raise ImportError("to_peft needs peft: pip install peft") from error
+        raise ImportError(lacking("to_peft", "peft", error)) from error
     inputs, expected = _probed(model)
     parts = taken_apart(model)
     written, loader = parts.base, type(parts.base).__name__

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..common.extras import lacking
+
 _WIDTH = 5.6  # inches of every picture: 560 pixels on the page, of which a telephone shows two thirds
 _DPI = 200
 _COLOURS = 128
@@ -40,7 +42,7 @@ def figure_class() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('pictures need matplotlib: pip install "apt_ext[report]"') from error
+        raise ImportError(lacking("a picture", "matplotlib", error)) from error
     return Figure
 
 

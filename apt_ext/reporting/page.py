@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..common.extras import lacking
 from . import words
 
 Table = dict[str, Any]  # {"caption", "head": [title], "rows": [[cell]]}: the first cell of a row is its heading; "hidden": the caption
@@ -44,7 +45,7 @@ def html(numbers: Mapping[str, Any], pictures: Mapping[str, Mapping[str, bytes]]
     try:
         import jinja2
     except ImportError as error:
-        raise ImportError('the page needs jinja2: pip install "apt_ext[report]"') from error
+        raise ImportError(lacking("the page", "jinja2", error)) from error
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..common.checks import checked_path
+from ..common.extras import lacking
 from ..method.controller import Controller
 from ..model import APTModel, adapters
 from ..pruning.architectures.lookup import Blocks, find_blocks
@@ -70,7 +71,7 @@ def _loaded(directory: Path) -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError('report of a directory needs transformers: pip install "apt_ext[hf]"') from error
+        raise ImportError(lacking("report of a directory", "transformers", error)) from error
     name = _class_in(directory)
     kind = getattr(transformers, name, None)
     if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):

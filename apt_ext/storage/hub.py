@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..common.checks import checked_bool
+from ..common.extras import lacking
 
 # Of earlier pushes: a stock class would find them beside what is sent now.
 _WEIGHTS = ["model*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*", "apt_w*", "apt_export.json", "modeling_apt.py"]
@@ -73,7 +74,7 @@ def _checked_api(repo_id: str, token: str | None) -> Any:
         import huggingface_hub
         from huggingface_hub.errors import HFValidationError
     except ImportError as error:
-        raise ImportError('push_to_hub needs huggingface_hub: pip install "apt_ext[hf]"') from error
+        raise ImportError(lacking("push_to_hub", "huggingface_hub", error)) from error
     try:
         huggingface_hub.hf_hub_url(repo_id, "config.json")
     except HFValidationError as error:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checks import checked_path, error_prefix
+from ..common.extras import lacking
 from ..pruning.architectures.lookup import Architecture, architecture_of, find_blocks
 from ..pruning.sizes import Sizes
 from . import atomic_dir, remote_code, row_file, tensor_file
@@ -127,7 +128,7 @@ def load_export(path: str | os.PathLike[str]) -> nn.Module:
     try:
         import transformers
     except ImportError as error:
-        raise ImportError('load_export needs transformers: pip install "apt_ext[hf]"') from error
+        raise ImportError(lacking("load_export", "transformers", error)) from error
     directory = checked_path(path)
     with atomic_dir.opened(directory, MANIFEST) as files:
         if FILE not in files or "config.json" not in files:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..common.extras import lacking
 from ..pruning.on_meta import positions
 from .data import Missing
 
@@ -26,7 +27,7 @@ def transformers_offline() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise Missing('the demo needs transformers; run: python -m pip install "apt_ext[demo]"') from error
+        raise Missing(lacking("this command", "transformers", error)) from error
     logging: Any = transformers.utils.logging
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -113,7 +114,10 @@ def package_file(source: str) -> Path:
             return path.parent
     if _HUB_ID.fullmatch(source):
         return _from_hub(source)
-    raise Missing(f"model: expected a directory, a .gguf file or an installed package that holds one, got {source}")
+    raise Missing(
+        f"model: expected a directory, a .gguf file or an installed package that holds one, got {source}; a model of the Hub is given as "
+        "owner/name (google-bert/bert-base-uncased)"
+    )
 
 
 def _from_hub(source: str) -> Path:
@@ -121,7 +125,7 @@ def _from_hub(source: str) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise Missing('a model of the Hub needs huggingface_hub; run: python -m pip install "apt_ext[hf]"') from error
+        raise Missing(lacking("a model of the Hub", "huggingface_hub", error)) from error
     try:
         return Path(snapshot_download(source, allow_patterns=list(_HUB_FILES)))
     except Exception as error:  # of the network, the Hub or the disk

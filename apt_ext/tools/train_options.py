@@ -12,6 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
+from ..common.extras import lacking
 from ..config import Schedule
 from .data import Missing, Misuse
 
@@ -153,7 +154,7 @@ def _parser() -> Any:
         import jsonargparse
         import yaml
     except ImportError as error:
-        raise Missing('train needs jsonargparse; run: python -m pip install "apt_ext[cli]"') from error
+        raise Missing(lacking("train", "jsonargparse", error)) from error
 
     class Parser(jsonargparse.ArgumentParser):
         """Says what is wrong with the arguments in one line."""

@@ -155,5 +155,5 @@ def test_without_transformers_a_sentence_says_what_to_install(tmp_path, monkeypa
     apt = trained(tiny_bert(), APTConfig(r=2))
     apt.set_block_mask("0.neurons", half())
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r'export needs transformers: pip install "apt_ext\[hf\]"'):
+    with pytest.raises(ImportError, match=r'export needs transformers; run: python -m pip install "apt_ext\[hf\]"'):
         export(apt, tmp_path / "small")

@@ -186,6 +186,6 @@ def test_without_a_token_or_online_or_the_client_a_sentence_says_what_to_do(hub,
     with pytest.raises(RuntimeError, match="HF_HUB_OFFLINE is set; unset it"):
         apt.push_to_hub("me/small")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ImportError, match=r'push_to_hub needs huggingface_hub: pip install "apt_ext\[hf\]"'):
+    with pytest.raises(ImportError, match=r'push_to_hub needs huggingface_hub; run: python -m pip install "apt_ext\[hf\]"'):
         apt.push_to_hub("me/small")
     assert hub.requests == []

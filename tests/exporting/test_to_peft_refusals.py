@@ -216,5 +216,5 @@ def test_within_disable_adapter_it_is_refused(tmp_path):
 def test_without_peft_a_sentence_says_what_to_install(tmp_path, monkeypatch):
     apt = adapted(FAMILIES["llama"])
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match="to_peft needs peft: pip install peft"):
+    with pytest.raises(ImportError, match="to_peft needs peft; run: python -m pip install peft"):
         to_peft(apt, tmp_path / "out")

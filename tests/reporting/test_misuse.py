@@ -122,7 +122,7 @@ def test_what_is_missing_is_named_with_its_extra(apt, tmp_path, monkeypatch):
     for module in ("matplotlib.figure", "jinja2"):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, module, None)
-            refused(ImportError, rf'{module.partition(".")[0]}: pip install "apt_ext\[report\]"', tmp_path, apt)
+            refused(ImportError, rf'{module.partition(".")[0]}; run: python -m pip install "apt_ext\[report\]"', tmp_path, apt)
 
 
 def test_importing_apt_ext_imports_neither():

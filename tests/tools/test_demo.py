@@ -95,7 +95,7 @@ def test_missing_transformers_names_the_extra(monkeypatch: pytest.MonkeyPatch, c
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "TOKENIZERS_PARALLELISM"):
         monkeypatch.setenv(name, "")  # so that it is put back afterwards
     assert main(["demo"]) == 1
-    assert 'pip install "apt_ext[demo]"' in capsys.readouterr().err
+    assert 'pip install "apt_ext[hf]"' in capsys.readouterr().err
 
 
 def test_split_is_fixed_disjoint_and_complete() -> None:
@@ -211,7 +211,7 @@ def test_missing_matplotlib_is_said_before_anything_starts(monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     monkeypatch.setattr(demo, "transformers_offline", lambda: None)
     assert main(["demo"]) == 1
-    assert 'matplotlib: pip install "apt_ext[report]"' in capsys.readouterr().err
+    assert 'matplotlib; run: python -m pip install "apt_ext[report]"' in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -52,6 +52,12 @@ def test_what_is_in_the_output_stays(own_source, own_data, out, capsys, unloaded
     assert (out / "mine.txt").read_text() == "mine"
 
 
+def test_a_name_without_an_owner_is_told_how_the_hub_writes_it(own_data, out, capsys, unloaded):
+    assert train("bert-base-uncased", own_data, out) == 1
+    said = capsys.readouterr().err
+    assert "got bert-base-uncased; a model of the Hub is given as owner/name (google-bert/bert-base-uncased)" in said
+
+
 def test_text_for_an_encoder_and_rows_for_what_has_no_classifier(own_source, own_data, tmp_path, out, capsys, unloaded):
     text = tmp_path / "a.txt"
     text.write_text("text")
