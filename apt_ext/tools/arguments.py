@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -59,7 +60,7 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], None]]) -> argparse
     command.add_argument("model", help=f"{_MODEL}; of a directory config.json is enough")
     target = command.add_mutually_exclusive_group()
     target.add_argument("--keep", nargs="+", type=_kept, metavar="KIND=NUMBER", help="how many heads, neurons, hidden stay in each layer")
-    target.add_argument("--density", type=float, default=1.0, help="share of the layers' parameters that stays, instead of --keep")
+    target.add_argument("--density", type=_density, default=1.0, help="share of the layers' parameters that stays, instead of --keep")
     command.add_argument("--prune", nargs="+", choices=KINDS, help="what --density is reached with (what a stock config can store)")
     command.add_argument("--rank", type=_positive, default=8, help="of each adapter (%(default)s)")
     command.add_argument("--target-modules", nargs="+", metavar="NAME", help="linears that get an adapter (all)")
@@ -179,6 +180,16 @@ def _kept(text: str) -> tuple[str, int]:
     if not number.isdigit():
         raise argparse.ArgumentTypeError(f"expected KIND=NUMBER, got {text!r}")
     return kind, int(number)
+
+
+def _density(text: str) -> float:
+    """A share; APTConfig judges others than those that look like per cents."""
+    percent = text.removesuffix("%").strip()
+    with suppress(ValueError):
+        if text.endswith("%") or 1.0 < float(text) <= 100.0:
+            raise argparse.ArgumentTypeError(f"expected a share in (0, 1], got {text!r}; did you mean {float(percent) / 100:g}?")
+        return float(text)
+    raise argparse.ArgumentTypeError(f"expected a share in (0, 1], got {text!r}")
 
 
 def _positive(text: str) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from ..common.extras import lacking
-from ..config import Schedule
+from ..config import Schedule, nearest
 from .data import Missing, Misuse
 
 _EXAMPLE = """\
@@ -27,7 +27,8 @@ run.yaml, for --config, holds options by these names (round-to: 8); what stands 
 _WORD = "MODEL"  # an option of its own, because a positional word that is not given would win over --config
 _PLACES = ("model", "data", "validation_data")  # a resumed run compares what is in them
 _NOT_COMPARED = (*_PLACES, "output", "resume", "dry_run", "json", "report_to", "workers", "rounds", "device")
-_WRONG = re.compile(r'Parser key "([^"]*)"[^:]*: Expected an? (?:<class \')?(.*?)(?:\'>)?\. Got value: (.*)')
+_WRONG = re.compile(r'Parser key "([^"]*)"[^:]*: .*?(?:Got|Given) value: (.*)')
+_PLAIN = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
 def _option(default: Any, text: str) -> Any:
@@ -122,7 +123,10 @@ def parsed(words: Sequence[str]) -> TrainOptions:
 
     Missing where jsonargparse is not installed.
     """
-    found = _parser().parse_args(_config_first(words))
+    parser = _parser()
+    ordered = _config_first(words)
+    _check_files(ordered)
+    found = parser.parse_args(ordered)
     values = {name: value for name, value in vars(found).items() if name not in ("config", "debug", _WORD)}
     values["model"] = getattr(found, _WORD) or values["model"]
     try:
@@ -148,6 +152,49 @@ def _config_first(words: Sequence[str]) -> list[str]:
     return [*files, *others]
 
 
+def _wrong(key: str, given: str) -> str:
+    """What is wrong with the value of an option, in the words of its type."""
+    field = key.partition(".")[0].replace("-", "_")
+    kind: Any = get_type_hints(Schedule if field == "schedule" and "." in key else TrainOptions).get(
+        key.rpartition(".")[2].replace("-", "_")
+    )
+    kinds = [one for one in (kind, *get_args(kind)) if one is not type(None)]
+    kinds += [one for listed in kinds if get_origin(listed) is list for one in get_args(listed)]
+    choices = next((list(get_args(one)) for one in kinds if get_origin(one) is Literal), [])
+    plain = list(dict.fromkeys(_PLAIN[one] for one in kinds if one in _PLAIN))
+    text = " or ".join([", ".join(choices[:-1]), choices[-1]] if len(choices) > 1 else plain) or "another value"
+    near = get_close_matches(given.strip("'\""), choices, n=1)
+    share = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", given)
+    hint = f"; did you mean {near[0]}?" if near else f"; did you mean {float(share[1]) / 100:g}?" if share and "a number" in plain else ""
+    return f"{key.replace('_', '-')}: expected {text}, got {given!r}{hint}"
+
+
+def _check_files(words: Sequence[str]) -> None:
+    """Misuse, with the file's name, for a --config that is no YAML or has names that are no options."""
+    import yaml
+
+    known = [*(field.name.replace("_", "-") for field in dataclasses.fields(TrainOptions)), "debug"]
+    files = [
+        word.partition("=")[2] if "=" in word else after
+        for word, after in zip(words, [*words[1:], ""], strict=True)
+        if word.partition("=")[0] == "--config"
+    ]
+    for file in files:
+        if not Path(file).is_file():
+            continue  # jsonargparse says so
+        try:
+            found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, OSError, UnicodeError) as error:
+            mark = getattr(error, "problem_mark", None)
+            said = f"{getattr(error, 'problem', None) or 'an error'} in line {mark.line + 1}" if mark is not None else error
+            raise Misuse(f"config: expected YAML in {file}, got: {said}") from error
+        if found is not None and not isinstance(found, dict):
+            raise Misuse(f"config: expected options by their names in {file}, got {type(found).__name__}")
+        for name in found or {}:
+            if str(name).partition(".")[0].replace("_", "-") not in known:
+                raise Misuse(f"config: expected names of options in {file}, got {name}{nearest(str(name), known)}")
+
+
 def _parser() -> Any:
     """A jsonargparse parser made of the fields of TrainOptions."""
     try:
@@ -160,7 +207,7 @@ def _parser() -> Any:
         """Says what is wrong with the arguments in one line."""
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-            text = _WRONG.sub(r"\1: expected \2, got \3", " ".join(message.split()))
+            text = _WRONG.sub(lambda found: _wrong(*found.groups()), " ".join(message.split()))
             near = get_close_matches(text.rpartition(": ")[2].split()[0], names, n=1) if "unrecognized" in text else []
             hint = f"; did you mean {near[0]}?" if near else ""
             self.exit(2, f"{self.prog}: error: {text.rstrip('.')}{hint} (see {self.prog} --help)\n")
@@ -235,7 +282,8 @@ def _check(options: TrainOptions) -> None:
         if value is not None and not (value > lowest if above else value >= lowest):
             raise Misuse(f"{name.replace('_', '-')}: expected {'more than' if above else 'at least'} {lowest}, got {value}")
     if not 0.0 < options.density <= 1.0:
-        raise Misuse(f"density: expected a share of the layers' parameters in (0, 1], got {options.density}")
+        hint = f"; did you mean {options.density / 100:g}?" if 1.0 < options.density <= 100.0 else ""
+        raise Misuse(f"density: expected a share of the layers' parameters in (0, 1], got {options.density}{hint}")
     if not 0.0 < options.validation_share < 1.0:
         raise Misuse(f"validation-share: expected a share between 0 and 1, got {options.validation_share}")
     if not 0 <= options.seed < 1 << 32:

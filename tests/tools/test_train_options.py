@@ -47,8 +47,13 @@ def test_a_file_has_the_same_names_and_the_words_win_over_it(tmp_path):
     ("words", "said"),
     [
         (["--densty", "0.3"], "unrecognized arguments: --densty 0.3; did you mean --density?"),
-        (["--density", "x"], "density: expected float, got x"),
-        (["--prune", "foo"], "got foo"),
+        (["--density", "x"], "density: expected a number, got 'x'"),
+        (["--prune", "foo"], "prune: expected heads, neurons or hidden, got 'foo'"),
+        (["--prune", "neuron"], "prune: expected heads, neurons or hidden, got 'neuron'; did you mean neurons?"),
+        (["--teacher", "lra"], "teacher: expected lora or self, got 'lra'; did you mean lora?"),
+        (["--density", "50%"], "density: expected a number, got '50%'; did you mean 0.5?"),
+        (["--length", "x"], "length: expected a whole number, got 'x'"),
+        (["--schedule.end", "x"], "schedule.end: expected a whole number or a number, got 'x'"),
         (["--config", "no.yaml"], "no.yaml"),
         (["--schedule.strt", "1"], "did you mean --schedule"),
         (["--json"], "argument --json: expected one argument"),
@@ -64,7 +69,8 @@ def test_words_that_are_none_are_one_line_and_status_2(words, said, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--density", "7"], "density: expected a share of the layers' parameters in (0, 1], got 7.0"),
+        (["--density", "7"], "density: expected a share of the layers' parameters in (0, 1], got 7.0; did you mean 0.07?"),
+        (["--density", "50"], "got 50.0; did you mean 0.5?"),
         (["--density", "0"], "density: expected"),
         (["--epochs", "0"], "epochs: expected more than 0, got 0.0"),
         (["--batch", "0"], "batch: expected at least 1, got 0"),
@@ -81,6 +87,34 @@ def test_values_that_cannot_be_meant_are_one_line_and_status_2(words, said, caps
     assert main(["train", *NEEDED, *words]) == 2
     text = capsys.readouterr().err
     assert said in text and text.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("densty: 0.4", "got densty; nearest: density"),
+        ("a: [1,\nb: {", "in line 2"),
+        ("- 1", "expected options by their names in"),
+        ("teacher: lra", "teacher: expected lora or self, got 'lra'"),
+    ],
+)
+def test_what_is_wrong_in_a_file_is_one_line_with_its_name(content, said, tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text(content)
+    try:
+        status = main(["train", *NEEDED, "--config", str(file)])
+    except SystemExit as ended:
+        status = ended.code
+    text = capsys.readouterr().err
+    assert status == 2 and said in text and text.count("\n") == 1
+    assert str(file) in text or "teacher" in text
+
+
+@pytest.mark.parametrize("given", ["50", "50%"])
+def test_a_density_in_per_cent_is_told_as_a_share(given, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", "m", "--density", given])
+    assert ended.value.code == 2 and f"got {given!r}; did you mean 0.5?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("missing", ["model", "data", "output"])
