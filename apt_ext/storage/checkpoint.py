@@ -29,6 +29,7 @@ _FILES = (CONFIG_FILE, TENSORS_FILE)
 _RUN_FILES = (CONFIG_FILE, RUN_FILE)
 _FORMAT = 1  # of the two files
 _MOST_TEXT = 1 << 20  # bytes of a configuration
+_CHUNK = 1 << 24  # bytes that are read at once
 _MOST_OF_A_RUN = 1 << 23  # values of a Controller's state
 _MOST_BEFORE = 64  # times as many there may have been before a cut, of a base that was cut alike
 
@@ -104,6 +105,15 @@ class Checkpoint:
             config = APTConfig.from_dict(values)
             self._saved, self._heads_alone = saved, config.modules_to_save is None
             return config
+
+    def read_through(self) -> None:
+        """Read both files, to the end and for nothing else. ValueError naming the one that is damaged."""
+        for file in (self._config, self._tensors):
+            with error_prefix(str(file.path), ValueError):
+                left = file.size
+                while left:
+                    left -= len(file.read(min(left, _CHUNK)))
+                file.done()
 
     def saved_in(self, model: nn.Module) -> list[str] | None:
         """What of `model` trained whole, once `config` was read; None: what the configuration says of it."""

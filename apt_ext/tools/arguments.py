@@ -183,10 +183,10 @@ def _kept(text: str) -> tuple[str, int]:
 
 
 def _density(text: str) -> float:
-    """A share; APTConfig judges others than those that look like per cents."""
+    """A share; APTConfig judges those that are no per cents."""
     percent = text.removesuffix("%").strip()
     with suppress(ValueError):
-        if text.endswith("%") or 1.0 < float(text) <= 100.0:
+        if text.endswith("%") or 10.0 <= float(text) <= 100.0:
             raise argparse.ArgumentTypeError(f"expected a share in (0, 1], got {text!r}; did you mean {float(percent) / 100:g}?")
         return float(text)
     raise argparse.ArgumentTypeError(f"expected a share in (0, 1], got {text!r}")

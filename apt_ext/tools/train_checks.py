@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
 from ..config import APTConfig
 from ..method.outlook import check_settings
+from ..storage import checkpoint as saved
 from ..storage import state_directory
 from ..wrapping.build import match
 from .data import Missing, Misuse
@@ -19,6 +21,7 @@ from .train_options import TrainOptions, dashed
 
 RECORD, CHECKPOINTS, MODEL, TEACHER, REPORT = "run.json", "checkpoints", "model", "teacher", "report.html"
 DISTILLER = "distiller"  # in a checkpoint
+_OF_TRAINER = ("optimizer.pt", "scheduler.pt", "rng_state.pth")  # in a checkpoint, beside the model
 _LENGTH = 128  # tokens of a sequence that a budget of FLOPs is of
 
 
@@ -53,7 +56,37 @@ def checkpoint_of(output: Path, record: dict[str, Any]) -> Path:
         found = [one for one in found if (one / DISTILLER / state_directory.MANIFEST_FILE).is_file()]
     if not found:
         raise Missing(f"resume: expected a checkpoint in {output / CHECKPOINTS}, found none; leave --resume out, and it begins anew")
-    return found[-1]
+    damages = []
+    for one in reversed(found):
+        damage = _damage_of(one)
+        if damage is None:
+            for said in damages:
+                logger.warning("%s; %s is skipped, %s is whole and taken", *said, one.name)
+            return one
+        damages.append((damage, one.name))
+    said = "; ".join(damage for damage, _ in damages)
+    raise Missing(
+        f"resume: expected a whole checkpoint in {output / CHECKPOINTS}, got {said}; empty {output} and begin anew without --resume"
+    )
+
+
+def _damage_of(checkpoint: Path) -> str | None:
+    """What keeps training from going on from this checkpoint, naming the file; None where it is whole."""
+    try:
+        with saved.opened(checkpoint) as one:
+            one.read_through()
+        if (checkpoint / DISTILLER).is_dir():
+            state_directory.load(checkpoint / DISTILLER, lambda state: None)
+        read_json("resume", checkpoint / "trainer_state.json")
+    except (ValueError, OSError, Missing) as error:
+        return str(error).removeprefix("resume: ")
+    for name in _OF_TRAINER:
+        file = checkpoint / name
+        if not file.is_file():
+            return f"{file}: expected what Trainer has saved, found no such file"
+        if not zipfile.is_zipfile(file):  # what torch.save writes; its table is at the end
+            return f"{file}: expected what Trainer has saved, got a file that is damaged ({file.stat().st_size} bytes)"
+    return None
 
 
 def checkpoints(output: Path) -> list[Path]:

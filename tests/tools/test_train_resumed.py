@@ -91,6 +91,34 @@ def test_a_run_without_a_checkpoint_begins_anew(own_source, own_data, out, capsy
         assert command.train(parsed(words(own_source, own_data, out)[1:]), []) == {"begun": True}
 
 
+def test_a_damaged_checkpoint_is_skipped_in_words(own_source, own_data, out, capsys, monkeypatch):
+    assert train(own_source, own_data, out) == 0
+    last, first = (out / "checkpoints" / f"checkpoint-{step}" for step in (8, 4))
+    kept = (last / WEIGHTS).read_bytes()
+    (last / WEIGHTS).write_bytes(b"")
+    monkeypatch.setattr(command, "_fit", lambda run, model, teacher, checkpoint, *_: {"checkpoint": checkpoint})
+    options = parsed([*words(own_source, own_data, out)[1:], "--resume"])
+    assert command.train(options, []) == {"checkpoint": first}
+    (last / WEIGHTS).write_bytes(kept)
+    (last / "optimizer.pt").unlink()
+    (first / "rng_state.pth").write_bytes(b"cut")
+    assert train(own_source, own_data, out, "--resume") == 1
+    shown = capsys.readouterr().err.splitlines()[-1]
+    for said in (f"{last / 'optimizer.pt'}: expected", f"{first / 'rng_state.pth'}: expected", "begin anew without --resume"):
+        assert said in shown
+
+
+def test_a_run_goes_on_from_the_last_whole_checkpoint(own_source, own_data, out, capsys):
+    assert train(own_source, own_data, out) == 0
+    before = (out / "model" / WEIGHTS).read_bytes()
+    (out / "checkpoints" / "checkpoint-8" / "optimizer.pt").unlink()
+    capsys.readouterr()
+    assert train(own_source, own_data, out, "--resume") == 0
+    said = capsys.readouterr().err
+    assert "optimizer.pt: expected what Trainer has saved, found no such file; checkpoint-8 is skipped, checkpoint-4 is whole" in said
+    assert (out / "model" / WEIGHTS).read_bytes() == before
+
+
 def test_a_failure_says_how_to_go_on(own_source, own_data, out, capsys, monkeypatch):
     def fails(*_, **__):
         raise RuntimeError("CUDA out of memory")
