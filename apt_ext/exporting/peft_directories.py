@@ -44,7 +44,7 @@ _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score
 _NEEDED = {"CAUSAL_LM": "prepare_inputs_for_generation", "SEQ_2_SEQ_LM": "prepare_inputs_for_generation"}
 
 
-def to_peft(model: APTModel, path: str | os.PathLike[str], *, unfinished: bool = False) -> None:
+def to_peft(model: APTModel, path: str | os.PathLike[str], *, unfinished: bool = False) -> str:
     """Write an APTModel as an adapter of PEFT into `path`/adapter and, where something is pruned, its cut base into `path`/base.
 
     The adapter has the ranks and scalings of each layer (rank_pattern, alpha_pattern) and what trained whole
@@ -58,6 +58,8 @@ def to_peft(model: APTModel, path: str | os.PathLike[str], *, unfinished: bool =
     result that nobody changed, which is replaced. It needs as much memory as the model beside it.
 
     unfinished  write it as it is also where a Controller has not reached its density
+
+    Returns `path`.
 
     Raises TypeError (not an APTModel), ValueError (fractions in masks; widths that only `apt_ext.export(per_layer=True)`
     can say; no adapter with a rank; a path with other content; what does not come back), RuntimeError (a Controller has
@@ -96,6 +98,7 @@ def to_peft(model: APTModel, path: str | os.PathLike[str], *, unfinished: bool =
         _compare(parts, adapter, inputs, expected)
         atomic_dir.sync(new)
         atomic_dir.place(new, target)
+    return os.fspath(path)
 
 
 def _check_target(target: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.checks import checked_choice
-from ..config import APTConfig
+from ..config import KINDS, APTConfig
 from ..exporting.directories import check_class
 from ..pruning.architectures.lookup import ARCHITECTURES, Block, Blocks, find_blocks, unknown_modules
 from ..pruning.cost import Cost, budget_cost
@@ -125,9 +125,12 @@ class Outlook:
         """ValueError where even the floors cost more than the density allows."""
         share = self.cost.total(self.left(cost=-1.0)) / self._full if self.pruned and self._full else 0.0
         if share > allowance(self.config.density, 1.0):
+            left = [kind for kind in KINDS if kind not in (self.config.prune or ())]
+            others = f" ({', '.join(left)})" if left else " (all are in it)"
             raise ValueError(
                 f"density: expected at least {share:.4f}, which is what stays where every block keeps its floor and {self.config.prune} "
-                f"alone are pruned, got {self.config.density}"
+                f"alone are pruned, got {self.config.density}; the floor is what always stays of a block, here {self.floor} times a "
+                f"head or {self.config.round_to} neurons or hidden dimensions. Take a higher density, or add a kind to prune{others}"
             )
 
     def competing(self) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -74,7 +74,17 @@ def save(
 @contextmanager
 def opened(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
     """The checkpoint in the directory `path`, one and the same whatever is saved there meanwhile. ValueError naming the file."""
-    with atomic_dir.opened(checked_path(path), MANIFEST_FILE, _FILES, _RUN_FILES) as files:
+    directory = checked_path(path)
+    with ExitStack() as stack:
+        try:
+            files = stack.enter_context(atomic_dir.opened(directory, MANIFEST_FILE, _FILES, _RUN_FILES))
+        except ValueError as error:
+            if (directory / MANIFEST_FILE).exists() or not (directory / "config.json").is_file():
+                raise
+            raise ValueError(
+                f"{error}; the directory holds a whole model, as export writes it, which needs no base: load it with "
+                "AutoModelFor....from_pretrained, or with apt_ext.load_export where apt_widths.json is in it"
+            ) from error
         yield Checkpoint(files)
 
 

@@ -159,6 +159,7 @@ def _shrink(options: argparse.Namespace) -> None:
         except ValueError as error:
             raise Missing(str(error)) from error
     print(table(report))
+    print(f"Written: {options.output / 'model'} (smaller), {options.output / 'dense'} (before), {options.output / 'report.json'}.")
     if options.json:
         kept = {"command": _without_places(options.argv), **report}
         replace_json(options.json, kept)

@@ -45,7 +45,7 @@ def check_export(option: str, directory: Path) -> None:
     try:
         check_target(directory.absolute())
     except ValueError as error:
-        raise Missing(f"{option}: {error}") from error
+        raise Missing(f"{option}: {str(error).removeprefix('path: ')}") from error
 
 
 def read_json(option: str, file: Path) -> dict[str, Any]:

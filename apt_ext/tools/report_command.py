@@ -16,8 +16,14 @@ from .trained import Trained
 def report_of(directory: Path, base: str | None, output: Path | None, rounds: int) -> str:
     """Write the page of what is in `directory` to `output` (None: into it) and return its path. Missing in words."""
     if not directory.is_dir():
-        raise Missing(f"directory: expected one, found none at {directory}")
+        there = "a file" if directory.exists() else "nothing"
+        raise Missing(
+            f"directory: expected one that apt-ext train, a Trainer or export wrote, got {there} at {directory}; `apt-ext train` makes "
+            "one of your data"
+        )
     place = output or directory / REPORT
+    if place.suffix.lower() not in ("", ".html"):
+        raise Missing(f"output: expected a name that ends in .html, or a directory's without an ending, got {place}")
     with directory_of("output", place):
         try:
             if (directory / "config.json").is_file() and not (directory / "apt_config.json").is_file() and base is None:  # an export

@@ -15,6 +15,7 @@ from apt_ext.config import APTConfig
 from apt_ext.exporting import directories as export_module
 from apt_ext.exporting.directories import export
 from apt_ext.exporting.shrinking import shrink
+from apt_ext.model import APTModel
 from apt_ext.storage import atomic_dir
 
 transformers = pytest.importorskip("transformers")
@@ -53,6 +54,12 @@ def test_a_fresh_process_needs_no_apt_ext(tmp_path):
         assert torch.equal(copy.deepcopy(model)(tokens).logits, expected)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=tmp_path, check=True, timeout=120)
+
+
+def test_an_export_is_no_checkpoint_and_says_what_loads_it(tmp_path):
+    export(masked(MASKS["half"]), tmp_path / "small")
+    with pytest.raises(ValueError, match=r"apt_manifest.json: .*holds a whole model, .* or with apt_ext.load_export where"):
+        APTModel.from_pretrained(tiny_bert(), tmp_path / "small")
 
 
 def test_shrinks_result_is_exported_as_it_is(tmp_path):

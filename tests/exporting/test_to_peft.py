@@ -129,7 +129,7 @@ def test_the_lines_of_the_card_load_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     family = FAMILIES["llama"]
     apt = keep_first(adapted(family), neurons=8)
-    to_peft(apt, "out")
+    assert to_peft(apt, "out") == "out"
     card = (tmp_path / "out" / "adapter" / "README.md").read_text()
     names = {}
     exec(card.partition("```python")[2].partition("```")[0], names)  # noqa: S102

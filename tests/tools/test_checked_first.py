@@ -66,7 +66,7 @@ def test_shrink_where_it_may_not_write(tmp_path, capsys, unloaded, option):
         (out / option.partition("/")[2]).mkdir(parents=True)
         (out / option.partition("/")[2] / "mine.txt").write_text("mine")
     assert command(letters(tmp_path), out, "--keep", "heads=2", *more) == 1
-    assert ("got the directory" if more else "output: path: expected a missing or empty directory, or an unchanged") in said(capsys)
+    assert ("got the directory" if more else "output: expected a missing or empty directory, or an unchanged") in said(capsys)
 
 
 @pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
@@ -155,7 +155,7 @@ def test_a_demo_where_it_may_not_write(tmp_path, capsys, unloaded, sources, meth
     (tmp_path / "out" / method).mkdir(parents=True)
     (tmp_path / "out" / method / "mine.txt").write_text("mine")
     assert main(["demo", "--output", str(tmp_path / "out")]) == 1
-    assert "output: path: expected a missing or empty directory" in said(capsys)
+    assert "output: expected a missing or empty directory" in said(capsys)
 
 
 def test_a_demo_of_too_few_reviews(tmp_path, capsys, unloaded, sources, monkeypatch):

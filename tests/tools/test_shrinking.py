@@ -107,11 +107,12 @@ def test_memory_is_that_of_the_model_and_its_pass(tmp_path):
     assert size < got < 1.2 * size
 
 
-def test_random_parameters_need_no_data(source, tmp_path):
+def test_random_parameters_need_no_data(source, tmp_path, capsys):
     (tmp_path / "shapes").mkdir()
     shutil.copy(source / "config.json", tmp_path / "shapes")
     arguments = ["--random", "--batch", "2", "--length", "8", "--rounds", "2", "--device", "cpu", "--json", str(tmp_path / "kept.json")]
     assert main(["shrink", str(tmp_path / "shapes"), "--keep", "heads=2", "neurons=7", "--output", str(tmp_path / "out"), *arguments]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"Written: {tmp_path / 'out' / 'model'} (smaller)")
     report = json.loads((tmp_path / "kept.json").read_text())
     assert report["random"] is True and "quality" not in report and report["devices"]["cpu"]["batches"] == [[2, 8]]
     small = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "out" / "model")

@@ -7,6 +7,7 @@ import torch
 from own_source import train
 
 from apt_ext.tools import models
+from apt_ext.tools.cli import main
 
 pytest.importorskip("jsonargparse")
 transformers = pytest.importorskip("transformers")
@@ -96,3 +97,21 @@ def test_a_model_of_the_hub(own_source, own_data, out, capsys, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **more: 1 / 0)
     assert train("owner/name", own_data, out, "--dry-run") == 1
     assert "or a model of the Hub, got owner/name, which could not be fetched: ZeroDivisionError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["page.txt", "page.htm"])
+def test_a_report_with_another_ending_is_refused(own_source, tmp_path, capsys, name):
+    assert main(["report", str(own_source), "--output", str(tmp_path / name)]) == 1
+    assert "output: expected a name that ends in .html, or a directory's without an ending" in capsys.readouterr().err
+    assert not (tmp_path / name).exists()
+
+
+def test_a_report_of_a_file_is_refused_in_words(own_data, capsys):
+    assert main(["report", str(own_data)]) == 1
+    assert f"got a file at {own_data}; `apt-ext train` makes one" in capsys.readouterr().err
+
+
+def test_a_density_out_of_reach_says_what_the_floor_is(own_source, own_data, out, capsys, unloaded):
+    assert train(own_source, own_data, out, "--density", "0.1") == 1
+    said = capsys.readouterr().err
+    assert "the floor is what always stays of a block" in said and "add a kind to prune (heads, hidden)" in said
