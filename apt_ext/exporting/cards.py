@@ -142,7 +142,7 @@ def _metadata(name: str, base: BaseModel, auto: str | None, metrics: Mapping[str
 
 
 def _summary(written: Any, base: BaseModel, origin: Origin | None) -> str:
-    of = f" of `{base.hub_name or Path(base.name).name}`" if base.name else ""
+    of = f" of `{base.title}`" if base.name else ""
     revision = f" (revision `{base.revision}`)" if base.revision else ""
     count = sum(parameter.numel() for parameter in written.parameters())
     lines = [

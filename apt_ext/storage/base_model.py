@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,9 @@ from ..common.checks import checked_int, checked_keys, checked_mapping
 
 logger = logging.getLogger("apt_ext")
 
+_GENERIC = ("model", "models", "data", "checkpoint")  # names of directories that tell nothing
+# A directory of the Hub's cache: owner, name, commit.
+_IN_CACHE = re.compile(r"models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\]([0-9a-f]{40})[/\\]?$")
 BASE, RANKS, VERSION = "base", "ranks", "apt_ext"  # in apt_config.json; files of earlier versions have none of them
 
 
@@ -36,6 +40,9 @@ class BaseModel:
     def of(cls, model: nn.Module) -> BaseModel:
         """The one that `model` is, or was before adapters came."""
         name = getattr(getattr(model, "config", None), "_name_or_path", None) or None
+        cached = _IN_CACHE.search(name) if name else None
+        if cached is not None:
+            return cls(type(model).__name__, f"{cached[1]}/{cached[2]}", cached[3])
         return cls(type(model).__name__, name, _revision(model.config, name) if name else None)
 
     @classmethod
@@ -70,6 +77,17 @@ class BaseModel:
         """Its name where that is one of the Hub's, and no directory."""
         name = self.name
         return name if name and name.count("/") <= 1 and not name.startswith((".", "/", "~")) and not Path(name).exists() else None
+
+    @property
+    def title(self) -> str | None:
+        """Its name for people: the Hub's, that of an installed package that holds it, or its directory's."""
+        parts = Path(self.name or "").parts
+        if self.hub_name or not parts:
+            return self.hub_name
+        packages = next((i for i, part in enumerate(parts) if part in ("site-packages", "dist-packages")), len(parts) - 1)
+        if packages + 1 < len(parts):
+            return parts[packages + 1].replace("_", "-")
+        return "/".join(parts[-2:]) if parts[-1] in _GENERIC and len(parts) > 1 else parts[-1]
 
 
 def about(model: nn.Module) -> dict[str, Any]:

