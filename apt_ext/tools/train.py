@@ -45,6 +45,7 @@ from .train_checks import (
 from .train_options import TrainOptions, resuming
 from .train_run import (
     arguments,
+    check_optimizer,
     evaluations,
     kept_of,
     load_distiller,
@@ -134,6 +135,7 @@ def _train(options: TrainOptions, output: Path, words: Sequence[str]) -> dict[st
     record |= {"class": type(empty).__name__, "config": task.config(), "steps": steps}
     checkpoint = checkpoint_of(output, record) if options.resume else None
     run = _Run(options, path, kind, task, tokenizer, arguments(options, task, output / CHECKPOINTS), steps, output, words)
+    check_optimizer(options, run.given)
     check_controller(empty, config, options, steps)
 
     _say_no_page()

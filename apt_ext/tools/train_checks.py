@@ -56,14 +56,14 @@ def checkpoint_of(output: Path, record: dict[str, Any]) -> Path:
         found = [one for one in found if (one / DISTILLER / state_directory.MANIFEST_FILE).is_file()]
     if not found:
         raise Missing(f"resume: expected a checkpoint in {output / CHECKPOINTS}, found none; leave --resume out, and it begins anew")
-    damages = []
+    damages: list[tuple[str, str]] = []
     for one in reversed(found):
-        damage = _damage_of(one)
-        if damage is None:
-            for said in damages:
-                logger.warning("%s; %s is skipped, %s is whole and taken", *said, one.name)
+        found_damage = _damage_of(one)
+        if found_damage is None:
+            for damage, name in damages:
+                logger.warning("%s; %s is skipped, %s is whole and taken", damage, name, one.name)
             return one
-        damages.append((damage, one.name))
+        damages.append((found_damage, one.name))
     said = "; ".join(damage for damage, _ in damages)
     raise Missing(
         f"resume: expected a whole checkpoint in {output / CHECKPOINTS}, got {said}; empty {output} and begin anew without --resume"

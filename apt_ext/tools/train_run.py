@@ -18,6 +18,7 @@ import apt_ext
 
 from ..config import nearest
 from ..method import Distiller
+from ..optim.initial_state import state_starts
 from ..storage import state_directory
 from .data import Missing, Misuse
 from .messages import logger
@@ -103,6 +104,23 @@ def arguments(options: TrainOptions, task: Learned, output: Path) -> Any:
     if given.n_gpu > 1:
         raise Missing(f"device: expected one GPU, got {given.n_gpu}; choose one, as with CUDA_VISIBLE_DEVICES=0 before the command")
     return given
+
+
+def check_optimizer(options: TrainOptions, given: Any) -> None:
+    """Missing for an optimizer whose package is not there, or whose state cannot follow ranks that grow, which the Controller refuses."""
+    try:
+        kind, more = transformers_offline().Trainer.get_optimizer_cls_and_kwargs(given)
+        one = kind([torch.nn.Parameter(torch.zeros(1))], **more)
+    except ImportError as error:
+        raise Missing(f"trainer.optim: {' '.join(str(error).split())}") from error
+    except Exception:  # it wants the model itself, which is not there yet
+        return
+    if options.growth > 1 and options.max_rank is None and state_starts(one) is None:
+        name = getattr(given.optim, "value", given.optim)
+        raise Missing(
+            f"trainer.optim: expected one whose state can follow ranks that grow (adamw_torch, sgd), got {name}; reserve the room "
+            f"with --max-rank {4 * options.rank}, or let no rank grow with --growth 1"
+        )
 
 
 def _check_integrations(names: list[str]) -> None:

@@ -33,6 +33,7 @@ def unloaded(monkeypatch):
         (["--trainer.lr_scheduler_type", "foo"], 2, "trainer: foo is not a valid SchedulerType"),
         (["--trainer.output_dir", "x"], 2, "trainer: expected --output DIR, which is where checkpoints go"),
         (["--label-column", "lable"], 1, "expected a column 'lable' in"),
+        (["--trainer.optim", "adafactor"], 1, "got adafactor; reserve the room with --max-rank 32, or let no rank grow"),
         (["--device", "cuda"], 1, "device: expected a CUDA device that torch can use, found none"),
         (["--resume"], 1, "resume: expected a run of apt-ext train in"),
     ],
@@ -115,3 +116,8 @@ def test_a_density_out_of_reach_says_what_the_floor_is(own_source, own_data, out
     assert train(own_source, own_data, out, "--density", "0.1") == 1
     said = capsys.readouterr().err
     assert "the floor is what always stays of a block" in said and "add a kind to prune (heads, hidden)" in said
+
+
+@pytest.mark.parametrize("more", [["--max-rank", "16"], ["--growth", "1"]], ids=lambda more: more[0])
+def test_what_is_advised_for_adafactor_works(own_source, own_data, out, more):
+    assert train(own_source, own_data, out, "--trainer.optim", "adafactor", "--max-steps", "8", *more, "--dry-run") == 0
