@@ -10,6 +10,7 @@ from typing import Any
 
 from ..config import APTConfig
 from ..method.outlook import check_settings
+from ..method.schedule import Steps
 from ..storage import checkpoint as saved
 from ..storage import state_directory
 from ..wrapping.build import match
@@ -22,6 +23,7 @@ from .train_options import TrainOptions, dashed
 RECORD, CHECKPOINTS, MODEL, TEACHER, REPORT = "run.json", "checkpoints", "model", "teacher", "report.html"
 DISTILLER = "distiller"  # in a checkpoint
 _OF_TRAINER = ("optimizer.pt", "scheduler.pt", "rng_state.pth")  # in a checkpoint, beside the model
+_FEW = 100  # steps before the last event, below which a run is too short to prune
 _LENGTH = 128  # tokens of a sequence that a budget of FLOPs is of
 
 
@@ -142,6 +144,13 @@ def check_controller(empty: Any, config: APTConfig, options: TrainOptions, steps
         chosen = check_settings(empty, config, steps, length=options.length or _LENGTH, **given)
     except (TypeError, ValueError) as error:
         raise Missing(str(error)) from error
+    if config.density < 1.0 and (last := Steps.of(options.schedule, steps).end) < _FEW:
+        logger.warning(
+            "the run has %d steps, %d of them before pruning ends: too few to measure which blocks matter and to learn "
+            "again what is lost. 500 steps or more are a good start (--epochs or --max-steps; docs/choosing.md)",
+            steps,
+            last,
+        )
     if config.density == 1.0:
         logger.warning("density is 1, so nothing is pruned; ranks grow")
     elif config.prune is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +36,26 @@ def table(report: dict[str, Any]) -> str:
         notes.append(f"Speed: {on['device']}{threads}, {on['dtype']}, the two models in turn.")
     places = [f"{report['output']}/{MODEL} (loaded by {report['loaded by']})"]
     places += [report["report"]] if report["report"] else []
-    return "\n".join([*lines, *notes, f"Written: {', '.join(places)}."])
+    bad = _worse(report)
+    warning = [f"Warning: {bad}; begin anew with a smaller --learning-rate, more steps or a higher --density."] if bad else []
+    return "\n".join([*lines, *notes, f"Written: {', '.join(places)}.", *warning])
+
+
+def _worse(report: dict[str, Any]) -> str | None:
+    """What tells that the run has failed, in words; None where nothing does.
+
+    Of a language model the score is not compared: it knew much before, and what is pruned costs some of it.
+    """
+    before, after, measure = report["before"]["scores"], report["after"]["scores"], report["measure"]
+    losses = [entry["loss"] for entry in report["losses"] if "loss" in entry]
+    if not all(map(math.isfinite, (*losses, after.get("loss", 0.0)))):
+        return "the loss is not finite, so the model has learned nothing"
+    if losses and (end := statistics.fmean(losses[-3:])) > 1.05 * losses[0]:
+        return f"the training loss rose from {losses[0]:.4g} to {end:.4g}"
+    old, new = before.get(measure), after.get(measure)
+    if measure != "perplexity" and old is not None and new is not None and (new > old if measure == "rmse" else new < old):
+        return f"the {measure} is worse than before training"
+    return None
 
 
 def _range(counts: Sequence[int]) -> str:

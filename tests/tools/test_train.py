@@ -11,6 +11,7 @@ from small_source import letters
 import apt_ext
 from apt_ext.tools import train as command
 from apt_ext.tools.cli import main
+from apt_ext.tools.train_table import table as train_table
 
 pytest.importorskip("jsonargparse")
 transformers = pytest.importorskip("transformers")
@@ -102,6 +103,32 @@ def test_text_becomes_a_smaller_language_model(tmp_path, out, capsys):
     assert "its end token '[END]' pads" in shown.err
     small = stock(out / "model", "AutoModelForCausalLM")
     assert small.config.intermediate_size < 20
+
+
+def test_a_run_that_diverged_is_told_with_the_remedy(own_source, own_data, out, capsys):
+    assert train(own_source, own_data, out, "--epochs", "4", "--learning-rate", "50") == 0
+    shown = capsys.readouterr()
+    last = shown.out.splitlines()[-1]
+    assert last.startswith("Warning: the training loss rose from 0.69") and "a smaller --learning-rate" in last
+    assert shown.err.count("8 of them before pruning ends: too few") == 1
+
+
+@pytest.mark.parametrize(
+    ("measure", "before", "after", "losses", "said"),
+    [
+        ("accuracy", 0.5, 0.9, [0.7, 0.3], None),
+        ("accuracy", 0.5, 0.4, [0.7, 0.3], "the accuracy is worse than before training"),
+        ("rmse", 1.0, 2.0, [0.7, 0.3], "the rmse is worse than before training"),
+        ("perplexity", 20.0, 30.0, [3.0, 2.9], None),
+        ("perplexity", 20.0, 30.0, [3.0, float("nan")], "the loss is not finite"),
+    ],
+)
+def test_what_tells_that_a_run_has_failed(measure, before, after, losses, said):
+    sides = [{"scores": {"loss": 1.0, measure: value}, "parameters": 2, "bytes": 8} for value in (before, after)]
+    report = {"before": sides[0], "after": sides[1], "measure": measure, "losses": [{"loss": loss} for loss in losses]}
+    report |= {"kept": {}, "speed": None, "seconds": 1, "output": "out", "loaded by": "Bert", "report": None}
+    last = train_table(report).splitlines()[-1]
+    assert last.startswith(f"Warning: {said}" if said else "Written: ")
 
 
 def test_a_regression_of_pairs(own_source, tmp_path, out, capsys):
