@@ -283,6 +283,8 @@ def _advice(run: _Run) -> Iterator[None]:
     except BaseException as error:
         begun = bool(checkpoints(run.output))
         advice = f"go on with: {resuming(run.words)}" if begun else "there is no checkpoint yet: the same command begins anew"
+        if "finite" in str(error):  # the same command would come here again
+            advice = "training has diverged; begin anew with a smaller --learning-rate, in another --output"
         if isinstance(error, Stopped):
             error.advice = f"; {advice}"
         else:

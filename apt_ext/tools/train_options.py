@@ -51,19 +51,23 @@ class TrainOptions:
     encoding: str = _option("utf-8", "of the files")
     length: int | None = _option(None, "most tokens of a row (128); tokens of a block of text (256)")
     # what is left
-    prune: list[Literal["heads", "neurons", "hidden"]] | None = _option(None, "kinds of blocks (what a stock config can store)")
+    prune: list[Literal["heads", "neurons", "hidden"]] | None = _option(
+        None, "kinds of blocks, which go as a whole (what a stock config can store)"
+    )
     density: float = _option(0.5, "share of the layers' parameters that stays; 1 prunes nothing")
-    schedule: Schedule = _option(Schedule(), "when blocks are pruned and ranks grow; a float is a share of all steps")
+    schedule: Schedule = _option(Schedule(), "when blocks are pruned and ranks grow, at so many events; a float is a share of all steps")
     round_to: int = _option(8, "neurons and hidden dimensions go in groups of so many")
     uniform: bool = _option(True, "every layer keeps the same number of each kind, as stock configs can say")
     budget: Literal["parameters", "flops", "memory"] = _option("parameters", "what density is a share of")
     joint: bool = _option(True, "kinds compete; false: each keeps the same share")
-    floor: int = _option(1, "chunks that always stay in every block")
+    floor: int = _option(1, "chunks (a head, or --round-to neurons) that always stay in every block (layer and kind)")
     export: Literal["stock", "per_layer"] = _option("stock", "per_layer: other widths in each layer, for apt_ext.load_export")
     growth: float = _option(4.0, "adapter parameters at the end over those at the start; 1 lets no rank grow")
-    decay: float = _option(0.85, "of the moving averages of salience")
+    decay: float = _option(0.85, "of the moving averages of salience, which is how much a block matters to the loss")
     kurtosis: float | None = _option(None, "weight of outliers in the salience (1 for decoders, 0 else)")
-    shrink: Literal["cut", "compact", "none"] | None = _option(None, "what becomes of what is pruned while it trains (cut)")
+    shrink: Literal["cut", "compact", "none"] | None = _option(
+        None, "what is pruned is cut out (cut), left out of the arithmetic and kept in memory (compact), or set to zero (none)"
+    )
     # adapters
     rank: int = _option(8, "of each adapter at the start")
     lora_alpha: float = _option(16.0, "the scaling is lora-alpha / rank")

@@ -113,6 +113,12 @@ def test_a_run_that_diverged_is_told_with_the_remedy(own_source, own_data, out, 
     assert shown.err.count("8 of them before pruning ends: too few") == 1
 
 
+def test_a_run_whose_numbers_overflow_is_not_told_to_go_on(own_source, own_data, out, capsys):
+    assert train(own_source, own_data, out, "--learning-rate", "1e30") == 1
+    said = capsys.readouterr().err
+    assert "training has diverged; begin anew with a smaller --learning-rate" in said and "--resume" not in said
+
+
 @pytest.mark.parametrize(
     ("measure", "before", "after", "losses", "said"),
     [
