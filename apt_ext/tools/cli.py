@@ -168,7 +168,7 @@ def _shrink(options: argparse.Namespace) -> None:
 def _train(options: argparse.Namespace) -> None:
     """Options of `train` are jsonargparse's, which only it needs."""
     from .train import train
-    from .train_options import parsed
+    from .train_options import in_options, parsed
     from .train_table import table as train_table
 
     words = [word for word in options.words if word != "--debug"]
@@ -176,7 +176,7 @@ def _train(options: argparse.Namespace) -> None:
     try:
         report = train(settings, words)
     except ValueError as error:
-        raise Missing(str(error)) from error
+        raise Missing(in_options(str(error))) from error
     if report is None:
         return
     print(train_table(report))

@@ -18,7 +18,7 @@ from .data import Missing, Misuse
 from .messages import logger
 from .models import class_of, load_tokenizer, transformers_offline
 from .places import check_export, read_json
-from .train_options import TrainOptions, dashed
+from .train_options import TrainOptions, dashed, in_options
 
 RECORD, CHECKPOINTS, MODEL, TEACHER, REPORT = "run.json", "checkpoints", "model", "teacher", "report.html"
 DISTILLER = "distiller"  # in a checkpoint
@@ -143,7 +143,7 @@ def check_controller(empty: Any, config: APTConfig, options: TrainOptions, steps
         match(empty, config)  # the names of modules
         chosen = check_settings(empty, config, steps, length=options.length or _LENGTH, **given)
     except (TypeError, ValueError) as error:
-        raise Missing(str(error)) from error
+        raise Missing(in_options(str(error))) from error
     if config.density < 1.0 and (last := Steps.of(options.schedule, steps).end) < _FEW:
         logger.warning(
             "the run has %d steps, %d of them before pruning ends: too few to measure which blocks matter and to learn "

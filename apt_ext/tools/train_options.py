@@ -28,6 +28,8 @@ _WORD = "MODEL"  # an option of its own, because a positional word that is not g
 _PLACES = ("model", "data", "validation_data")  # a resumed run compares what is in them
 _NOT_COMPARED = (*_PLACES, "output", "resume", "dry_run", "json", "report_to", "workers", "rounds", "device")
 _WRONG = re.compile(r'Parser key "([^"]*)"[^:]*: .*?(?:Got|Given) value: (.*)')
+_LIST = re.compile(r"\b(prune)=\[([^\]]*)\]")
+_KEYWORD = re.compile(r"\b(export|uniform|joint|growth|max_rank|shrink|budget|floor|round_to)='?([\w.]+)'?")
 _PLAIN = {int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -120,6 +122,13 @@ class TrainOptions:
 def dashed(name: str) -> str:
     """The option of a field."""
     return "--" + name.replace("_", "-")
+
+
+def in_options(text: str) -> str:
+    """An error of the package in the words of this command: `export='per_layer'` becomes `--export per_layer`."""
+    text = _LIST.sub(lambda found: " ".join([dashed(found[1]), *re.findall(r"\w+", found[2])]), text.replace("max_rank=...", "max_rank=N"))
+    text = re.sub(r"APTConfig\((\w+=[^()]*)\)", r"\1", text)
+    return _KEYWORD.sub(lambda found: f"{dashed(found[1])} {found[2].lower() if found[2] in ('True', 'False') else found[2]}", text)
 
 
 def parsed(words: Sequence[str]) -> TrainOptions:

@@ -7,7 +7,7 @@ import pytest
 
 from apt_ext import APTConfig, Controller, Schedule
 from apt_ext.tools.cli import main
-from apt_ext.tools.train_options import TrainOptions, parsed, resuming
+from apt_ext.tools.train_options import TrainOptions, in_options, parsed, resuming
 
 pytest.importorskip("jsonargparse")
 NEEDED = ["m", "--data", "a.csv", "--output", "out"]
@@ -146,3 +146,16 @@ def test_help_of_every_command_has_an_example(capsys):
             main([name, "--help"])
         shown = capsys.readouterr().out
         assert ended.value.code == 0 and f"example:\n  apt-ext {name}" in shown, shown
+
+
+@pytest.mark.parametrize(
+    ("said", "shown"),
+    [
+        ("prune=['heads', 'neurons'] with uniform=True", "--prune heads neurons with --uniform true"),
+        ("reserve the rows with APTConfig(max_rank=...), or growth=1", "reserve the rows with --max-rank N, or --growth 1"),
+        ("so would export='per_layer'", "so would --export per_layer"),
+        ("expected head_dim=8, got num_heads = 3", "expected head_dim=8, got num_heads = 3"),
+    ],
+)
+def test_errors_of_the_package_are_told_in_options(said, shown):
+    assert in_options(said) == shown

@@ -24,7 +24,7 @@ def unloaded(monkeypatch):
     ("more", "status", "said"),
     [
         (["--density", "0.1"], 1, "density: expected at least"),
-        (["--prune", "heads", "--density", "0.9"], 1, "prune=['neurons'] with uniform=True would pass, and so would export='per_layer'"),
+        (["--prune", "heads", "--density", "0.9"], 1, "--prune neurons with --uniform true would pass, and so would --export per_layer"),
         (["--target-modules", "q_proj"], 1, "target_modules: expected names of modules of this model, got 'q_proj'"),
         (["--max-steps", "1"], 1, "schedule: expected start + warm_up < end"),
         (["--length", "999"], 1, "length: expected at most the 32 positions"),
