@@ -3,7 +3,9 @@
 try:
     import transformers as _transformers  # noqa: F401  # asked first, for an error in words
 except ImportError as error:
-    raise ImportError('apt_ext.hf needs transformers: python -m pip install "apt_ext[hf]"') from error
+    from ..common.extras import lacking
+
+    raise ImportError(lacking("apt_ext.hf", "transformers", error)) from error
 
 from .callback import APTCallback
 from .trainer import APTTrainer
