@@ -153,7 +153,7 @@ def _own_entries(adapter: APTAdapter, state: Mapping[str, Any], prefix: str) -> 
     """The adapter's own entries, with the factors of rank 0: accelerate leaves them out, for empty tensors seem to share memory."""
     own = _entries(state, prefix)
     rank = own.get("rank")
-    if isinstance(rank, Tensor) and rank.numel() == 1 and int(rank) == 0 and not _SEED_NAMES.keys() & own.keys():
+    if isinstance(rank, Tensor) and rank.numel() == 1 and bool(rank == 0) and not _SEED_NAMES.keys() & own.keys():
         like = adapter.lora_A
         empty = {"lora_A": like.new_empty(0, adapter.in_features), "lora_B": like.new_empty(adapter.out_features, 0)}
         own |= {name: value for name, value in empty.items() if name not in own and not adapter.max_rank}
