@@ -256,5 +256,10 @@ def check_settings(
     Steps.of(config.schedule, steps)
     outlook = chosen(config, blocks, outlook_of)
     outlook.check_density()
-    check_export(outlook, export)
+    try:
+        check_export(outlook, export)
+    except ValueError:
+        if config.prune is None and any(block.kind == "neurons" for block in blocks.values()):
+            outlook_of(replace(config, prune=["neurons"])).check_density()  # says how far what stock configs can store would go
+        raise
     return outlook.config

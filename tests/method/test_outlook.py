@@ -14,7 +14,7 @@ from apt_ext import APTConfig, Controller, export, get_apt_model, plan, shrink
 from apt_ext.exporting.directories import expressed
 from apt_ext.method import Products, search
 from apt_ext.method.oneshot import pruned_kinds
-from apt_ext.method.outlook import Outlook
+from apt_ext.method.outlook import Outlook, check_settings
 from apt_ext.method.select.search import Group
 from apt_ext.pruning.architectures.lookup import ARCHITECTURES
 from apt_ext.pruning.cost import cost_of
@@ -251,3 +251,14 @@ def test_a_density_that_is_the_floor_to_rounding_is_reached():
     outlook(math.nextafter(share, 0.0)).check_density()
     with pytest.raises(ValueError, match="density: expected at least"):
         outlook(share * (1 - 1e-9)).check_density()
+
+
+def test_what_a_stock_config_can_store_is_asked_of_settings_that_name_no_kinds():
+    """Not told is a kind that nobody asked for."""
+    model = FAMILIES["bert"].model()
+    settings = (16, "stock", "parameters", 128, 1, True)
+    assert check_settings(model, APTConfig(density=0.9, round_to=4), *settings).prune == ["neurons"]
+    with pytest.raises(ValueError, match=r"density: expected at least 0\.\d+.* \['neurons'\] alone are pruned, got 0\.45"):
+        check_settings(model, APTConfig(density=0.45, round_to=4), *settings)
+    with pytest.raises(ValueError, match="export: "):
+        check_settings(model, APTConfig(density=0.5, round_to=4, prune=["heads", "neurons"]), *settings)
