@@ -10,12 +10,7 @@ _POWERS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 def count(value: float | None) -> str:
     """Write 22_713_216 as "22.7 M"; "–" for None."""
-    if value is None:
-        return NONE
-    for power, sign in _POWERS:
-        if abs(value) >= power:
-            return f"{_short(value / power)} {'B' if sign == 'G' else sign}"
-    return f"{value:,.0f}"
+    return _with_unit(value, "", giga="B")
 
 
 def size(value: float | None) -> str:
@@ -61,13 +56,13 @@ def span(numbers: Sequence[int]) -> str:
     return f"{least:,}" if least == most else f"{least:,}–{most:,}"
 
 
-def _with_unit(value: float | None, unit: str) -> str:
+def _with_unit(value: float | None, unit: str, giga: str = "G") -> str:
     if value is None:
         return NONE
     for power, sign in _POWERS:
         if abs(value) >= power:
-            return f"{_short(value / power)} {sign}{unit}"
-    return f"{value:,.0f} {unit}"
+            return f"{_short(value / power)} {giga if sign == 'G' else sign}{unit}"
+    return f"{value:,.0f} {unit}".rstrip()
 
 
 def _short(value: float) -> str:
