@@ -15,6 +15,7 @@ from .model import APTModel, adapter_parameters, adapters, get_apt_model
 from .optim.hold_pruned import hold_pruned
 from .pruning.architectures.lookup import Architecture, BlockRule, Layers, Side, Stream, register_architecture
 from .reporting.writing import report
+from .steps.graphed import GraphedStep
 from .storage.per_layer import load_export
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Architecture",
     "BlockRule",
     "Controller",
+    "GraphedStep",
     "Growth",
     "Layers",
     "Plan",

@@ -126,6 +126,7 @@ void bind_salience_hook(py::module& m) {
            py::arg("position") = py::none(), py::call_guard<py::gil_scoped_release>())
       .def_property_readonly("heard", &SalienceHook::has_gradients)
       .def("sums", &SalienceHook::sums, py::call_guard<py::gil_scoped_release>())
+      .def("add", &SalienceHook::add, py::arg("found"), py::call_guard<py::gil_scoped_release>())
       .def("forget", &SalienceHook::reset, py::call_guard<py::gil_scoped_release>());
 }
 

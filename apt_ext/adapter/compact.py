@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, cuda, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from ..common import own_capture
 from ..common.checks import checked_bool, checked_choice
 from ..distributed.dtensor import is_sharded
 from ..ops import dropped
@@ -248,7 +249,7 @@ class Packing:
         assert mask is not None
         if mask.is_cpu:
             adapter.see_written_masks()
-        elif mask.is_cuda and cuda.is_current_stream_capturing():
+        elif mask.is_cuda and cuda.is_current_stream_capturing() and not own_capture.is_recording():
             kept.note_capture()
         return self.current or kept
 

@@ -12,6 +12,7 @@ from torch import Tensor, cuda
 from torch.compiler import is_compiling
 
 from .. import _C
+from ..common import own_capture
 from ..common.checks import on_host
 from .recompute_check import version
 
@@ -106,7 +107,12 @@ class PlacedMasks:
 
     torch counts the writes into a buffer, so what others write there is noticed. A write through `.data`, NumPy or a
     pointer is not counted: on the CPU the values are looked at in each forward, on a device at the next event.
+
+    moving  on a device the masks take part even where they are ones, because they are about to move: the arithmetic, and a graph that was
+            captured of it, then stay the same while they do
     """
+
+    moving = False
 
     def __init__(self, ones: Mapping[str, bool], buffers: Buffers) -> None:
         self.names = tuple(ones)
@@ -156,7 +162,8 @@ class PlacedMasks:
         """The overrides, else the masks, or None for one known to be all ones; and whether a write on the CPU was found.
 
         A mask of ones costs nothing, and no device is asked. A compiled or captured graph outlives this knowledge, so
-        there the masks always take part. The version counter notices a mask written by others (DDP broadcasts buffers).
+        there the masks always take part, unless its owner captures it anew when this changes (`own_capture`). The
+        version counter notices a mask written by others (DDP broadcasts buffers).
         """
         own_in, own_out = buffers["mask_in"], buffers["mask_out"]
         assert own_in is not None and own_out is not None
@@ -172,7 +179,7 @@ class PlacedMasks:
                 elif own_in.is_cpu:
                     if not _C.all_ones(own_in if ones_in else None, own_out if ones_out else None):
                         return mask_in, mask_out, True
-                elif own_in.is_cuda and cuda.is_current_stream_capturing():
+                elif own_in.is_cuda and (self.moving or cuda.is_current_stream_capturing() and not own_capture.is_recording()):
                     ones_in = ones_out = False
         if mask_in is None and not ones_in:
             mask_in = own_in

@@ -6,9 +6,10 @@ from collections.abc import Collection, Mapping
 
 from torch import Tensor
 
+from ..adapter.carrier import MaskCarrier
 from ..model import APTModel
 from ..pruning.architectures.lookup import Block, Blocks, origin_of
-from ..pruning.block_masks import host_mask
+from ..pruning.block_masks import host_mask, submodule
 
 
 class BlockRecord:
@@ -37,6 +38,17 @@ class BlockRecord:
     def note_live(self) -> None:
         """What has a mask of 0 now stays out."""
         self.live = {name: mask != 0 for name, mask in self.masks.items()}
+
+    def let_take_part(self, active: bool) -> None:
+        """While one of the masks that are pruned moves, let all of them take part in the arithmetic on a device, ones as well.
+
+        From step to step other masks begin to move: the arithmetic stays the same meanwhile, and so does a graph that was captured of it.
+        """
+        moving = active and any(bool((self.masks[name] != 1).any()) for name in self._pruned)
+        for name in {side.module for block in self._pruned.values() for side in block.sides if side.acts}:
+            carrier = submodule(self._model.model, name)
+            if isinstance(carrier, MaskCarrier):
+                carrier.placed.moving = moving
 
     def everything_is_kept(self) -> bool:
         """Whether there is nothing that is out."""

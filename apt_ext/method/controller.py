@@ -8,6 +8,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from .refusals import (
     check_held,
     check_place,
     check_state,
+    checked_log,
     checked_scores,
     gradients_came,
     refuse_second,
@@ -153,8 +155,7 @@ class Controller:
             checked_bool("joint", joint)
             if shrink is not None:
                 checked_choice("shrink", shrink, MODES)
-            if log is not None and not callable(log):
-                raise TypeError(f"log: expected a function of one line, or None, got {type(log).__name__}")
+            checked_log(log)
             inner, blocks = self.model.model, self.model.blocks
             if kurtosis is None:
                 row = blocks.row
@@ -297,6 +298,7 @@ class Controller:
         self._stepped = self._taken = False
         if self.now == self.steps.end:
             self._tell_model()
+            self._record.let_take_part(False)
             self.scores.salience.remove()
         if threshold is not None:
             self._note_event(threshold)
@@ -319,6 +321,7 @@ class Controller:
 
     def remove(self) -> None:
         """Take every hook off the model and the optimizer; masks and ranks stay as they are."""
+        self._record.let_take_part(False)
         self.scores.salience.remove()
         while self._handles:
             self._handles.pop().remove()
@@ -387,6 +390,7 @@ class Controller:
         if cut is not None:
             self.model.make_cut(cut)
             self._follow_cut("step")
+        self._record.let_take_part(self.now < self.steps.end)
         self.ranks.grow(ranks, self.optimizer, self.generator)
 
     def _next_masks(self, hard: bool) -> tuple[dict[str, Tensor], float]:
@@ -418,13 +422,9 @@ class Controller:
         self._compacted = True
 
     def _note_event(self, threshold: float) -> None:
-        counts, ranks = self._record.counts(), self.ranks.ranks()
-        self.history.append(event(self.now, self.density, counts, ranks, self.adapter_parameters, threshold))
-        words = line(self.history[-1], self.config.density, self.blocks)
-        if self.log is None:
-            logger.info("%s", words)
-        else:
-            self.log(words)
+        kept, ranks = self._record.counts(), self.ranks.ranks()
+        self.history.append(event(self.now, self.density, kept, ranks, self.adapter_parameters, threshold))
+        (self.log or partial(logger.info, "%s"))(line(self.history[-1], self.config.density, self.blocks))
 
     # -- stop and go on ----------------------------------------------------------------------------------------------
 
@@ -480,6 +480,7 @@ class Controller:
         self.generator.set_state(state["generator"].cpu())
         self.now, self.history = state["step"], history
         self._record.masks, self._record.live = masks, {name: live.cpu().clone() for name, live in state["live"].items()}
+        self._record.let_take_part(self.now < self.steps.end)
         self._initial = state["initial"]["density"]
         self.ranks.begin(state["initial"]["ranks"])
         self._observed, self._stepped, self._taken, self._since = False, False, False, 0

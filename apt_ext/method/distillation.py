@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..adapter.layer import APTAdapter
+from ..common import own_capture
 from ..common.checks import checked_int, checked_mapping, checked_number, checked_seed
 from ..distributed.dtensor import is_sharded
 from ..model import APTModel, adapters
@@ -178,6 +179,8 @@ class Distiller:
             raise TypeError(f"progress: expected a number, got {type(progress).__name__}")
         if math.isnan(progress):
             raise ValueError("progress: expected a number, got NaN")
+        if own_capture.is_recording():
+            raise RuntimeError("loss: a Distiller follows the progress of a run and draws layers on the host, which no graph does")
         mu = min(max(progress, 0.0), 1.0)
         if self.teacher is None or mu == 0.0:
             task: Tensor = _wanted(outputs, "loss")

@@ -113,6 +113,12 @@ def gradients_came(adapters: Collection[APTAdapter], listened: bool, heard: bool
     return True
 
 
+def checked_log(log: Any) -> None:
+    """TypeError unless a line can be logged by `log`."""
+    if log is not None and not callable(log):
+        raise TypeError(f"log: expected a function of one line, or None, got {type(log).__name__}")
+
+
 def checked_scores(call: str, scores: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """`scores` {block: [count], on the host}; RuntimeError where choosing by them would be chance: one is not finite, or all are 0."""
     every = torch.cat(list(scores.values()))

@@ -147,7 +147,12 @@ class MaskedNorm(StreamCarrier):
 
     def derived(self, mask_out: Tensor) -> dict[str, Tensor | None]:
         kept = mask_out.nonzero().flatten()
-        return {"kept": None if len(kept) == len(mask_out) else kept.to(self.mask_out.device)}
+        if len(kept) == len(mask_out):
+            return {"kept": None}
+        there = self.kept  # while masks move a captured graph reads it
+        if there is not None and there.device == self.mask_out.device and torch.equal(on_host(there), on_host(kept)):
+            return {"kept": there}
+        return {"kept": kept.to(self.mask_out.device)}
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., width] -> the same shape, 0 in pruned dimensions."""

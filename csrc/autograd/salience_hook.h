@@ -27,8 +27,10 @@ class SalienceHook : public std::enable_shared_from_this<SalienceHook> {
   bool has_gradients() const;
   void reset();
 
- private:
+  // Add to the sums what came with another gradient: as many, of the same shapes.
   void add(std::vector<Tensor> found);
+
+ private:
   bool is_new(const Tensor& h);
 
   const bool is_signed_;

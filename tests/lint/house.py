@@ -20,7 +20,7 @@ PACKAGE = ROOT / "apt_ext"
 # From the ground up. A room is a folder, or one of the files beside them.
 ROOMS = (
     "_version _load common distributed optim reference ops adapter config pruning storage wrapping model exporting "
-    "method reporting hf structure __init__ tools __main__"
+    "method steps reporting hf structure __init__ tools __main__"
 ).split()
 # What torch calls so, of modules, tensors and hooks.
 TORCH = {"_C", "_apply", "_buffers", "_modules", "_parameters", "_version"}

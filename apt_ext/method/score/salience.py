@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -69,9 +70,11 @@ class Salience:
         # {(site, kind): why padding counted there} since the last update
         self._doubts: dict[tuple[str, str], str] = {}
         self._said: set[str] = set()  # kinds that a warning has said
+        self._model = weakref.ref(model)
         self._handles: list[RemovableHandle] = self._passes.hooks()
         for name, (module, _) in sites.items():
             self._handles.append(module.register_forward_pre_hook(ModuleHook(module, self._hearer(name))))
+        _listening.add(self)
         _forget_compiled()
 
     @property
@@ -131,6 +134,10 @@ class Salience:
         """Of |H|, |dL/dH| and, if signed, H, [channels] each, of the sites where a gradient has come since the last update."""
         found = {name: listener.sums() for name, listener in self._listeners.items()}
         return {name: sums for name, sums in found.items() if sums}
+
+    def listeners_in(self, modules: Collection[nn.Module]) -> list[_C.Listener]:
+        """What listens in one of `modules`, if the hooks are there."""
+        return list(self._listeners.values()) if self.listening and self._model() in modules else []
 
     def forget(self) -> None:
         """What came since the last update does not count."""
@@ -231,6 +238,15 @@ class Salience:
         self._scores.replace(state["scores"])
         self._means.replace(state["means"])
         self.forget()
+
+
+_listening: weakref.WeakSet[Salience] = weakref.WeakSet()
+
+
+def listeners_in(model: nn.Module) -> list[_C.Listener]:
+    """Return everything that listens to `model` or to a module within it."""
+    modules = set(model.modules())
+    return [listener for one in list(_listening) for listener in one.listeners_in(modules)]
 
 
 def _forget_compiled() -> None:

@@ -1,0 +1,1 @@
+"""Whole training steps: forward and backward as one CUDA graph."""
