@@ -13,6 +13,8 @@ from .. import _C
 from ..common import own_capture
 from .batches import signature, with_tensors
 
+_HELD = "legacy stream"  # in CUDA's words where a node of an earlier forward joins the capture
+
 Lines = Callable[[Any], Any]  # of a batch: forward and backward; what comes back is detached
 
 
@@ -93,6 +95,8 @@ class Recording:
                 raise
             first = cause[0] if cause else error
             words = str(first).strip().split("\n", 1)[0]
+            if _HELD in words:
+                words += "; a loss or outputs of an earlier forward still hold its graph of autograd: detach them, or let go of them"
             raise CaptureFailed(f"capturing it failed with {type(first).__name__}: {words}") from first
 
     def replay(self, batch: Any, device: torch.device) -> Any:

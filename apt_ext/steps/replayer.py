@@ -19,7 +19,8 @@ from .standing import Standing
 logger = logging.getLogger("apt_ext")
 
 _SEEN = 256  # shapes that came once and are remembered
-_TRIES = 3  # failed captures in a row after which none is tried any more
+_TRIES = 2  # failed captures after which a shape runs eagerly
+_FAILURES = 4  # failed captures in a row after which none is tried any more
 _RESTLESS = 10  # calls in a row that each found another model
 
 # Forward and backward of (inputs, batch, what is the same for all batches of a graph). The list, if there is one, is filled with the
@@ -100,7 +101,7 @@ class Replayer:
             return self._tell(f"{why}")
         named: Mapping[str, Any] = inputs[0] if not batch and len(inputs) == 1 and isinstance(inputs[0], Mapping) else batch
         key = (told, fixed, is_padded(named))
-        if key in self._unfit or self._failures >= _TRIES:
+        if key in self._unfit or self._failures >= _FAILURES:
             return self._tell(self._unfit.get(key, self._failure))
         if key not in self._recordings and len(self._recordings) >= self.shapes:
             self._tell(f"batches of more than {self.shapes} shapes came; pad them to fewer lengths, or raise shapes", quietly=True)
@@ -121,7 +122,8 @@ class Replayer:
         held = getattr(self, "_recordings", None)
         self._recordings: dict[Any, Recording] = {}
         self._seen: dict[Any, tuple[MaskWatch, list[Tensor]]] = {}
-        self._unfit: dict[Any, str] = {}  # shapes that could not be captured, and why
+        self._tries: dict[Any, int] = {}  # captures that failed, by shape
+        self._unfit: dict[Any, str] = {}  # shapes of which none is tried any more, and why
         self._standing = standing
         self._pools: list[Any] = []  # one, and another after a capture that failed
         self._pool: Any = None  # the last, unless it has failed
@@ -170,9 +172,12 @@ class Replayer:
             )
         except CaptureFailed as error:
             self._failures += 1
-            self._unfit[key] = self._failure = str(error)
+            self._tries[key] = self._tries.get(key, 0) + 1
+            self._failure = str(error)
+            if self._tries[key] == _TRIES:
+                self._unfit[key] = self._failure
             self._pool = None
-            self._tell(str(error))
+            self._tell(self._failure)
             return None
         self._failures = 0
         self._recordings[key] = made
