@@ -85,13 +85,13 @@ class APTTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         self._eager_reason = None
         if self._replayer is None or self._replayer.model is not model:
-            self._replayer = Replayer(model, self._lines, _SHAPES, self.graph)
+            self._replayer = Replayer(model, _SHAPES, self.graph)
         # What a step does on the host is done before it is replayed.
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # type: ignore[union-attr]
         batch = {"num_items_in_batch": num_items_in_batch, **self._prepare_inputs(inputs)}
-        found: Tensor = self._replayer.run((), batch, self.current_gradient_accumulation_steps)
+        found: Tensor = self._replayer.run(self._lines, (), batch, self.current_gradient_accumulation_steps)
         return found
 
     def _lines(self, _: tuple[Any, ...], batch: dict[str, Any], __: Any, leaves: list[Tensor] | None) -> Tensor:

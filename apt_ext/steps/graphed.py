@@ -77,7 +77,7 @@ class GraphedStep:
             checked_choice("enabled", enabled, ("auto",))
         self.model, self.loss, self.autocast, self.scaler, self.enabled = model, loss, autocast, scaler, enabled
         self.accumulate, self.shapes = checked_int("accumulate", accumulate, 1), checked_int("shapes", shapes, 1)
-        self._replayer = Replayer(model, self._lines, self.shapes, enabled)
+        self._replayer = Replayer(model, self.shapes, enabled)
 
     # -- what it tells ---------------------------------------------------------------------------------------------------
 
@@ -121,7 +121,7 @@ class GraphedStep:
         divide = self.accumulate if _divide is None else checked_number("_divide", _divide)
         if not divide > 0:
             raise ValueError(f"_divide: expected a number above 0, got {_divide!r}")
-        return self._replayer.run(inputs, batch, divide)
+        return self._replayer.run(self._lines, inputs, batch, divide)
 
     # -- the lines themselves --------------------------------------------------------------------------------------------
 

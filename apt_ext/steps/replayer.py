@@ -29,14 +29,14 @@ Lines = Callable[[tuple[Any, ...], dict[str, Any], Any, list[Tensor] | None], An
 
 
 class Replayer:
-    """Runs `lines` of a model, from a graph where that is possible.
+    """Runs forward and backward of a model, from a graph where that is possible. It keeps no reference to the lines, which hold it.
 
     captures  graphs that were captured so far
     reason    why the last call ran eagerly, in words; None where it was replayed, or was the first of its shape
     """
 
-    def __init__(self, model: nn.Module, lines: Lines, shapes: int, enabled: str | bool) -> None:
-        self.model, self.lines, self.shapes, self.enabled = model, lines, shapes, enabled
+    def __init__(self, model: nn.Module, shapes: int, enabled: str | bool) -> None:
+        self.model, self.shapes, self.enabled = model, shapes, enabled
         self.captures = 0
         self.reason: str | None = None
         self._said: set[str] = set()
@@ -59,18 +59,18 @@ class Replayer:
         self._begin(None)
         self._failures, self._failure, self._restless = 0, "", 0
 
-    def run(self, inputs: tuple[Any, ...], batch: dict[str, Any], fixed: Any) -> Any:
-        """Run forward and backward of one batch; `fixed` is equal for all batches of a graph."""
+    def run(self, lines: Lines, inputs: tuple[Any, ...], batch: dict[str, Any], fixed: Any) -> Any:
+        """Run `lines`, always the same ones, on one batch; `fixed` is equal for all batches of a graph."""
         key = self._known(inputs, batch, fixed)
         if key is None:
-            return self.lines(inputs, batch, fixed, None)
+            return lines(inputs, batch, fixed, None)
         recording = self._recordings.get(key)
         if recording is None:
             if key not in self._seen:
-                return self._first(key, inputs, batch, fixed)
-            recording = self._captured(key, inputs, batch, fixed)
+                return self._first(lines, key, inputs, batch, fixed)
+            recording = self._captured(lines, key, inputs, batch, fixed)
             if recording is None:
-                return self.lines(inputs, batch, fixed, None)
+                return lines(inputs, batch, fixed, None)
         let_go(self._owned)
         output = recording.replay((inputs, batch), self._device)
         take_over(recording.gradients, self._owned)
@@ -133,14 +133,14 @@ class Replayer:
             held.clear()
             torch.cuda.empty_cache()
 
-    def _first(self, key: Any, inputs: tuple[Any, ...], batch: dict[str, Any], fixed: Any) -> Any:
+    def _first(self, lines: Lines, key: Any, inputs: tuple[Any, ...], batch: dict[str, Any], fixed: Any) -> Any:
         """The first batch of its shape: it counts, and lets whatever is made at a first call be made outside of a graph."""
         standing = self._standing
         assert standing is not None
         watch = MaskWatch(batch, padded=key[-1])
         leaves: list[Tensor] = []
         with watch.watching():
-            output = self.lines(inputs, batch, fixed, leaves)
+            output = lines(inputs, batch, fixed, leaves)
         after = Standing(self.model, self._volatile)
         changed = after.changed_since(standing)
         if changed and after.memory == standing.memory and after.mode == standing.mode:  # by the forward itself, such as counters
@@ -151,7 +151,7 @@ class Replayer:
             del self._seen[next(iter(self._seen))]
         return output
 
-    def _captured(self, key: Any, inputs: tuple[Any, ...], batch: dict[str, Any], fixed: Any) -> Recording | None:
+    def _captured(self, lines: Lines, key: Any, inputs: tuple[Any, ...], batch: dict[str, Any], fixed: Any) -> Recording | None:
         """Capture; None where that fails, for a reason that is told."""
         watch, leaves = self._seen[key]
         own = {id(one): one for one in self.model.parameters() if one.requires_grad}
@@ -162,7 +162,7 @@ class Replayer:
         listeners = listeners_in(self.model)
         try:
             made = Recording(
-                lambda given: self.lines(given[0], given[1], fixed, None),
+                lambda given: lines(given[0], given[1], fixed, None),
                 (inputs, batch),
                 self._device,
                 parameters,

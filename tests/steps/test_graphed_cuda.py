@@ -1,6 +1,7 @@
 """GraphedStep on a GPU: a replay gives what the eager lines give, whatever happens between two steps."""
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -303,6 +304,22 @@ def test_a_hundred_captures_leak_nothing():
     assert step.captures >= 100
     assert after[0] <= before[0] and after[1] <= before[1] + 2**21
     assert after[2] <= before[2] + 500
+
+
+def test_a_step_that_is_let_go_gives_its_memory_back_at_once():
+    model, _ = built(FAMILIES["bert"])
+    model.cuda()
+    batch, step = on("cuda", batch_for(FAMILIES["bert"], 0)), GraphedStep(model)
+    for _ in range(3):
+        step(**batch)
+    assert step.captures == 1
+    alive = weakref.ref(step)
+    gc.disable()
+    try:
+        del step
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_resuming_a_run_goes_on_bit_for_bit():
