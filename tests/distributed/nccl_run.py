@@ -4,6 +4,9 @@
 
 Over NCCL where there is a GPU for each process, else over gloo on the CPU at a tiny size. pytest does not
 collect it. It prints a line for each thing that holds; the first one that does not ends it with a traceback.
+
+Steps go through GraphedStep, which runs them eagerly here and says why. Before anything is pruned a step is timed with the batch of one
+process, alone and then on all: tokens a second of all over those of one.
 """
 
 from __future__ import annotations
@@ -187,7 +190,7 @@ def batches(device, vocabulary):
         yield {"input_ids": tokens, "labels": tokens}
 
 
-def trained(kind, device, layers, steps):
+def trained(kind, device, layers, steps, alone):
     """Train under a Controller with its default mode; return the model and the Controller."""
     model = apt_model(device, layers)
     whole = wrapped(kind, model, device)
@@ -199,9 +202,16 @@ def trained(kind, device, layers, steps):
     check_said(kind, said)
 
     data = batches(device, model.config.vocab_size)
+    with heard() as said:
+        graphed = apt_ext.GraphedStep(whole)
+        graphed(**next(data))
+    optimizer.zero_grad()
+    controller.scores.salience.forget()
+    eagerly = any("runs eagerly" in line for line in said)
+    holds(f"{kind}: GraphedStep runs eagerly, because {graphed.reason}", graphed.reason and (eagerly or dist.get_rank()), said)
 
     def step():
-        whole(**next(data)).loss.backward()
+        graphed(**next(data))
         controller.observe()
         optimizer.step()
         optimizer.zero_grad()
@@ -211,7 +221,27 @@ def trained(kind, device, layers, steps):
     first, last = controller.history[0]["step"], controller.history[-1]["step"]
     before, after = statistics.median(seconds[1 : first - 1]), statistics.median(seconds[last:])
     tell(f"{kind}: {before:.1f} ms a step before the first event, {after:.1f} after the last")
+    tell(f"{kind}: {dist.get_world_size() * alone / before:.2f} times the tokens a second of one process, before the first event")
     return model, controller
+
+
+def alone_seconds(device, layers, steps):
+    """Return the milliseconds of a step of one process, without a wrapper; all processes run it, one after the other."""
+    for rank in range(dist.get_world_size()):
+        dist.barrier()
+        if rank == dist.get_rank():
+            model = apt_model(device, layers)
+            optimizer = torch.optim.AdamW(apt_ext.adapter_parameters(model), lr=1e-3, fused=device.type == "cuda")
+            data = batches(device, model.config.vocab_size)
+
+            def step(model=model, optimizer=optimizer, data=data):
+                model(**next(data)).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+            seconds = [1e3 * clock.seconds(step, clock.waiting_for(device)) for _ in range(steps)]
+    dist.barrier()
+    return statistics.median(seconds[1:])
 
 
 def main():
@@ -228,8 +258,9 @@ def main():
     torch.set_num_threads(1)
     dist.init_process_group("nccl" if on_gpus else "gloo")
     tell(f"{world} processes, {dist.get_backend()}, torch {torch.__version__}, {options.layers} layers")
+    alone = alone_seconds(device, options.layers, options.steps // 4)
     for kind in ("DDP", "FSDP2"):
-        model, controller = trained(kind, device, options.layers, options.steps)
+        model, controller = trained(kind, device, options.layers, options.steps, alone)
         check_pruned(kind, model, controller)
         check_same(kind, model, device)
         if kind == "DDP":
