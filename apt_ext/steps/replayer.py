@@ -38,11 +38,13 @@ class Replayer:
     def __init__(self, model: nn.Module, shapes: int, enabled: str | bool) -> None:
         self.model, self.shapes, self.enabled = model, shapes, enabled
         self.captures = 0
-        self.reason: str | None = None
         self._said: set[str] = set()
         self._owned: dict[Tensor, Tensor] = {}  # {Parameter: the graph's buffer that is its gradient}
         self._volatile: frozenset[tuple[int, str]] = frozenset()
         self.reset()
+        self.reason = "enabled=False" if enabled is False else self._place()
+        if self.reason is not None and enabled is True:
+            self._tell(self.reason)
 
     @property
     def graphed(self) -> bool:
@@ -83,10 +85,9 @@ class Replayer:
         if self.enabled is False:
             self.reason = "enabled=False"
             return None
-        first = next(self.model.parameters(), None)
-        self._device = torch.device("cpu") if first is None else first.device
-        if self._device.type != "cuda":
-            return self._tell(f"CUDA graphs need the model on a GPU, and it is on {self._device}")
+        place = self._place()
+        if place is not None:
+            return self._tell(place)
         standing = Standing(self.model, self._volatile)
         if self._standing is None or standing != self._standing:
             self._restless += self._standing is not None
@@ -107,6 +108,12 @@ class Replayer:
             self._tell(f"batches of more than {self.shapes} shapes came; pad them to fewer lengths, or raise shapes", quietly=True)
             return None
         return key
+
+    def _place(self) -> str | None:
+        """Note where the model is; why no graph can be there, or None."""
+        first = next(self.model.parameters(), None)
+        self._device = torch.device("cpu") if first is None else first.device
+        return None if self._device.type == "cuda" else f"CUDA graphs need the model on a GPU, and it is on {self._device}"
 
     def _tell(self, reason: str, quietly: bool = False) -> None:
         """Note why a step runs eagerly, and say it once; quietly: also where eager steps are refused."""

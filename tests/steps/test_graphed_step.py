@@ -97,10 +97,12 @@ def test_wrong_losses():
 def test_enabled_says_whether_eager_steps_may_be():
     model, x = nn.Linear(2, 1), torch.ones(1, 2)
     off = GraphedStep(model, lambda model, batch: model(batch).sum(), enabled=False)
+    assert off.reason == "enabled=False"
     off(x)
     assert off.reason == "enabled=False"
     with pytest.raises(RuntimeError, match="enabled=True"):
-        GraphedStep(model, lambda model, batch: model(batch).sum(), enabled=True)(x)
+        GraphedStep(model, lambda model, batch: model(batch).sum(), enabled=True)
+    assert "GPU" in GraphedStep(model).reason
     with pytest.raises(TypeError, match="make another"):
         copy.deepcopy(off)
 
