@@ -14,6 +14,8 @@ def apt_linear(
     mask_in: Tensor | None,
     mask_out: Tensor | None,
     scaling: float,
+    dropout: float,
+    rng: Tensor | None,
 ) -> Tensor: ...
 def apt_linear_forward(
     x: Tensor,
@@ -24,6 +26,8 @@ def apt_linear_forward(
     mask_in: Tensor | None,
     mask_out: Tensor | None,
     scaling: float,
+    dropout: float,
+    rng: Tensor | None,
 ) -> tuple[Tensor, Tensor]: ...
 def apt_linear_backward(
     grad: Tensor,
@@ -35,6 +39,8 @@ def apt_linear_backward(
     mask_in: Tensor | None,
     mask_out: Tensor | None,
     scaling: float,
+    dropout: float,
+    rng: Tensor | None,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...
 def merge_(
@@ -46,6 +52,7 @@ def merge_(
     mask_out: Tensor | None,
     check: bool,
 ) -> None: ...
+def dropout_mask(shape: Sequence[int], p: float, rng: Tensor) -> Tensor: ...
 def mask_grads_(grads: Sequence[Tensor], masks: Sequence[Tensor], dims: Sequence[int]) -> None: ...
 def compact_linear(
     x: Tensor,
@@ -63,6 +70,8 @@ def compact_linear(
     scaling: float,
     compact_in: bool,
     compact_out: bool,
+    dropout: float,
+    rng: Tensor | None,
 ) -> Tensor: ...
 def compact_linear_forward(
     x: Tensor,
@@ -80,6 +89,8 @@ def compact_linear_forward(
     scaling: float,
     compact_in: bool,
     compact_out: bool,
+    dropout: float,
+    rng: Tensor | None,
 ) -> tuple[Tensor, Tensor]: ...
 def compact_linear_backward(
     grad: Tensor,
@@ -98,6 +109,8 @@ def compact_linear_backward(
     scaling: float,
     compact_in: bool,
     compact_out: bool,
+    dropout: float,
+    rng: Tensor | None,
     gathered: bool,
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]: ...

@@ -21,14 +21,16 @@ from torch.nn import functional as F
 
 from . import _C
 
-__all__ = ["apt_linear", "build_info", "mask_grads_", "merge_"]
+__all__ = ["apt_linear", "build_info", "dropout_mask", "mask_grads_", "merge_"]
 
 # Bound once.
 _apt_linear = torch.ops.apt_ext.apt_linear.default
+_dropout_mask = torch.ops.apt_ext.dropout_mask.default
 _merge_ = torch.ops.apt_ext.merge_.default
 _mask_grads_ = torch.ops.apt_ext.mask_grads_.default
 
 
+_LARGEST = (1 << 63) - 1
 _MISTYPED = re.compile(r"Expected a value of type '([^']+)' for argument '([^']+)' but instead found type '([^']+)'")
 
 
@@ -45,11 +47,17 @@ def call(op: Any, *args: Any) -> Any:
         raise TypeError(f"{name} must be {kind}, got {came}") from None
 
 
-def dropped(x: Tensor, share: float) -> Tensor:
-    """Dropout in training mode."""
+def drawn_rng(x: Any) -> Tensor | None:
+    """(seed, offset) of a dropout of x, int64 [2], from torch's generator of its device; None of what is no Tensor.
+
+    By an operation of torch, so that seeds, checkpoints, compilers and graph captures treat it as they treat any other: on CUDA one
+    launch. On a CPU one number is drawn.
+    """
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a Tensor, got {type(x).__name__}")
-    return F.dropout(x, share)
+        return None  # which the op refuses by name
+    if x.is_cpu:
+        return F.pad(torch.randint(_LARGEST, (1,), device=x.device), (0, 1))
+    return torch.randint(_LARGEST, (2,), device=x.device)
 
 
 def apt_linear(
@@ -61,6 +69,8 @@ def apt_linear(
     mask_in: Tensor | None = None,
     mask_out: Tensor | None = None,
     scaling: float = 1.0,
+    dropout: float = 0.0,
+    rng: Tensor | None = None,
 ) -> Tensor:
     """y = mask_out * ((mask_in * x) W^T + s ((mask_in * x) A^T) B^T + b), Eq. 2 of the paper with the bias.
 
@@ -71,6 +81,10 @@ def apt_linear(
         lora_A, lora_B: [R, K], [N, R] of x's dtype, or float32 over a 16-bit x (then rounded once, gradients float32).
         mask_in, mask_out: [K], [N], or None for all ones.
         scaling: s.
+        dropout: p, 0 <= p < 1. The mask_in * x that A is multiplied with is dropped with this probability and scaled by
+            1 / (1 - p); that of W is not. A NaN that is dropped does not reach the low-rank path.
+        rng: int64 [2] on x's device, (seed, offset) of the generator that decides what is dropped: the same, the same.
+            None: drawn from torch's generator of the device. See :func:`dropout_mask`.
 
     Returns:
         y [..., N] of x's dtype, a new tensor. Full-size always: masks can change in place with no recompilation and no
@@ -79,16 +93,36 @@ def apt_linear(
 
     Gradients for x, lora_A, lora_B and bias, under the masks of this forward. weight and masks are constants: a
     RuntimeError names one that requires a gradient. Second derivatives, forward mode, ``torch.func`` and ``vmap`` run the
-    same formula in plain torch operations, wider and slower.
+    same formula in plain torch operations, wider and slower. Of dropout rng alone is kept for the backward, which draws the
+    mask again.
     """
+    if rng is None and dropout:
+        rng = drawn_rng(x)
     # The typed door costs less host time than torch.ops' and reaches the same dispatcher. It misses __torch_function__
     # and tracers of Python, and words a wrong argument worse.
     if type(x) is Tensor and not is_compiling() and not _is_torch_function_mode_enabled():
         try:
-            return _C.apt_linear(x, weight, bias, lora_A, lora_B, mask_in, mask_out, scaling)
+            return _C.apt_linear(x, weight, bias, lora_A, lora_B, mask_in, mask_out, scaling, dropout, rng)
         except TypeError:
             pass
-    return call(_apt_linear, x, weight, bias, lora_A, lora_B, mask_in, mask_out, scaling)  # type: ignore[no-any-return]
+    return call(_apt_linear, x, weight, bias, lora_A, lora_B, mask_in, mask_out, scaling, dropout, rng)  # type: ignore[no-any-return]
+
+
+def dropout_mask(shape: Sequence[int], p: float, rng: Tensor) -> Tensor:
+    """Draw the mask that :func:`apt_linear` drops by: bool [shape], True where an element is kept, on rng's device.
+
+    It follows from rng, the row of an element in x with all but its last dimension flattened, and its channel: the shape does
+    not matter beyond these, a compacted layer drops the same, and CPU and CUDA agree.
+
+    Args:
+        shape: of x, [..., K].
+        p: probability of dropping, 0 <= p < 1. Rounded to a multiple of 2^-16, and to 1 - 2^-16 at most, while
+            :func:`apt_linear` scales by 1 / (1 - p) as it was given.
+        rng: int64 [2], (seed, offset).
+    """
+    if not isinstance(rng, Tensor):  # without one there is no device to dispatch on
+        raise TypeError(f"rng must be a Tensor, got {type(rng).__name__}")
+    return call(_dropout_mask, shape, p, rng)  # type: ignore[no-any-return]
 
 
 def merge_(

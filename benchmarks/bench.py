@@ -167,7 +167,7 @@ def pass_rows(M, N, K, rank, dtype, device, rounds):
     layer, ops = Layer(M, N, K, rank, dtype, device), torch.ops.apt_ext
     A, B, t = layer.plain.lora_A.detach(), layer.plain.lora_B.detach(), torch.randn(M, rank, device=device).to(dtype)
     to = torch.empty_like(layer.x)
-    backward = (layer.grad, layer.x, layer.W.detach(), A, B, t, None, None, 2.0)
+    backward = (layer.grad, layer.x, layer.W.detach(), A, B, t, None, None, 2.0, 0.0, None)
     peers = {
         "frozen": layer.frozen,
         "read x (sum)": lambda: layer.x.sum(),

@@ -34,7 +34,7 @@ def host_time(peers, rounds, device):
 def levels(adapter, x):
     """{level: (call, whether gradients are on)} of one adapter without masks, outermost first, and a few yardsticks."""
     W, A, B, scaling = adapter.weight, adapter.lora_A, adapter.lora_B, adapter.scaling
-    layer = (W, None, A, B, None, None, scaling)
+    layer = (W, None, A, B, None, None, scaling, 0.0, None)
     none = x[:0]
     N, nothing, bare = W.shape[0], Nothing(), _C.apt_linear
     t, y = x @ A.detach().t(), x @ W.detach().t()

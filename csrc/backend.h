@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "philox.h"
 #include "scalar.h"
 
 namespace apt {
@@ -31,6 +32,19 @@ struct MaskChannelsArgs {
   Mask mask;
   bool along_rows;   // the mask has one value a row instead of one a column
   bool select_only;  // only zeros act: fractions do not scale
+  DType dtype;
+};
+
+// Copy a matrix without what is dropped of it: dst[i, j] = 0 where (i, channel j) is dropped, else src[i, j].
+// src and dst may be the same matrix.
+struct DropChannelsArgs {
+  const void* src;  // [rows, cols], strides in elements
+  void* dst;        // the same; ignored if `keep` is given
+  bool* keep;       // null, or [rows, cols] contiguous: written instead, true where a value is kept
+  int64_t rows, cols;
+  int64_t src_stride[2], dst_stride[2];
+  const int32_t* channel;  // [cols]: which channel a column is, below 0: none, kept; null: the column itself
+  Dropout dropout;
   DType dtype;
 };
 
@@ -67,6 +81,7 @@ struct Factor {
 // The passes around the dense product, for 16-bit types (cuda/low_rank.cu).
 //   with x    low = (mask * x) down^T, and the masked x to `masked` if that is given
 //   with out  out = row_mask * column_mask * (accumulate * out + scaling low up^T + bias)
+// At most one of drop_x (of mask * x, for low alone) and drop_out (of low up^T) drops anything.
 // Every pointer is aligned to 16 bytes. C, E and the strides are multiples of 8. R is at most kMaxRank.
 struct LowRankArgs {
   int64_t M, R;
@@ -84,6 +99,7 @@ struct LowRankArgs {
   bool accumulate;
   double scaling;
   DType dtype, low_dtype;
+  Dropout drop_x, drop_out;
   int32_t* not_finite;      // as in MergeArgs
   const int32_t* unless;    // as in MergeArgs
   int rows, column_splits;  // of a block, from launch_plan
@@ -98,7 +114,8 @@ struct TokenSumArgs {
   const void* low;  // [M, R] contiguous, of the compute dtype or float32
   float* partial;   // [ceil(M / span), R, C]
   DType dtype, low_dtype;
-  int64_t span;  // tokens a block, a multiple of 64, from launch_plan
+  int64_t span;     // tokens a block, a multiple of 64, from launch_plan
+  Dropout dropout;  // of x
 };
 
 // Add up partial sums: grad [R, E], or by_channel [E, R] = mask * scaling * the sum of `spans` partial sums
@@ -217,6 +234,7 @@ using Stream = void*;  // cudaStream_t; null on the CPU
 // The functions of a device. kernels_for (device.h) looks them up once a call.
 struct Kernels {
   void (*mask_channels)(const MaskChannelsArgs&, Stream);
+  void (*drop_channels)(const DropChannelsArgs&, Stream);
   void (*merge)(const MergeArgs&, Stream);
   void (*mask_grads)(const MaskedGrad*, size_t count, Stream);
   void (*gather)(const GatherArgs&, Stream);
@@ -233,6 +251,7 @@ struct Kernels {
 // One file a function, in cpu/ and cuda/.
 namespace cpu {
 void mask_channels(const MaskChannelsArgs& args, Stream);
+void drop_channels(const DropChannelsArgs& args, Stream);
 void merge(const MergeArgs& args, Stream);
 void mask_grads(const MaskedGrad* grads, size_t count, Stream);
 void gather(const GatherArgs& args, Stream);
@@ -243,6 +262,7 @@ void copy_factors(const FactorCopies& copies, Stream);
 
 namespace cuda {
 void mask_channels(const MaskChannelsArgs& args, Stream stream);
+void drop_channels(const DropChannelsArgs& args, Stream stream);
 void merge(const MergeArgs& args, Stream stream);
 void mask_grads(const MaskedGrad* grads, size_t count, Stream stream);
 void gather(const GatherArgs& args, Stream stream);

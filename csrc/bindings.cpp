@@ -35,6 +35,10 @@ struct Held<at::TensorList> {
   using type = std::vector<Tensor>;
 };
 template <>
+struct Held<c10::SymIntArrayRef> {
+  using type = std::vector<c10::SymInt>;
+};
+template <>
 struct Held<at::IntArrayRef> {
   using type = std::vector<int64_t>;
 };

@@ -9,6 +9,7 @@ namespace apt {
 namespace {
 
 constexpr Kernels kCpuKernels{.mask_channels = &cpu::mask_channels,
+                              .drop_channels = &cpu::drop_channels,
                               .merge = &cpu::merge,
                               .mask_grads = &cpu::mask_grads,
                               .gather = &cpu::gather,
@@ -18,6 +19,7 @@ constexpr Kernels kCpuKernels{.mask_channels = &cpu::mask_channels,
 
 #ifdef APT_WITH_CUDA
 constexpr Kernels kCudaKernels{.mask_channels = &cuda::mask_channels,
+                               .drop_channels = &cuda::drop_channels,
                                .merge = &cuda::merge,
                                .mask_grads = &cuda::mask_grads,
                                .gather = &cuda::gather,

@@ -16,7 +16,6 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from ..common import own_capture
 from ..common.checks import checked_bool, checked_choice
 from ..distributed.dtensor import is_sharded
-from ..ops import dropped
 from ..optim.step_guard import is_guarded
 from .chain import Chain
 from .mask import Mask
@@ -238,11 +237,8 @@ class Packing:
             before is not None and isinstance(x, Tensor) and x.shape[-1] != kept.position_in.shape[0] and before.is_open(),
             after is not None and after.is_open(),
         )
-        scaling = adapter.scaling
-        if adapter.dropout > 0.0 and adapter.training:
-            low_rank = kept.apply(dropped(x, adapter.dropout), None, None, A, B, masks, scaling, *compact)
-            return low_rank if packed is None else kept.apply(x, packed, bias, A[:0], B[:, :0], masks, 1.0, *compact) + low_rank
-        return kept.apply(x, packed, bias, A, B, masks, scaling, *compact)
+        dropout = adapter.dropout if adapter.training else 0.0
+        return kept.apply(x, packed, bias, A, B, masks, adapter.scaling, *compact, dropout)
 
     def _in_step(self, adapter: APTAdapter, kept: PackedWeight, mask: Tensor | None) -> PackedWeight:
         """`kept`, once what others have written into masks on the CPU is in it, or the capture that this forward is part of."""

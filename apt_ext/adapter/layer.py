@@ -252,11 +252,7 @@ class APTAdapter(MaskCarrier):
             weight = own["weight"] if "weight" in own else base.weight
             bias = own["bias"] if "bias" in own else base.bias
             weight = weight.t() if self.is_transposed else weight
-        if self.dropout > 0.0 and self.training:
-            # Dropping commutes with masking, so the low-rank path is the same op on its own dropped input.
-            low_rank = ops.apt_linear(ops.dropped(x, self.dropout), None, None, A, B, mask_in, mask_out, self._scaling)
-            return low_rank if weight is None else ops.apt_linear(x, weight, bias, A[:0], B[:, :0], mask_in, mask_out, 1.0) + low_rank
-        return ops.apt_linear(x, weight, bias, A, B, mask_in, mask_out, self._scaling)
+        return ops.apt_linear(x, weight, bias, A, B, mask_in, mask_out, self._scaling, self.dropout if self.training else 0.0)
 
     def set_disabled(self, disabled: bool) -> None:
         """Compute as the base layer alone, without masks, or end that. RuntimeError where its weight is offloaded."""

@@ -16,7 +16,7 @@ from torch.compiler import is_compiling
 from .. import _C
 from ..common.checks import on_host
 from ..common.log import advise
-from ..ops import call
+from ..ops import call, drawn_rng
 from .mask import Mask
 from .packed_room import CapturedRooms, as_dynamic, room
 
@@ -263,10 +263,17 @@ class PackedWeight:
         scaling: float,
         compact_in: bool = False,
         compact_out: bool = False,
+        dropout: float = 0.0,
+        rng: Tensor | None = None,
     ) -> Tensor:
-        """y [..., N] of x [..., K], in the products of the kept channels; compact: [..., width], the kept channels and then zeros."""
+        """y [..., N] of x [..., K], in the products of the kept channels; compact: [..., width], the kept channels and then zeros.
+
+        dropout and rng as in `ops.apt_linear`: what is dropped of the kept channels is what the full-size layer drops of them.
+        """
+        if rng is None and dropout:
+            rng = drawn_rng(x)
         indices = (self.channels_in if compact_in else self.index_in, self.channels_out if compact_out else self.index_out)
-        given = (*masks, *indices, self.position_in, self.position_out, self.kept, scaling, compact_in, compact_out)
+        given = (*masks, *indices, self.position_in, self.position_out, self.kept, scaling, compact_in, compact_out, dropout, rng)
         # As in ops.apt_linear: the typed door is faster, and only for plain tensors.
         if type(x) is Tensor and not is_compiling() and not _is_torch_function_mode_enabled():
             return _C.compact_linear(x, packed, bias, A, B, *given)

@@ -29,11 +29,16 @@ struct LinearOp {
   static void save_extra(const LinearOperands&, variable_list&) {}
   static int64_t flags(const LinearOperands&, bool) { return 0; }
   static void check_backward() {}
-  static LinearOperands restore(const LayerOperands& layer, const variable_list&, double scaling, int64_t) {
-    return {layer, scaling};
-  }
+  static LinearOperands restore(const LinearOperands& o, const variable_list&, int64_t) { return o; }
   static const OptTensor& used_weight(const Tensor&, const LinearOperands& o) { return o.weight; }
 };
+
+// What it returns has no gradient. A layout that is a Python subclass is refused before it reaches its own code.
+Tensor dropout_mask_autograd(c10::SymIntArrayRef shape, double p, const Tensor& rng) {
+  check_dense(rng, "rng");
+  at::AutoDispatchBelowADInplaceOrView below;
+  return drawn_mask(shape, p, rng);
+}
 
 }  // namespace
 
@@ -41,6 +46,7 @@ TORCH_LIBRARY_IMPL(apt_ext, Autograd, m) {
   m.impl("apt_linear", &LinearArguments::forward<&layer_autograd<LinearOp>>);
   m.impl("apt_linear_forward", &LinearArguments::forward<&layer_forward_autograd<LinearOp>>);
   m.impl("apt_linear_backward", &LinearArguments::backward<&layer_backward_autograd<LinearOp>>);
+  m.impl("dropout_mask", &dropout_mask_autograd);
 }
 
 // torch.func.vmap batches the plain operations.

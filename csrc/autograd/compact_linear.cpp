@@ -29,7 +29,13 @@ Tensor composite_compact(const Tensor& x, const CompactOperands& o) {
   const Tensor lora_A = o.lora_A.index_select(1, kept_in), lora_B = o.lora_B.index_select(0, kept_out);
   const OptTensor bias = of(o.bias, kept_out), mask_in = of(in.mask, kept_in),
                   mask_out = of(out.mask, kept_out);
-  const Tensor y = composite_linear(used, {{weight, bias, lora_A, lora_B, mask_in, mask_out}, o.scaling});
+  OptTensor keep;
+  if (o.dropout > 0.0) {
+    auto sizes = with_last(x, in.size);
+    keep = drawn_mask(sizes, o.dropout, *o.rng).index_select(-1, kept_in);
+  }
+  const Tensor y = composite_dropped(
+      used, {{weight, bias, lora_A, lora_B, mask_in, mask_out}, o.scaling, o.dropout, o.rng}, keep);
   if (o.compact_out) return at::constant_pad_nd(y, {0, out.width - out.kept});
   return y.new_zeros_symint(with_last(y, out.size)).index_copy(-1, kept_out, y);
 }
@@ -75,10 +81,9 @@ struct CompactOp {
         "a compacted layer has no second derivative (create_graph=True): it keeps only the kept lanes of x; "
         "call compact(False) first");
   }
-  static CompactOperands restore(const LayerOperands& layer, const variable_list& saved, double scaling,
-                                 int64_t flags) {
-    return {layer,     saved[7], saved[8],          saved[9],          saved[10],
-            saved[11], scaling,  (flags & 16) != 0, (flags & 32) != 0, (flags & 64) != 0};
+  static CompactOperands restore(const LinearOperands& o, const variable_list& saved, int64_t flags) {
+    return {o,         saved[8],          saved[9],          saved[10], saved[11], saved[12],
+            o.scaling, (flags & 16) != 0, (flags & 32) != 0, o.dropout, o.rng,     (flags & 64) != 0};
   }
 
   // What is in use, unless the call is traced: then sizes must not depend on values.

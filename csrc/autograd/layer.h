@@ -16,6 +16,7 @@
 
 #include <algorithm>
 
+#include "../ops/apt_linear.h"
 #include "common.h"
 
 namespace apt {
@@ -47,13 +48,15 @@ struct LayerFunction : torch::autograd::Function<LayerFunction<Op>> {
     // All of it is saved, needed or not: what changes in place before the backward (growth, a mask) is then
     // torch's own error instead of a gradient of the old shape, or of another function.
     variable_list saved;
-    saved.reserve(12);  // the most that an op saves
+    saved.reserve(13);  // the most that an op saves
     saved.insert(saved.end(), {done.input, o.weight.value_or(Tensor()), lora_A, lora_B, done.t,
-                               o.mask_in.value_or(Tensor()), o.mask_out.value_or(Tensor())});
+                               o.mask_in.value_or(Tensor()), o.mask_out.value_or(Tensor()),
+                               o.dropout > 0.0 ? o.rng.value_or(Tensor()) : Tensor()});
     Op::save_extra(o, saved);
     ctx->save_for_backward(std::move(saved));
     const bool need_bias = bias.has_value() && bias->requires_grad();
     ctx->saved_data["scaling"] = o.scaling;
+    ctx->saved_data["dropout"] = o.dropout;
     ctx->saved_data["flags"] = (x.requires_grad() ? 1 : 0) | (lora_A.requires_grad() ? 2 : 0) |
                                (lora_B.requires_grad() ? 4 : 0) | (need_bias ? 8 : 0) |
                                Op::flags(o, done.gathered);
@@ -65,9 +68,12 @@ struct LayerFunction : torch::autograd::Function<LayerFunction<Op>> {
     const auto saved = ctx->get_saved_variables();
     const int64_t flags = ctx->saved_data["flags"].toInt();
     const Needs need{(flags & 1) != 0, (flags & 2) != 0, (flags & 4) != 0, (flags & 8) != 0};
-    const OptTensor weight = or_none(saved[1]), mask_in = or_none(saved[5]), mask_out = or_none(saved[6]);
-    const Operands o = Op::restore({weight, kNone, saved[2], saved[3], mask_in, mask_out}, saved,
-                                   ctx->saved_data["scaling"].toDouble(), flags);
+    const OptTensor weight = or_none(saved[1]), mask_in = or_none(saved[5]), mask_out = or_none(saved[6]),
+                    rng = or_none(saved[7]);
+    const double scaling = ctx->saved_data["scaling"].toDouble(),
+                 dropout = ctx->saved_data["dropout"].toDouble();
+    const Operands o = Op::restore(
+        {{weight, kNone, saved[2], saved[3], mask_in, mask_out}, scaling, dropout, rng}, saved, flags);
     auto [dx, dA, dB, db] = call_backward(Op::backward_op(), grads[0], saved[0], saved[4], o, need);
     auto wanted = [](bool needed, const Tensor& gradient) { return needed ? gradient : Tensor(); };
     return {wanted(need[0], dx), wanted(need[3], db), wanted(need[1], dA), wanted(need[2], dB), Tensor()};
@@ -83,10 +89,11 @@ Tensor layer_autograd(const Tensor& x, const typename Op::Operands& o) {
   check_dense(o.lora_B, "lora_B");
   check_dense(o.mask_in, "mask_in");
   check_dense(o.mask_out, "mask_out");
+  check_dense(o.rng, "rng");
   check_constant(Op::kName, o.weight, Op::kWeightName);
   check_constant(Op::kName, o.mask_in, "mask_in");
   check_constant(Op::kName, o.mask_out, "mask_out");
-  if (any_transformed(x, o.weight, o.bias, o.lora_A, o.lora_B, o.mask_in, o.mask_out))
+  if (any_transformed(x, o.weight, o.bias, o.lora_A, o.lora_B, o.mask_in, o.mask_out, o.rng))
     return Op::composite(x, o);
   if (any_wants_grad(x, o.bias, o.lora_A, o.lora_B))
     return LayerFunction<Op>::apply(x, o.bias, o.lora_A, o.lora_B, o);
@@ -98,7 +105,7 @@ Tensor layer_autograd(const Tensor& x, const typename Op::Operands& o) {
 template <class Op>
 std::tuple<Tensor, Tensor> layer_forward_autograd(const Tensor& x, const typename Op::Operands& o) {
   TORCH_CHECK(!any_wants_grad(x, o.weight, o.bias, o.lora_A, o.lora_B, o.mask_in, o.mask_out) &&
-                  !any_transformed(x, o.weight, o.bias, o.lora_A, o.lora_B, o.mask_in, o.mask_out),
+                  !any_transformed(x, o.weight, o.bias, o.lora_A, o.lora_B, o.mask_in, o.mask_out, o.rng),
               Op::kForwardRefusal);
   at::AutoDispatchBelowADInplaceOrView below;
   return call_forward(Op::forward_op(), x, o);
@@ -109,7 +116,7 @@ template <class Op>
 Gradients layer_backward_autograd(const Tensor& grad, const Tensor& x, const Tensor& t,
                                   const typename Op::Operands& o, const Needs& need) {
   if (any_wants_grad(grad, x, o.lora_A, o.lora_B) ||
-      any_transformed(grad, x, o.weight, o.lora_A, o.lora_B, t, o.mask_in, o.mask_out))
+      any_transformed(grad, x, o.weight, o.lora_A, o.lora_B, t, o.mask_in, o.mask_out, o.rng))
     return Op::composite_backward(grad, x, t, o, need);
   at::AutoDispatchBelowADInplaceOrView below;
   return call_backward(Op::backward_op(), grad, x, t, o, need);

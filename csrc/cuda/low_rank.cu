@@ -24,13 +24,17 @@ constexpr int kStep = 64;    // columns a warp does at a time: 128 bytes of a ro
 constexpr int kPieces = 12;  // of 16 bytes that a thread needs a step: at most 8 of x or out, 4 of the factor
 constexpr int kStages = 2;   // the step at work and the next
 
+enum class Drops { kNone, kX, kOut };  // a kernel each: what does not draw keeps its registers
+
 // A block owns 16 * kTiles rows, each warp all of them, and its warps divide the columns.
-template <class T, int kTiles>
+template <class T, int kTiles, Drops kDrops>
 struct Block : LowRows<T, kTiles> {
   using Rows = LowRows<T, kTiles>;
   using Rows::g, Rows::q, Rows::split, Rows::row0, Rows::row_of;
   static constexpr int kRows = Rows::kRows;
   static constexpr int kFactorPiece = 4 * kTiles;  // behind the pieces of x or out
+  // A merge drops nothing, and what drops of its output is a gradient, which has no bias.
+  static constexpr bool kMerges = kDrops == Drops::kNone, kHasBias = kDrops != Drops::kOut;
 
   const LowRankArgs& args;
   Queue<kStages, kPieces, kThreads> queue;
@@ -77,6 +81,7 @@ struct Block : LowRows<T, kTiles> {
   // first product, 2 and 3 for the second. So slot 2j + e of product h, pair p, is column 8j + 4h + 2p + e.
   template <bool kMasked>
   __device__ __forceinline__ void down() {
+    [[maybe_unused]] const DrawsIf<kDrops == Drops::kX> draws(args.drop_x);
     const T* x = static_cast<const T*>(args.x);
     const T* factor = static_cast<const T*>(args.down.data);
     T* masked = static_cast<T*>(args.masked);
@@ -141,6 +146,8 @@ struct Block : LowRows<T, kTiles> {
                 store_words(masked + row * args.C + column, pair[0], pair[1], pair[2], pair[3]);
               }
             }
+            if constexpr (kDrops == Drops::kX)
+              drop_eight(values[t][half], draws, row0 + row_of(t, half), column);
           }
         }
         uint32_t rhs[2][2][2];  // [product][tile of 8 ranks][pair]
@@ -185,6 +192,7 @@ struct Block : LowRows<T, kTiles> {
   // nothing else.
   template <bool kPlain>
   __device__ __forceinline__ void up() {
+    [[maybe_unused]] const DrawsIf<kDrops == Drops::kOut> draws(args.drop_out);
     T* out = static_cast<T*>(args.out);
     const T* factor = static_cast<const T*>(args.up.data);
     const T* bias = static_cast<const T*>(args.bias);
@@ -198,7 +206,8 @@ struct Block : LowRows<T, kTiles> {
       for (int half = 0; half < 2; ++half) {
         const int64_t row = row0 + row_of(t, half);
         row_factor[t][half] *= float(args.scaling);
-        row_mask[t][half] = !kPlain && args.row_mask != nullptr && row < args.M ? args.row_mask[row] : 1.f;
+        row_mask[t][half] =
+            kMerges && !kPlain && args.row_mask != nullptr && row < args.M ? args.row_mask[row] : 1.f;
       }
     }
     bool bad = false;
@@ -232,7 +241,7 @@ struct Block : LowRows<T, kTiles> {
         for (int s = 0; s < 2; ++s) {
           const int64_t column = column_of(step, s);
           mask[s].load(args.column_mask + column, args.column_mask != nullptr && column < args.E);
-          const bool has_bias = bias != nullptr && column < args.E;
+          const bool has_bias = kHasBias && bias != nullptr && column < args.E;
           shift[s].all = has_bias ? *reinterpret_cast<const uint4*>(bias + column) : uint4{0, 0, 0, 0};
         }
       }
@@ -270,19 +279,24 @@ struct Block : LowRows<T, kTiles> {
             Eight old;
             if (accumulate) old = queue.pop(stage, row_piece(s, t, half));
             float result[8];
+            [[maybe_unused]] uint32_t words[4];
+            if constexpr (kDrops == Drops::kOut) draws.draw(static_cast<uint32_t>(column / 8), row, words);
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
               float& value = result[j];
               value = sum[j / 2][half * 2 + j % 2] * row_factor[t][half];
+              if constexpr (kDrops == Drops::kOut) {
+                if (!draws.keeps(words, j)) value = 0.f;
+              }
               if constexpr (!kPlain) {
                 value += widen(reinterpret_cast<const T*>(shift[s].pair)[j]);
                 if (accumulate) value += widen(reinterpret_cast<const T*>(old.pair)[j]);
                 const bool pruned = mask[s].at[j] == 0.f || row_mask[t][half] == 0.f;
                 value = pruned ? 0.f : value * mask[s].at[j] * row_mask[t][half];
               }
-              if (!kPlain && args.not_finite != nullptr) bad |= !isfinite(widen(narrow<T>(value)));
+              if (kMerges && !kPlain && args.not_finite != nullptr) bad |= !isfinite(widen(narrow<T>(value)));
             }
-            if (column < args.E && row < args.M && (kPlain || args.not_finite == nullptr)) {
+            if (column < args.E && row < args.M && (!kMerges || kPlain || args.not_finite == nullptr)) {
               store_words(out + row * args.out_stride + column, two<T>(result[0], result[1]),
                           two<T>(result[2], result[3]), two<T>(result[4], result[5]),
                           two<T>(result[6], result[7]));
@@ -293,7 +307,8 @@ struct Block : LowRows<T, kTiles> {
     };
     queue.run(int(blockIdx.y) * kSplits + split, static_cast<int>((args.E + kStep - 1) / kStep),
               int(gridDim.y) * kSplits, fill, early, body);
-    if (!kPlain && args.not_finite != nullptr && bad) *args.not_finite = 1;  // every writer writes the same
+    if (kMerges && !kPlain && args.not_finite != nullptr && bad)
+      *args.not_finite = 1;  // every writer writes the same
   }
 
   __device__ __forceinline__ void run() {
@@ -314,23 +329,23 @@ struct Block : LowRows<T, kTiles> {
 constexpr int kQueueBytes = kStages * kPieces * kThreads * 16;
 constexpr int kSharedBytes = kQueueBytes + LowRows<__half, kMostRows / 16>::kBytes;
 
-template <class T>
+template <class T, Drops kDrops>
 __global__ void __launch_bounds__(kThreads, 2) apt_low_rank(const __grid_constant__ LowRankArgs args) {
   extern __shared__ __align__(16) unsigned char memory[];
   if (args.unless != nullptr && *args.unless != 0) return;
   if (args.rows == 32) {
-    Block<T, 2>(args, memory, memory + kQueueBytes).run();
+    Block<T, 2, kDrops>(args, memory, memory + kQueueBytes).run();
   } else {
-    Block<T, 1>(args, memory, memory + kQueueBytes).run();
+    Block<T, 1, kDrops>(args, memory, memory + kQueueBytes).run();
   }
 }
 
-template <class T>
+template <class T, Drops kDrops>
 void launch(const LowRankArgs& args, cudaStream_t stream) {
-  allow_shared<&apt_low_rank<T>>(kSharedBytes);
+  allow_shared<&apt_low_rank<T, kDrops>>(kSharedBytes);
   dim3 grid(static_cast<unsigned>((args.M + args.rows - 1) / args.rows),
             static_cast<unsigned>(args.column_splits));
-  apt_low_rank<T><<<grid, kThreads, kSharedBytes, stream>>>(args);
+  apt_low_rank<T, kDrops><<<grid, kThreads, kSharedBytes, stream>>>(args);
   check_launch("apt_low_rank");
 }
 
@@ -338,7 +353,12 @@ void launch(const LowRankArgs& args, cudaStream_t stream) {
 
 void low_rank(const LowRankArgs& args, Stream stream) {
   auto queue = static_cast<cudaStream_t>(stream);
-  visit_sixteen(args.dtype, [&](auto zero) { launch<decltype(zero)>(args, queue); });
+  visit_sixteen(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (args.drop_x.rng != nullptr) return launch<T, Drops::kX>(args, queue);
+    if (args.drop_out.rng != nullptr) return launch<T, Drops::kOut>(args, queue);
+    launch<T, Drops::kNone>(args, queue);
+  });
 }
 
 }  // namespace apt::cuda

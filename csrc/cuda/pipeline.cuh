@@ -108,4 +108,22 @@ __device__ __forceinline__ void mask_eight(Eight& values, const Mask8& mask, boo
   for (int j = 0; j < 8; ++j) at[j] = scaled(at[j], mask.at[j], select_only);
 }
 
+// Draws where a kernel drops something, and nothing where it does not.
+struct NoDraws {
+  __device__ __forceinline__ explicit NoDraws(const Dropout&) {}
+};
+template <bool kDrops>
+using DrawsIf = std::conditional_t<kDrops, Draws, NoDraws>;
+
+// Drop of eight neighbours, the first of them at `column`, a multiple of 8.
+__device__ __forceinline__ void drop_eight(Eight& values, const Draws& draws, int64_t row, int64_t column) {
+  uint32_t words[4];
+  draws.draw(static_cast<uint32_t>(column / 8), row, words);
+#pragma unroll
+  for (int p = 0; p < 4; ++p) {
+    if (!draws.keeps(words, 2 * p)) values.pair[p] &= 0xffff0000u;
+    if (!draws.keeps(words, 2 * p + 1)) values.pair[p] &= 0xffffu;
+  }
+}
+
 }  // namespace apt

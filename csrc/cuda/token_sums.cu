@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "../backend.h"
+#include "pipeline.cuh"
 #include "tile.cuh"
 
 namespace apt::cuda {
@@ -34,7 +35,7 @@ __device__ void find_divisors(float* divisor, const float* low, int64_t R, int64
   __syncthreads();
 }
 
-template <class T>
+template <class T, bool kDrops>
 __global__ void __launch_bounds__(kThreads, 2) apt_token_sums(const __grid_constant__ TokenSumArgs args) {
   extern __shared__ __align__(16) unsigned char memory[];
   T* ring = reinterpret_cast<T*>(memory);
@@ -46,6 +47,7 @@ __global__ void __launch_bounds__(kThreads, 2) apt_token_sums(const __grid_const
   const int count = static_cast<int>((tokens + kTokens - 1) / kTokens);
   const T* x = static_cast<const T*>(args.x);
   const bool wide = args.low_dtype == DType::kFloat32;
+  [[maybe_unused]] const DrawsIf<kDrops> draws(args.dropout);
   const float* wide_low = static_cast<const float*>(args.low) + token0 * args.R;
   if (wide) find_divisors<T>(divisor, wide_low, args.R, tokens);
 
@@ -76,6 +78,18 @@ __global__ void __launch_bounds__(kThreads, 2) apt_token_sums(const __grid_const
       stage_ranks<kThreads>(low, static_cast<const T*>(args.low), args.R, token, token0 + tokens, kTokens);
     }
   };
+  // Of a stage a thread drops in what it copied itself, before the others read it.
+  [[maybe_unused]] auto drop = [&](int i) {
+    T* tile = ring + i % kStages * kStage + piece_column();
+    const int64_t token = token0 + int64_t{i} * kTokens;
+#pragma unroll
+    for (int row = piece_row(); row < kTokens; row += kThreads / kTileChunks) {
+      auto* piece = reinterpret_cast<Eight*>(tile + row * kTilePitch);
+      Eight values = *piece;
+      if constexpr (kDrops) drop_eight(values, draws, token + row, channel0 + piece_column());
+      piece->all = values.all;
+    }
+  };
   if (wide) load_ahead(0);
   for (int i = 0; i < kStages - 1; ++i) {
     if (i < count) fill(i);
@@ -84,6 +98,7 @@ __global__ void __launch_bounds__(kThreads, 2) apt_token_sums(const __grid_const
   float sum[2][4] = {};  // [16 channels of this warp][R]
   for (int i = 0; i < count; ++i) {
     wait_copies<kStages - 2>();
+    if constexpr (kDrops) drop(i);
     __syncthreads();
     if (i + kStages - 1 < count) fill(i + kStages - 1);
     commit_copies();
@@ -157,12 +172,12 @@ __global__ void __launch_bounds__(kAddThreads) apt_add_spans(const __grid_consta
   }
 }
 
-template <class T>
+template <class T, bool kDrops>
 void launch(const TokenSumArgs& args, cudaStream_t stream) {
-  allow_shared<&apt_token_sums<T>>(kSharedBytes);
+  allow_shared<&apt_token_sums<T, kDrops>>(kSharedBytes);
   dim3 grid(static_cast<unsigned>((args.C + kTileColumns - 1) / kTileColumns),
             static_cast<unsigned>((args.M + args.span - 1) / args.span));
-  apt_token_sums<T><<<grid, kThreads, kSharedBytes, stream>>>(args);
+  apt_token_sums<T, kDrops><<<grid, kThreads, kSharedBytes, stream>>>(args);
   check_launch("apt_token_sums");
 }
 
@@ -170,7 +185,10 @@ void launch(const TokenSumArgs& args, cudaStream_t stream) {
 
 void token_sums(const TokenSumArgs& args, Stream stream) {
   auto queue = static_cast<cudaStream_t>(stream);
-  visit_sixteen(args.dtype, [&](auto zero) { launch<decltype(zero)>(args, queue); });
+  visit_sixteen(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    args.dropout.rng == nullptr ? launch<T, false>(args, queue) : launch<T, true>(args, queue);
+  });
 }
 
 void add_spans(const FactorGradPair& pair, Stream stream) {

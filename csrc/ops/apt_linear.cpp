@@ -10,6 +10,7 @@
 
 #include "../checks.h"
 #include "../routes/linear.h"
+#include "dropout_mask.h"
 
 namespace apt {
 namespace {
@@ -58,18 +59,14 @@ Sizes check_linear(const Tensor& x, const LinearOperands& o) {
   }
   check_mask(o.mask_in, "mask_in", "K", size.K, x, "x");
   check_mask(o.mask_out, "mask_out", "N", size.N, x, "x");
+  check_dropout(o.dropout, o.rng, x);
   return size;
 }
 
 Layer layer_of(const LinearOperands& o, bool keep_low) {
-  return {limit_row_stride(o.weight),
-          o.bias,
-          limit_row_stride(o.lora_A),
-          limit_row_stride(o.lora_B),
-          o.mask_in,
-          o.mask_out,
-          o.scaling,
-          keep_low};
+  return {limit_row_stride(o.weight),    o.bias,    limit_row_stride(o.lora_A),
+          limit_row_stride(o.lora_B),    o.mask_in, o.mask_out,
+          o.scaling / (1.0 - o.dropout), keep_low,  drop_of(o.dropout, o.rng)};
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const LinearOperands& o, bool keep_low) {

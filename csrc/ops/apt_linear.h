@@ -7,17 +7,19 @@ namespace apt {
 
 struct LinearOperands : LayerOperands {
   double scaling;
+  double dropout = 0.0;          // of mask_in * x on its way to lora_A
+  const OptTensor& rng = kNone;  // int64 [2]: seed and offset that it is drawn by
 
-  LinearOperands with(const LayerOperands& other) const { return {other, scaling}; }
-  auto rest() const { return std::tie(scaling); }
+  LinearOperands with(const LayerOperands& other) const { return {other, scaling, dropout, rng}; }
+  auto rest() const { return std::tie(scaling, dropout, rng); }
   auto backward_rest() const { return rest(); }
 };
-using LinearArguments = LooseArguments<LinearOperands, double>;
+using LinearArguments = LooseArguments<LinearOperands, double, double, const OptTensor&>;
 
 Tensor apt_linear(const Tensor& x, const LinearOperands& operands);
 
 // Return y and t [..., R]. t has x's dtype, but is float32 where x is float16: low-rank activations may
-// exceed 65504.
+// exceed 65504. With dropout, t = drop(x') A^T without the factor 1 / (1 - p), which goes with the scaling.
 std::tuple<Tensor, Tensor> apt_linear_forward(const Tensor& x, const LinearOperands& operands);
 
 // The same without an op's promise about t, which may be a view with gaps between its rows.

@@ -14,6 +14,7 @@
 #include "../routes/padded.h"
 #include "../routes/resize_factors.h"
 #include "apt_linear.h"
+#include "dropout_mask.h"
 
 namespace apt {
 namespace {
@@ -47,7 +48,9 @@ Layer inner_layer(const CompactOperands& o, const Sides& sides) {
   if (o.weight.has_value()) inner.weight = used_weight(*o.weight, sides).view({out.width, in.width});
   if (!in.moves()) inner.mask_in = kept_vector(in.mask, in);
   if (!out.moves()) inner.mask_out = kept_vector(out.mask, out);
-  inner.scaling = o.scaling;
+  inner.scaling = o.scaling / (1.0 - o.dropout);
+  inner.drop = drop_of(o.dropout, o.rng);
+  if (inner.drop && !in.keeps_all) inner.drop.channels = o.index_in;
   return inner;
 }
 
@@ -64,7 +67,10 @@ Passes passes_for(const Tensor& x, int64_t tokens, const CompactOperands& o, con
   LinearPlan plan = launch_plan({tokens, sides.out.width, sides.in.width, R, dtype_of(x)}, limits_of(x));
   KeptSides kept{sides.in.moves() ? &sides.in : nullptr, sides.out.moves() ? &sides.out : nullptr, o.lora_A,
                  o.lora_B};
-  return {plan, kept, o.weight.has_value() && passes_fit(x, plan, kept), plan.padded ? padded_rank(R) : R};
+  // They draw dropout for columns that are channels.
+  const bool fit =
+      o.weight.has_value() && passes_fit(x, plan, kept) && (o.dropout == 0.0 || sides.in.keeps_all);
+  return {plan, kept, fit, plan.padded ? padded_rank(R) : R};
 }
 
 c10::SymInt out_channels(const CompactOperands& o) {
@@ -145,6 +151,7 @@ void check_compact(const Tensor& x, const CompactOperands& o) {
                    "kept must be an int64 tensor without dimensions, got ", name_of(o.kept.scalar_type()),
                    " of shape ", text(o.kept.sym_sizes()));
   TORCH_CHECK_VALUE(o.kept.is_cpu() || x.is_meta(), "kept must be on the CPU, got ", o.kept.device().str());
+  check_dropout(o.dropout, o.rng, x);
 }
 
 CompactForward compact_forward(const Tensor& x, const CompactOperands& o) {

@@ -23,21 +23,26 @@ struct CompactOperands : LayerOperands {
   // True if x (and its gradient), or y, is [.., width] already: the kept channels, then zeros, without the
   // mask.
   bool compact_in, compact_out;
+  double dropout = 0.0;  // as in LinearOperands; a channel is dropped as it is in the full-size layer
+  const OptTensor& rng = kNone;
   bool gathered = false;  // true if x is its kept channels under mask_in, as the forward left them
 
   CompactOperands with(const LayerOperands& other) const {
-    return {other, index_in, index_out,  position_in, position_out,
-            kept,  scaling,  compact_in, compact_out, gathered};
+    return {other,   index_in,   index_out,   position_in, position_out, kept,
+            scaling, compact_in, compact_out, dropout,     rng,          gathered};
   }
   auto rest() const {
-    return std::tie(index_in, index_out, position_in, position_out, kept, scaling, compact_in, compact_out);
+    return std::tie(index_in, index_out, position_in, position_out, kept, scaling, compact_in, compact_out,
+                    dropout, rng);
   }
   auto backward_rest() const { return std::tuple_cat(rest(), std::tie(gathered)); }
 };
-using CompactArguments = LooseArguments<CompactOperands, const Tensor&, const Tensor&, const Tensor&,
-                                        const Tensor&, const Tensor&, double, bool, bool>;
-using CompactBackwardArguments = LooseArguments<CompactOperands, const Tensor&, const Tensor&, const Tensor&,
-                                                const Tensor&, const Tensor&, double, bool, bool, bool>;
+using CompactArguments =
+    LooseArguments<CompactOperands, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                   double, bool, bool, double, const OptTensor&>;
+using CompactBackwardArguments =
+    LooseArguments<CompactOperands, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
+                   double, bool, bool, double, const OptTensor&, bool>;
 
 // One side of the layer as the arithmetic sees it.
 struct Side : KeptSide {

@@ -144,7 +144,7 @@ std::tuple<Tensor, Tensor> library_forward(const Tensor& x, const Layer& layer) 
   Tensor masked = mask_channels(without_gaps(x), layer.mask_in, 1, false);
   // Pruned columns of A are selected too: 0 * NaN is NaN.
   Tensor factor = mask_channels(as(layer.lora_A, x.scalar_type()), layer.mask_in, 1, true);
-  Tensor t = down(masked, factor.t());
+  Tensor t = down(drop_channels(masked, layer.drop), factor.t());
   return {output_of(masked, t, layer), t};
 }
 
@@ -161,7 +161,12 @@ std::array<Tensor, 4> library_backward(const Tensor& grad, const Tensor& x, cons
   }
   if (need_x) {
     Tensor dx;
-    if (layer.weight.has_value()) {
+    if (layer.drop && u.low.size(1) > 0) {
+      dx = at::empty({g.size(0), layer.lora_A.size(1)}, g.options());
+      up_(dx, u, layer.scaling, 0);
+      drop_channels_(dx, layer.drop);
+      if (layer.weight.has_value()) dx.addmm_(g, *layer.weight);
+    } else if (layer.weight.has_value()) {
       dx = dense_and_low(g, *layer.weight, u, layer.scaling);
     } else {
       dx = at::zeros({g.size(0), layer.lora_A.size(1)}, g.options());
@@ -173,7 +178,8 @@ std::array<Tensor, 4> library_backward(const Tensor& grad, const Tensor& x, cons
   if (need_A) {
     // From the unmasked x: the mask is the store factor, so a NaN in a pruned channel ends in a pruned
     // column.
-    out[1] = factor_grad(u.low.t(), without_gaps(x), layer.scaling, u.multiplier, layer.lora_A.scalar_type());
+    Tensor used = drop_channels(without_gaps(x), layer.drop);
+    out[1] = factor_grad(u.low.t(), used, layer.scaling, u.multiplier, layer.lora_A.scalar_type());
     mask_channels_(out[1], layer.mask_in, 1, false);
   }
   if (need_B) {

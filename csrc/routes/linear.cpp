@@ -14,13 +14,18 @@ LinearPlan plan_for(const Tensor& x, const Layer& layer) {
                      limits_of(x));
 }
 
+// Passes draw dropout for columns that are channels.
+bool takes_passes(const LinearPlan& plan, const Layer& layer) {
+  return plan.route == LinearPlan::Route::kPasses && !layer.drop.channels.has_value();
+}
+
 }  // namespace
 
 std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Layer& layer) {
   if (is_widened(x)) return widened_forward(x, layer);
   LinearPlan plan = plan_for(x, layer);
   if (plan.padded) return padded_forward(x, layer);
-  if (plan.route != LinearPlan::Route::kPasses) return library_forward(x, layer);
+  if (!takes_passes(plan, layer)) return library_forward(x, layer);
   auto [y, t, masked] = passes_forward(x, layer, plan);
   return {y, t};
 }
@@ -31,8 +36,8 @@ std::array<Tensor, 4> linear_backward(const Tensor& grad, const Tensor& x, const
   if (is_widened(grad)) return widened_backward(grad, x, t, layer, need);
   LinearPlan plan = plan_for(x, layer);
   if (plan.padded) return padded_backward(grad, x, t, layer, need);
-  return plan.route == LinearPlan::Route::kPasses ? passes_backward(grad, x, t, layer, need, plan)
-                                                  : library_backward(grad, x, t, layer, need);
+  return takes_passes(plan, layer) ? passes_backward(grad, x, t, layer, need, plan)
+                                   : library_backward(grad, x, t, layer, need);
 }
 
 }  // namespace apt

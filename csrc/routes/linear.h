@@ -2,7 +2,7 @@
 // route.
 #pragma once
 
-#include "../tensor.h"
+#include "drop_channels.h"
 
 namespace apt {
 
@@ -12,8 +12,9 @@ struct Layer {
   OptTensor bias;               // [N]
   Tensor lora_A, lora_B;        // [R, K], [N, R], compute dtype or float32
   OptTensor mask_in, mask_out;  // [K], [N]
-  double scaling;
-  bool keep_low = true;  // false if forward's t is not wanted
+  double scaling;               // with what dropout takes away: s / (1 - p)
+  bool keep_low = true;         // false if forward's t is not wanted
+  Drop drop = {};  // of mask_in * x on its way to lora_A, and of the gradient that comes back by it
 };
 
 // The routes share these two signatures.

@@ -28,6 +28,7 @@ struct Direction {
   double scaling;
   bool keep_low;
   int rows, up_splits;
+  Dropout drop_x, drop_out;
   // x has the first side's size, and out, bias and up (by channel) the second's; their masks are these sides'
   // own.
   const KeptSide *gather = nullptr, *scatter = nullptr;
@@ -62,6 +63,7 @@ Result run(const Direction& d, bool need_out) {
   args.bias = d.bias.has_value() ? d.bias->const_data_ptr() : nullptr;
   args.scaling = d.scaling;
   args.dtype = dtype_of(d.x), args.low_dtype = low_dtype == at::kFloat ? DType::kFloat32 : args.dtype;
+  args.drop_x = d.drop_x, args.drop_out = d.drop_out;
   args.rows = d.rows, args.column_splits = 1;
   args.out_stride = E;
   if (d.gather != nullptr) {
@@ -93,7 +95,8 @@ Result run(const Direction& d, bool need_out) {
 }
 
 // Sum x[m, c] low[m, r] over spans of tokens. Return the job that adds these partial sums up.
-FactorGrad sum_tokens(const Tensor& x, const Tensor& low, Tensor& partial, int64_t span) {
+FactorGrad sum_tokens(const Tensor& x, const Tensor& low, Tensor& partial, int64_t span,
+                      const Dropout& dropout) {
   int64_t M = x.size(0), C = x.size(1), R = low.size(1), spans = (M + span - 1) / span;
   partial = at::empty({spans, R, C}, x.options().dtype(at::kFloat));
   TokenSumArgs args{M,
@@ -105,7 +108,8 @@ FactorGrad sum_tokens(const Tensor& x, const Tensor& low, Tensor& partial, int64
                     partial.mutable_data_ptr<float>(),
                     dtype_of(x),
                     dtype_of(low),
-                    span};
+                    span,
+                    dropout};
   kernels_for(x).token_sums(args, current_stream(x));
   FactorGrad job{};
   job.partial = args.partial, job.spans = spans, job.R = R, job.C = job.E = C;
@@ -136,13 +140,13 @@ std::tuple<Tensor, Tensor, Tensor> passes_forward(const Tensor& x, const Layer& 
   at::ScalarType dtype = x.scalar_type();
   OptTensor matrix;
   if (layer.weight.has_value()) matrix = layer.weight->t();
-  Result result =
-      run({aligned_rows(x), matrix, aligned_contiguous(layer.lora_A, dtype),
-           aligned_contiguous(kept.out != nullptr ? kept.lora_B : layer.lora_B, dtype),
-           /*down_by_channel=*/false, /*up_by_channel=*/true, aligned_contiguous(layer.mask_in, at::kFloat),
-           aligned_contiguous(layer.mask_out, at::kFloat), aligned_contiguous(layer.bias, dtype),
-           layer.scaling, layer.keep_low, plan.rows, plan.up_splits_N, kept.in, kept.out},
-          /*need_out=*/true);
+  Result result = run(
+      {aligned_rows(x), matrix, aligned_contiguous(layer.lora_A, dtype),
+       aligned_contiguous(kept.out != nullptr ? kept.lora_B : layer.lora_B, dtype),
+       /*down_by_channel=*/false, /*up_by_channel=*/true, aligned_contiguous(layer.mask_in, at::kFloat),
+       aligned_contiguous(layer.mask_out, at::kFloat), aligned_contiguous(layer.bias, dtype), layer.scaling,
+       layer.keep_low, plan.rows, plan.up_splits_N, layer.drop.own(), Dropout{}, kept.in, kept.out},
+      /*need_out=*/true);
   return {result.out, result.low, result.masked};
 }
 
@@ -161,16 +165,16 @@ std::array<Tensor, 4> passes_backward(const Tensor& grad, const Tensor& x, const
   // The gradient of a factor from a wide matrix, under the mask that the matrix has not yet.
   auto add_job = [&](Tensor& result, const Tensor& factor, const KeptSide* side, const Tensor& wide,
                      const Tensor& narrow, Tensor& partial, int64_t span, const OptTensor& mask,
-                     bool by_channel) {
+                     bool by_channel, const Dropout& dropout) {
     result = at::empty_like(factor, at::MemoryFormat::Contiguous);
-    FactorGrad& job = pair.job[jobs++] = sum_tokens(wide, narrow, partial, span);
+    FactorGrad& job = pair.job[jobs++] = sum_tokens(wide, narrow, partial, span, dropout);
     job.grad = result.mutable_data_ptr(), job.dtype = dtype_of(result), job.by_channel = by_channel;
     job.mask = data_of(mask), job.scaling = layer.scaling;
     if (side != nullptr) job.E = side->size, job.position = side->position.const_data_ptr<int32_t>();
   };
   auto add_B = [&](const Tensor& wide) {
     add_job(out[2], kept.out != nullptr ? kept.lora_B : layer.lora_B, kept.out, wide, low, partial_B,
-            plan.span_N, mask_out, true);
+            plan.span_N, mask_out, true, Dropout{});
   };
   // First the pass from g's first token to its last, then the one that goes back and finds g's end in the L2
   // cache.
@@ -182,7 +186,8 @@ std::array<Tensor, 4> passes_backward(const Tensor& grad, const Tensor& x, const
     Result result =
         run({g, layer.weight, aligned_contiguous(down, dtype), aligned_contiguous(up.factor, dtype),
              /*down_by_channel=*/kept.out == nullptr, up.by_channel, mask_out, mask_in, std::nullopt,
-             layer.scaling, /*keep_low=*/true, plan.rows, plan.up_splits_K, kept.out, kept.in},
+             layer.scaling, /*keep_low=*/true, plan.rows, plan.up_splits_K, Dropout{}, layer.drop.own(),
+             kept.out, kept.in},
             need_x);
     out[0] = result.out;
     if (!result.masked.is_same(g)) masked_g = result.masked;
@@ -190,7 +195,7 @@ std::array<Tensor, 4> passes_backward(const Tensor& grad, const Tensor& x, const
     // From the unmasked x: the mask acts on the sums, so a NaN in a pruned channel ends in a pruned column.
     if (need_A)
       add_job(out[1], kept.in != nullptr ? kept.lora_A : layer.lora_A, kept.in, aligned_rows(x), result.low,
-              partial_A, plan.span_K, mask_in, false);
+              partial_A, plan.span_K, mask_in, false, layer.drop.own());
   }
   if (jobs > 0) kernels_for(x).add_spans(pair, current_stream(x));
   if (need_bias) out[3] = (masked_g.defined() ? masked_g : mask_channels(grad, mask_out, 1, false)).sum(0);

@@ -44,7 +44,7 @@ Layer padded(const Layer& layer) {
         .select_only = true};
   auto factors = resize_factors(A, B);
   out.lora_A = factors[0], out.lora_B = factors[1];
-  out.scaling = layer.scaling, out.keep_low = layer.keep_low;
+  out.scaling = layer.scaling, out.keep_low = layer.keep_low, out.drop = layer.drop;
   return out;
 }
 

@@ -44,7 +44,7 @@ bool is_widened(const Tensor& x) {
 std::tuple<Tensor, Tensor> widened_forward(const Tensor& x, const Layer& layer) {
   Tensor wide_x = mask_channels(x, layer.mask_in, 1, false).to(at::kFloat);
   Tensor factor = mask_channels(layer.lora_A.to(x.scalar_type()), layer.mask_in, 1, true).to(at::kFloat);
-  Tensor t = at::mm(wide_x, factor.t());
+  Tensor t = at::mm(drop_channels(wide_x, layer.drop), factor.t());
   int64_t N = layer.lora_B.size(0), step = block_rows(x.size(1));
   Tensor y = at::empty({x.size(0), N}, x.options());
   for (int64_t start = 0; start < N; start += step) {
@@ -68,8 +68,9 @@ std::array<Tensor, 4> widened_backward(const Tensor& grad, const Tensor& x, cons
     return mask.has_value() ? OptTensor(mask->to(at::kFloat)) : std::nullopt;
   };
   auto rounded = [&](const Tensor& factor) { return factor.to(x.scalar_type()).to(at::kFloat); };
-  Layer low_rank{std::nullopt,        std::nullopt,         rounded(layer.lora_A), rounded(layer.lora_B),
-                 wide(layer.mask_in), wide(layer.mask_out), layer.scaling};
+  Layer low_rank{std::nullopt,          std::nullopt,        rounded(layer.lora_A),
+                 rounded(layer.lora_B), wide(layer.mask_in), wide(layer.mask_out),
+                 layer.scaling,         layer.keep_low,      layer.drop};
   Tensor wide_grad = grad.to(at::kFloat);
   Tensor wide_x = need[1] ? x.to(at::kFloat) : x;
   auto grads = linear_backward(wide_grad, wide_x, t.to(at::kFloat), low_rank, need);

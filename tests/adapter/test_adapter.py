@@ -7,7 +7,7 @@ from small_adapter import expected, make, masks
 from torch import nn
 
 import apt_ext
-from apt_ext import APTAdapter, reference
+from apt_ext import APTAdapter, ops, reference
 from apt_ext.method import kurtosis
 
 # -- Eq. 2 (seed 1, 2, 7, 8) -------------------------------------------------------------------------------------------
@@ -233,11 +233,9 @@ def test_dropout_acts_on_the_low_rank_input_only():
     torch.manual_seed(3)
     got = adapter(x)
     torch.manual_seed(3)
-    dropped = nn.functional.dropout(x, 0.5)
-    none = adapter.lora_A[:0], adapter.lora_B[:, :0]
-    want = reference.apt_linear(x, adapter.weight, adapter.bias, *none, *masks()) + reference.apt_linear(
-        dropped, None, None, adapter.lora_A, adapter.lora_B, *masks(), adapter.scaling
-    )
+    keep = ops.dropout_mask(x.shape, 0.5, ops.drawn_rng(x))
+    factors = adapter.lora_A, adapter.lora_B
+    want = reference.apt_linear(x, adapter.weight, adapter.bias, *factors, *masks(), adapter.scaling, 0.5, keep=keep)
     torch.testing.assert_close(got, want)
     assert not torch.equal(got, still)
 

@@ -18,16 +18,18 @@ N, K, R = 6, 5, 3
 def operands(dtype=torch.float32):
     p = Problem((4,), N, K, R, dtype, masks="soft")
     forward = {name: getattr(p, name) for name in ("x", "weight", "bias", "lora_A", "lora_B", "mask_in", "mask_out")}
+    forward["rng"] = torch.tensor([3, 4])
     backward = {"grad": p.grad, **{name: t for name, t in forward.items() if name != "bias"}, "t": torch.randn(4, R, dtype=dtype)}
     merge = {name: forward[name] for name in ("weight", "lora_A", "lora_B", "mask_in", "mask_out")}
     masked = {"grads[0]": torch.randn(4, K, dtype=dtype), "masks[0]": p.mask_in}
-    rest = ("bias", "lora_A", "lora_B", "mask_in", "mask_out")
+    rest = ("bias", "lora_A", "lora_B", "mask_in", "mask_out", "rng")
     compact = {"x": p.x, "packed": kept_lanes(dtype).packed, **{name: forward[name] for name in rest}}
     compact_backward = {"grad": p.grad, **{name: t for name, t in compact.items() if name != "bias"}, "t": backward["t"]}
     return {
         "apt_linear": forward,
         "apt_linear_forward": forward,
         "apt_linear_backward": backward,
+        "dropout_mask": {"rng": forward["rng"]},
         "merge_": merge,
         "mask_grads_": masked,
         "compact_linear": compact,
@@ -47,10 +49,12 @@ def call(op, given):
     t = {name.partition("[")[0]: value for name, value in given.items()}
     function = getattr(torch.ops.apt_ext, op)
     if op in ("apt_linear", "apt_linear_forward"):
-        return function(t["x"], t["weight"], t["bias"], t["lora_A"], t["lora_B"], t["mask_in"], t["mask_out"], 1.0)
+        return function(t["x"], t["weight"], t["bias"], t["lora_A"], t["lora_B"], t["mask_in"], t["mask_out"], 1.0, 0.3, t["rng"])
     if op == "apt_linear_backward":
-        four = [True] * 4
-        return function(t["grad"], t["x"], t["weight"], t["lora_A"], t["lora_B"], t["t"], t["mask_in"], t["mask_out"], 1.0, four)
+        layer = (t["x"], t["weight"], t["lora_A"], t["lora_B"], t["t"], t["mask_in"], t["mask_out"])
+        return function(t["grad"], *layer, 1.0, 0.3, t["rng"], [True] * 4)
+    if op == "dropout_mask":
+        return function([4, K], 0.3, t["rng"])
     if op == "merge_":
         return function(t["weight"], t["lora_A"], t["lora_B"], 1.0, t["mask_in"], t["mask_out"])
     if op == "mask_grads_":
@@ -61,8 +65,8 @@ def call(op, given):
     indices = (lanes.index_in, lanes.index_out, lanes.position_in, lanes.position_out, lanes.kept)
     layer = [t[name] for name in ("packed", "bias", "lora_A", "lora_B", "t", "mask_in", "mask_out") if name in t]
     if op == "compact_linear_backward":
-        return function(t["grad"], t["x"], *layer, *indices, 1.0, False, False, False, [True] * 4)
-    return function(t["x"], *layer, *indices, 1.0, False, False)
+        return function(t["grad"], t["x"], *layer, *indices, 1.0, False, False, 0.3, t["rng"], False, [True] * 4)
+    return function(t["x"], *layer, *indices, 1.0, False, False, 0.3, t["rng"])
 
 
 def quantised(t):
@@ -83,7 +87,7 @@ BAD = {
     "quantised": (quantised, TypeError),
     "sparse": (lambda t: t.to_sparse(), TypeError),
     "compressed": (lambda t: t.to_sparse_csr(), TypeError),
-    "mkldnn": (lambda t: t.to_mkldnn(), TypeError),
+    "mkldnn": (lambda t: (t if t.is_floating_point() else t.float()).to_mkldnn(), TypeError),
     "nested": (lambda t: nested(t, torch.strided), TypeError),
     "jagged": (lambda t: nested(t, torch.jagged), TypeError),
     "meta": (lambda t: t.to("meta"), ValueError),
@@ -104,6 +108,7 @@ RIGHT = {  # what is right where the operand stands
     *((op, "packed", kind) for op in KEPT for kind in (*ROWS, "a column more", "a column less")),  # it has room for more than it holds
     *(("pack_kept_", "weight", kind) for kind in (*ROWS, "a column more", "a column less")),  # the indices are not looked at
     *(("mask_grads_", "grads[0]", kind) for kind in (*ROWS, "float16", "bfloat16")),  # any shape but along dim, any mask is float32
+    ("dropout_mask", "rng", "meta"),
     *(("merge_", "weight", kind) for kind in ("float16", "bfloat16")),  # under float32 factors
 }
 
@@ -233,6 +238,7 @@ def test_mask_grads_of_every_small_size(grads, seed):
 @pytest.mark.parametrize("change", [torch.Tensor.float, torch.Tensor.short, lambda t: t[None], lambda t: t.to("meta")])
 def test_lanes_of_a_compacted_layer_that_are_none(name, change):
     p, lanes = operands()["compact_linear"], kept_lanes(torch.float32)
+    del p["rng"]
     given = {one: getattr(lanes, one) for one in ("index_in", "index_out", "position_in", "position_out", "kept")}
     given[name] = change(given[name])
     with pytest.raises((TypeError, ValueError), match=f"{name} must .*got "):

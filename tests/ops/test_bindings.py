@@ -10,7 +10,7 @@ from problems import Problem
 import apt_ext
 from apt_ext import _C
 
-LINEAR = ["apt_linear", "apt_linear_backward", "apt_linear_forward", "mask_grads_", "merge_"]
+LINEAR = ["apt_linear", "apt_linear_backward", "apt_linear_forward", "dropout_mask", "mask_grads_", "merge_"]
 COMPACT = ["compact_linear", "compact_linear_backward", "compact_linear_forward", "pack_kept_"]  # test_compact.py has their opcheck
 OPS = sorted(LINEAR + COMPACT)
 
@@ -38,10 +38,15 @@ def _samples(device):
         yield "apt_linear", forward
         yield "apt_linear_forward", forward
         t = torch.randn(2, 3, 2, device=device)
-        yield "apt_linear_backward", (p.grad, p.x, p.weight, p.lora_A, p.lora_B, t, *both, 1.5, [True, True, True, True])
-        yield "apt_linear_backward", (p.grad, p.x, None, p.lora_A, p.lora_B, t, *both, 1.5, [False, True, False, True])
+        rng = torch.tensor([5, 7], device=device)
+        yield "apt_linear", (*leaves, *both, 1.5, 0.4, rng)
+        yield "apt_linear_forward", (*forward, 0.4, rng)
+        backward = (p.lora_A, p.lora_B, t, *both, 1.5)
+        yield "apt_linear_backward", (p.grad, p.x, p.weight, *backward, 0.0, None, [True, True, True, True])
+        yield "apt_linear_backward", (p.grad, p.x, None, *backward, 0.4, rng, [False, True, False, True])
         yield "merge_", (p.weight.clone(), p.lora_A, p.lora_B, 1.5, *both, True)
         yield "merge_", (p.weight.clone(), p.lora_A, p.lora_B, 1.5, *both, False)
+    yield "dropout_mask", ([2, 3, 5], 0.4, torch.tensor([5, 7], device=device))
     yield (
         "mask_grads_",
         (
@@ -85,11 +90,11 @@ def test_the_fast_door_is_only_for_plain_tensors():
     assert op in [node.target for node in traced.graph.nodes] and torch.equal(traced(p.x), expected)
 
 
-@pytest.mark.parametrize("index", range(15))
+@pytest.mark.parametrize("index", range(20))
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # opcheck itself, torch 2.15
 def test_opcheck(device, index):
     samples = list(_samples(device))
-    assert len(samples) == 15
+    assert len(samples) == 20
     name, args = samples[index]
     result = torch.library.opcheck(getattr(torch.ops.apt_ext, name).default, args)
     assert set(result.values()) == {"SUCCESS"}, result

@@ -202,7 +202,8 @@ def test_opcheck(device, masks):
     x, packed, _, *rest = plain
     for need in ([True] * 4, [False, True, False, True]):
         torch.library.opcheck(
-            torch.ops.apt_ext.compact_linear_backward, (problem.grad, x, packed, *rest[:2], t, *rest[2:], False, False, False, need)
+            torch.ops.apt_ext.compact_linear_backward,
+            (problem.grad, x, packed, *rest[:2], t, *rest[2:], False, False, 0.0, None, False, need),
         )
     torch.library.opcheck(torch.ops.apt_ext.pack_kept_, (packed, problem.weight, plain[7], plain[8], plain[11]))
 

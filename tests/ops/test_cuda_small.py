@@ -68,7 +68,9 @@ def test_t_may_lie_in_longer_rows(device, dtype):
     longer = torch.full((tokens, 24), float("nan"), dtype=t.dtype, device=device)
     longer[:, :R] = t
     every = [True] * 4
-    found = [torch.ops.apt_ext.apt_linear_backward(grad, x, W, A, B, each, None, None, 0.5, every) for each in (t, longer[:, :R])]
+    found = [
+        torch.ops.apt_ext.apt_linear_backward(grad, x, W, A, B, each, None, None, 0.5, 0.0, None, every) for each in (t, longer[:, :R])
+    ]
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 

@@ -45,7 +45,7 @@ def test_both_are_named_by_a_backward():
         ValueError, match=r"lora_B must have shape \[N=19, R=4\] to fit weight \[19, 24\] and lora_A \[4, 24\], got \[20, 4\]"
     ):
         torch.ops.apt_ext.apt_linear_backward(
-            grad, given["x"], given["weight"], given["lora_A"], given["lora_B"], t, None, None, 1.0, [True] * 4
+            grad, given["x"], given["weight"], given["lora_A"], given["lora_B"], t, None, None, 1.0, 0.0, None, [True] * 4
         )
 
 

@@ -133,7 +133,9 @@ def operands(rows):
 
 
 BIG = {
-    "apt_linear": lambda door, W, A, B: door.apt_linear(W, torch.ones(1000, 1000), None, A, torch.ones(1000, 64), None, None, 1.0),
+    "apt_linear": lambda door, W, A, B: door.apt_linear(
+        W, torch.ones(1000, 1000), None, A, torch.ones(1000, 64), None, None, 1.0, 0.0, None
+    ),
     "merge_": lambda door, W, A, B: door.merge_(W, A, B, 0.0, None, None, True),
     "mask_grads_": lambda door, W, A, B: door.mask_grads_([W], [torch.ones(len(W))], [0]),
 }
