@@ -36,6 +36,7 @@ from .wrapping.compiled import unwrap
 from .wrapping.disabling import without_adapters
 from .wrapping.fused_losses import tell_of_output_adapter
 from .wrapping.module_hooks import drop_copied_hooks
+from .wrapping.shared_inputs import link_shared_inputs
 from .wrapping.state_hooks import load_cuts, save_cuts
 
 logger = logging.getLogger("apt_ext")
@@ -117,6 +118,7 @@ class APTModel(Adapted):
         self.saved = saved
         self._chained = False
         self.use_cache_before = use_cache.said(model)
+        link_shared_inputs(model, blocks.values())
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -136,6 +138,7 @@ class APTModel(Adapted):
     def blocks(self, blocks: Mapping[str, Block]) -> None:
         self._blocks = blocks if isinstance(blocks, Blocks) else Blocks(self._blocks.row, blocks)
         stock_saving.note(self)
+        link_shared_inputs(self.model, blocks.values())
 
     @property
     def target(self) -> Target | None:
@@ -242,6 +245,7 @@ class APTModel(Adapted):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         drop_copied_hooks(self)
         self._link_chains()  # copies of adapters are not chained
+        link_shared_inputs(self.model, self.blocks.values())  # and share nothing
         self._begin()
 
     # -- counting ----------------------------------------------------------------------------------------------------

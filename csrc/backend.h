@@ -132,8 +132,37 @@ struct FactorGrad {
   bool by_channel;
 };
 
-struct FactorGradPair {
-  FactorGrad job[2];  // the second may be missing (null grad)
+constexpr int kFactorGrads = 8;
+
+struct FactorGrads {
+  FactorGrad job[kFactorGrads];  // those behind the last have a null grad
+};
+
+// At most 8 ranks of one of several layers that read the same x.
+struct RankTile {
+  const void* factor = nullptr;  // rows of lora_A, [count, C] contiguous
+  void* low = nullptr;           // columns of low [M, low_stride], of the compute dtype or, float16, float32
+  float* partial = nullptr;      // rows of the first of the token sums, [spans, low_stride, C]
+  int64_t low_stride = 0;        // the layer's rank
+  int count = 0;
+};
+
+constexpr int kRankTiles = 4;  // that one launch takes
+
+// The narrow products of such layers, all in one launch (cuda/shared_linear.cu): down, up or token sums. The
+// conditions of LowRankArgs hold.
+struct SharedRanksArgs {
+  int64_t M, C;
+  const void* x;  // [M, C], rows x_stride apart; up: any aligned address that may be read
+  int64_t x_stride;
+  void* out;  // up: [M, C] contiguous
+  RankTile tile[kRankTiles];
+  int tiles;  // the others hold nothing
+  bool accumulate;
+  double scaling;
+  DType dtype, low_dtype;
+  int rows, column_splits;  // as in LowRankArgs; more than two tiles have 16 rows a block
+  int64_t span;             // as in TokenSumArgs
 };
 
 // Sum |values[m, c]| (or values[m, c]) over the tokens m that count. What the others hold is not read.
@@ -244,8 +273,11 @@ struct Kernels {
   // Null where the device leaves the low-rank products to the library.
   void (*low_rank)(const LowRankArgs&, Stream) = nullptr;
   void (*token_sums)(const TokenSumArgs&, Stream) = nullptr;
-  void (*add_spans)(const FactorGradPair&, Stream) = nullptr;
+  void (*add_spans)(const FactorGrads&, Stream) = nullptr;
   void (*to_half)(const ToHalfArgs&, Stream) = nullptr;
+  void (*shared_down)(const SharedRanksArgs&, Stream) = nullptr;
+  void (*shared_up)(const SharedRanksArgs&, Stream) = nullptr;
+  void (*shared_token_sums)(const SharedRanksArgs&, Stream) = nullptr;
 };
 
 // One file a function, in cpu/ and cuda/.
@@ -271,8 +303,11 @@ void channel_sums(const ChannelSumArgs& args, Stream stream);
 void copy_factors(const FactorCopies& copies, Stream stream);
 void low_rank(const LowRankArgs& args, Stream stream);
 void token_sums(const TokenSumArgs& args, Stream stream);
-void add_spans(const FactorGradPair& pair, Stream stream);  // token_sums.cu
+void add_spans(const FactorGrads& grads, Stream stream);  // token_sums.cu
 void to_half(const ToHalfArgs& args, Stream stream);
+void shared_down(const SharedRanksArgs& args, Stream stream);        // shared_linear.cu
+void shared_up(const SharedRanksArgs& args, Stream stream);          // shared_linear.cu
+void shared_token_sums(const SharedRanksArgs& args, Stream stream);  // shared_linear.cu
 }  // namespace cuda
 
 }  // namespace apt

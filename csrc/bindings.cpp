@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "autograd/salience_hook.h"
+#include "autograd/shared_linear.h"
 #include "device.h"
 #include "op_table.h"
 #include "ops/channel_sums.h"
@@ -134,6 +135,33 @@ void bind_salience_hook(py::module& m) {
       .def("forget", &SalienceHook::reset, py::call_guard<py::gil_scoped_release>());
 }
 
+void bind_shared_linear(py::module& m) {
+  // weight, bias, lora_A, lora_B, mask_out, scaling
+  using Loose = std::tuple<OptTensor, OptTensor, Tensor, Tensor, OptTensor, double>;
+  static constexpr auto layer_of = [](Loose loose) {
+    return std::make_from_tuple<SharedLayer>(std::move(loose));
+  };
+  py::class_<SharedOutputs, std::shared_ptr<SharedOutputs>>(
+      m, "SharedOutputs", "Outputs of layers that read one x, computed together and not handed out yet.")
+      .def(
+          "take",
+          [](SharedOutputs& outputs, size_t i, const Tensor& x, Loose layer) {
+            return outputs.take(i, x, layer_of(std::move(layer)));
+          },
+          py::arg("i"), py::arg("x"), py::arg("layer"), py::call_guard<py::gil_scoped_release>(),
+          "The output of layer i, once; None where it was not computed, or not for what is given now.");
+  m.def(
+      "shared_linear",
+      [](const Tensor& x, std::vector<Loose> loose, bool always) {
+        std::vector<SharedLayer> layers;
+        for (Loose& layer : loose) layers.push_back(layer_of(std::move(layer)));
+        return SharedOutputs::compute(x, layers, always);
+      },
+      py::arg("x"), py::arg("layers"), py::arg("always") = false, py::call_guard<py::gil_scoped_release>(),
+      "apt_linear of layers (weight, bias, lora_A, lora_B, mask_out, scaling) that read one x; None where each "
+      "is to be computed alone. always: also where sharing saves nothing.");
+}
+
 }  // namespace
 
 // The first three have kernels. The others reach the same checks, which refuse their layout in words.
@@ -170,6 +198,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   });
   bind_plan(m);
   bind_salience_hook(m);
+  bind_shared_linear(m);
   m.def("next_moment", &autograd_sequence,
         "(thread, sequence number) that the next autograd node made here will have.");
   m.def("node_moment", &node_sequence,

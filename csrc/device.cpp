@@ -29,7 +29,10 @@ constexpr Kernels kCudaKernels{.mask_channels = &cuda::mask_channels,
                                .low_rank = &cuda::low_rank,
                                .token_sums = &cuda::token_sums,
                                .add_spans = &cuda::add_spans,
-                               .to_half = &cuda::to_half};
+                               .to_half = &cuda::to_half,
+                               .shared_down = &cuda::shared_down,
+                               .shared_up = &cuda::shared_up,
+                               .shared_token_sums = &cuda::shared_token_sums};
 #endif
 
 }  // namespace

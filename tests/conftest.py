@@ -127,6 +127,24 @@ def loaded_here(monkeypatch):
     monkeypatch.setattr(directories, "reloaded", reloaded)
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """How many layers each computation of layers that share an input had; on the CPU they do where they can."""
+    from apt_ext.adapter import shared_inputs
+
+    found = []
+    real = apt_ext._C.shared_linear
+
+    def counted(x, layers, always):
+        found.append(len(layers))
+        return real(x, layers, always)
+
+    monkeypatch.setattr(apt_ext._C, "shared_linear", counted)
+    shared_inputs.this_thread.held = None
+    with shared_inputs.sharing("always"):
+        yield found
+
+
 @pytest.fixture(scope="module")
 def own_source(tmp_path_factory):
     """A tiny classifier of 3 labels with its tokenizer."""

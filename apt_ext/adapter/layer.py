@@ -33,6 +33,7 @@ from .mask import SIDES, Mask
 from .mask_change import mask_change, mask_gradients, see_written, settle
 from .merge import Merge
 from .second_copy import say_second_copy
+from .shared_inputs import SharedInput
 from .shared_memory import hold, join, release
 
 
@@ -55,6 +56,7 @@ class APTAdapter(MaskCarrier):
 
     Attributes that other parts of this package use, beside those of MaskCarrier:
         merge: the Merge into the base layer. packing: the Packing, by which it computes on kept channels.
+        shared: the SharedInput that it belongs to and its number there, or None.
         is_transposed: the base layer stores [K, N] (Conv1D). rank_limit: min(N, K) as built; a cut leaves it as it is.
     """
 
@@ -62,6 +64,7 @@ class APTAdapter(MaskCarrier):
     lora_B: nn.Parameter  # [N, R], or [N, max_rank] with zero columns at and above rank
     mask_in: Tensor  # [K] float32 whatever the module's dtype
     mask_out: Tensor  # [N] float32
+    shared: tuple[SharedInput, int] | None = None
 
     def __init__(
         self,
@@ -123,20 +126,10 @@ class APTAdapter(MaskCarrier):
             ValueError: a rank that does not fit, or a weight that is not finite (not looked at on meta).
             RuntimeError: the linear has forward hooks, which would not run, or another adapter has merged into it.
         """
-        out_features, in_features, transposed, dtype = checked_linear(linear, rank, dtype)
+        N, K, transposed, dtype = checked_linear(linear, rank, dtype)
         weight, bias = linear.weight, linear.bias
         assert isinstance(weight, nn.Parameter)
-        adapter = cls(
-            in_features,
-            out_features,
-            rank,
-            scaling,
-            max_rank=max_rank,
-            dropout=dropout,
-            init_std=init_std,
-            device=weight.device,
-            dtype=dtype,
-        )
+        adapter = cls(K, N, rank, scaling, max_rank=max_rank, dropout=dropout, init_std=init_std, device=weight.device, dtype=dtype)
         adapter.base_layer = linear
         adapter.is_transposed = transposed
         adapter.train(linear.training)
@@ -235,10 +228,15 @@ class APTAdapter(MaskCarrier):
             return packing.compute(self, packed, x, compiling)
         if packing.store.host is not None:
             packing.refuse_offloaded("a forward with masks of its own")
+        may_share = self.shared is not None and not compiling and mask_in is None and mask_out is None
         mask_in, mask_out, written = self.placed.effective(self._buffers, mask_in, mask_out, compiling)
         if written:
             self.see_written_masks()
             mask_in, mask_out, _ = self.placed.effective(self._buffers, mask_in, mask_out, compiling)
+        if may_share and mask_in is None and self.shared is not None:
+            shared = self.shared[0].output(self.shared[1], self, x, mask_out)
+            if shared is not None:
+                return shared
         return self.compute(x, mask_in, mask_out)
 
     def compute(self, x: Tensor, mask_in: Tensor | None, mask_out: Tensor | None) -> Tensor:
@@ -484,7 +482,7 @@ class APTAdapter(MaskCarrier):
 
     def __getstate__(self) -> dict[str, Any]:
         parts = {"merge": copy.copy(self.merge), "packing": copy.copy(self.packing)}
-        return {**super().__getstate__(), **parts, "_compacted": self.compacted}
+        return {**super().__getstate__(), **parts, "_compacted": self.compacted, "shared": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         compacted = state.pop("_compacted")

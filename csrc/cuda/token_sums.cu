@@ -153,9 +153,9 @@ __device__ __forceinline__ void add_spans(const FactorGrad& job, Index i, int la
 
 // A warp has 32 / kAddLanes neighbouring entries, which are neighbours in a partial sum as well: 32 bytes.
 template <class Index>
-__global__ void __launch_bounds__(kAddThreads) apt_add_spans(const __grid_constant__ FactorGradPair pair) {
+__global__ void __launch_bounds__(kAddThreads) apt_add_spans(const __grid_constant__ FactorGrads grads) {
   constexpr int kEntries = 32 / kAddLanes;
-  const FactorGrad& job = pair.job[blockIdx.y];
+  const FactorGrad& job = grads.job[blockIdx.y];
   const int lane = threadIdx.x % 32 / kEntries;
   const Index size = static_cast<Index>(job.R * job.E);
   const Index first = (Index{blockIdx.x} * (kAddThreads / 32) + threadIdx.x / 32) * kEntries;
@@ -191,17 +191,17 @@ void token_sums(const TokenSumArgs& args, Stream stream) {
   });
 }
 
-void add_spans(const FactorGradPair& pair, Stream stream) {
+void add_spans(const FactorGrads& grads, Stream stream) {
   int64_t largest = 0;
   unsigned jobs = 0;
-  for (; jobs < 2 && pair.job[jobs].grad != nullptr; ++jobs) {
-    largest = std::max(largest, pair.job[jobs].R * pair.job[jobs].E);
+  for (; jobs < kFactorGrads && grads.job[jobs].grad != nullptr; ++jobs) {
+    largest = std::max(largest, grads.job[jobs].R * grads.job[jobs].E);
   }
   constexpr int kEach = kAddThreads / kAddLanes;
   const dim3 grid(static_cast<unsigned>((largest + kEach - 1) / kEach), jobs);
   auto queue = static_cast<cudaStream_t>(stream);
   visit_index(largest, [&](auto index) {
-    apt_add_spans<decltype(index)><<<grid, kAddThreads, 0, queue>>>(pair);
+    apt_add_spans<decltype(index)><<<grid, kAddThreads, 0, queue>>>(grads);
     check_launch("apt_add_spans");
   });
 }

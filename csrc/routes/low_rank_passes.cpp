@@ -159,7 +159,7 @@ std::array<Tensor, 4> passes_backward(const Tensor& grad, const Tensor& x, const
   OptTensor mask_in = aligned_contiguous(layer.mask_in, at::kFloat),
             mask_out = aligned_contiguous(layer.mask_out, at::kFloat);
   std::array<Tensor, 4> out;
-  FactorGradPair pair;
+  FactorGrads factors;
   int jobs = 0;
   Tensor partial_A, partial_B, masked_g;
   // The gradient of a factor from a wide matrix, under the mask that the matrix has not yet.
@@ -167,7 +167,7 @@ std::array<Tensor, 4> passes_backward(const Tensor& grad, const Tensor& x, const
                      const Tensor& narrow, Tensor& partial, int64_t span, const OptTensor& mask,
                      bool by_channel, const Dropout& dropout) {
     result = at::empty_like(factor, at::MemoryFormat::Contiguous);
-    FactorGrad& job = pair.job[jobs++] = sum_tokens(wide, narrow, partial, span, dropout);
+    FactorGrad& job = factors.job[jobs++] = sum_tokens(wide, narrow, partial, span, dropout);
     job.grad = result.mutable_data_ptr(), job.dtype = dtype_of(result), job.by_channel = by_channel;
     job.mask = data_of(mask), job.scaling = layer.scaling;
     if (side != nullptr) job.E = side->size, job.position = side->position.const_data_ptr<int32_t>();
@@ -197,7 +197,7 @@ std::array<Tensor, 4> passes_backward(const Tensor& grad, const Tensor& x, const
       add_job(out[1], kept.in != nullptr ? kept.lora_A : layer.lora_A, kept.in, aligned_rows(x), result.low,
               partial_A, plan.span_K, mask_in, false, layer.drop.own());
   }
-  if (jobs > 0) kernels_for(x).add_spans(pair, current_stream(x));
+  if (jobs > 0) kernels_for(x).add_spans(factors, current_stream(x));
   if (need_bias) out[3] = (masked_g.defined() ? masked_g : mask_channels(grad, mask_out, 1, false)).sum(0);
   return out;
 }
