@@ -18,8 +18,18 @@ OPS = sorted(LINEAR + COMPACT)
 def test_both_doors_and_the_stub_list_the_same_names():
     registered = sorted(n.split("::")[1] for n in torch._C._dispatch_get_all_op_names() if n.startswith("apt_ext::"))
     assert registered == OPS
-    others = ["all_ones", "build_info", "channel_sums", "check_gpu", "launch_plan", "next_moment", "node_moment", "same_masks"]
-    assert sorted(n for n in dir(_C) if not n.startswith("__")) == sorted([*OPS, *others, "LinearPlan", "Listener"])
+    others = [
+        "all_ones",
+        "build_info",
+        "channel_sums",
+        "check_gpu",
+        "launch_plan",
+        "next_moment",
+        "node_moment",
+        "same_masks",
+        "shared_linear",
+    ]
+    assert sorted(n for n in dir(_C) if not n.startswith("__")) == sorted([*OPS, *others, "LinearPlan", "Listener", "SharedOutputs"])
     stub = ast.parse(Path(apt_ext.__file__).with_name("_C.pyi").read_text())
     assert sorted(f.name for f in stub.body if isinstance(f, ast.FunctionDef)) == sorted([*OPS, *others])
     for function in stub.body:
