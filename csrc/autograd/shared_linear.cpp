@@ -33,7 +33,8 @@ bool needs_own_op(const SharedLayer& layer) {
 bool is_plain_call(const Tensor& x) {
   return x.defined() && !x.is_meta() && !x.is_inference() && x.layout() == at::kStrided && x.numel() > 0 &&
          !needs_own_op(x) && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
-         !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode);
+         !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerFrontMode) &&
+         !c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::Tracer);
 }
 
 // As layer_autocast does it.
