@@ -96,3 +96,79 @@ def test_copies_and_unloaded_models(calls):
     calls.clear()
     stock(**batch)
     assert not calls
+
+
+# -- on a GPU, where inputs are shared without being told to ----------------------------------------------------------
+
+NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+
+
+def on_gpu(dtype=torch.bfloat16):
+    """A LLaMA whose widths the passes take, and a batch."""
+    apt, _ = built(FAMILIES["llama"], sizes=SIZES, r=4)
+    for _, adapter in adapters(apt):
+        with torch.no_grad():
+            adapter.lora_B.normal_(0, 0.05)
+    batch = {name: value.cuda() for name, value in batch_for(FAMILIES["llama"], 0).items()}
+    return apt.to("cuda", dtype), batch
+
+
+def gradients_of(apt):
+    return torch.cat([parameter.grad.flatten().double() for parameter in apt.parameters() if parameter.requires_grad])
+
+
+@pytest.mark.parametrize("how", ["plain", "autocast", "reentrant", "not reentrant", "masks"])
+@pytest.mark.cuda
+@NO_GPU
+def test_on_a_gpu(calls, how):
+    """The same logits to the bit; gradients differ by the order in which dx is added up."""
+    found = []
+    for mode in ("auto", "never"):
+        dtype = torch.float32 if how == "autocast" else torch.bfloat16
+        apt, batch = on_gpu(dtype)
+        if "reentrant" in how:
+            enable = getattr(apt, "activation_checkpointing_enable", apt.gradient_checkpointing_enable)
+            enable({"use_reentrant": how == "reentrant"})
+        if how == "masks":
+            apt.set_block_mask("0.neurons", (torch.arange(48) % 3 > 0).float())
+            apt.set_block_mask("1.heads", torch.tensor([1.0, 0.5]))
+        calls.clear()
+        with sharing(mode), torch.autocast("cuda", torch.bfloat16, enabled=how == "autocast"):
+            out = apt(**batch)
+            out.loss.backward()
+        assert len(calls) == (0 if mode == "never" else 8 if "reentrant" in how else 4)
+        found.append((out.logits, gradients_of(apt)))
+    assert torch.equal(found[0][0], found[1][0])
+    ours, theirs = found[0][1], found[1][1]
+    assert (ours - theirs).norm() < 2e-2 * theirs.norm()
+
+
+@pytest.mark.cuda
+@NO_GPU
+def test_another_stream(calls):
+    """What was computed on one stream is not handed out on another."""
+    apt, _ = on_gpu()
+    q, k = (dict(adapters(apt))[f"model.layers.0.self_attn.{name}_proj"] for name in "qk")
+    x = torch.randn(3, 7, 64, device="cuda", dtype=torch.bfloat16)
+    with sharing("auto"):
+        q(x)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            k(x)
+        torch.cuda.synchronize()
+        k(x)
+    assert calls == [3, 3, 3]
+
+
+@pytest.mark.cuda
+@NO_GPU
+def test_memory_of_steps_is_flat():
+    apt, batch = on_gpu()
+    peaks = []
+    for _ in range(6):
+        torch.cuda.reset_peak_memory_stats()
+        apt(**batch).loss.backward()
+        apt.zero_grad()
+        peaks.append((torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()))
+    assert len(set(peaks[2:])) == 1
