@@ -62,6 +62,7 @@ struct MergeArgs {
   int32_t* not_finite;    // null: write. Else write nothing, and set it where a result is not finite.
   const int32_t* unless;  // null, or: do nothing where *unless is not 0
   MergePlan plan;
+  void* scratch;  // on the CPU, merge_scratch bytes; on CUDA none
 };
 
 // One gradient of mask_grads_, seen as [outer, channels, inner] contiguous.
@@ -265,6 +266,7 @@ struct Kernels {
   void (*mask_channels)(const MaskChannelsArgs&, Stream);
   void (*drop_channels)(const DropChannelsArgs&, Stream);
   void (*merge)(const MergeArgs&, Stream);
+  size_t (*merge_scratch)(const MergeArgs&) = nullptr;  // bytes; null: it needs none
   void (*mask_grads)(const MaskedGrad*, size_t count, Stream);
   void (*gather)(const GatherArgs&, Stream);
   void (*scatter)(const ScatterArgs&, Stream);
@@ -285,6 +287,7 @@ namespace cpu {
 void mask_channels(const MaskChannelsArgs& args, Stream);
 void drop_channels(const DropChannelsArgs& args, Stream);
 void merge(const MergeArgs& args, Stream);
+size_t merge_scratch(const MergeArgs& args);
 void mask_grads(const MaskedGrad* grads, size_t count, Stream);
 void gather(const GatherArgs& args, Stream);
 void scatter(const ScatterArgs& args, Stream);

@@ -11,6 +11,7 @@ namespace {
 constexpr Kernels kCpuKernels{.mask_channels = &cpu::mask_channels,
                               .drop_channels = &cpu::drop_channels,
                               .merge = &cpu::merge,
+                              .merge_scratch = &cpu::merge_scratch,
                               .mask_grads = &cpu::mask_grads,
                               .gather = &cpu::gather,
                               .scatter = &cpu::scatter,

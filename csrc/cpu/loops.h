@@ -27,16 +27,23 @@ void visit(DType dtype, Body&& body) {
   visit_types<c10::Half, BFloat16Bits>(dtype, body);
 }
 
-// Widen a mask, so that inner loops read one type. Masks are small beside any matrix.
+// Widen a mask, so that inner loops read one type.
 template <class T>
-std::vector<Wide<T>> widened(const Mask& mask, int64_t size) {
-  std::vector<Wide<T>> values(size, Wide<T>(1));
-  if (mask.data == nullptr) return values;
+void widen_mask(const Mask& mask, int64_t size, Wide<T>* values) {
+  std::fill_n(values, size, Wide<T>(1));
+  if (mask.data == nullptr) return;
   visit(mask.dtype, [&](auto zero) {
     using M = decltype(zero);
     const auto* source = static_cast<const M*>(mask.data);
-    std::transform(source, source + size, values.begin(), [](M value) { return Wide<T>(widen(value)); });
+    std::transform(source, source + size, values, [](M value) { return Wide<T>(widen(value)); });
   });
+}
+
+// The same in memory of its own: masks are small beside any matrix.
+template <class T>
+std::vector<Wide<T>> widened(const Mask& mask, int64_t size) {
+  std::vector<Wide<T>> values(size);
+  widen_mask<T>(mask, size, values.data());
   return values;
 }
 

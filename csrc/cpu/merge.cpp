@@ -1,28 +1,66 @@
 // Merge factors into a weight on the CPU.
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/mm.h>
 
 #include <atomic>
 #include <bit>
+#include <cmath>
+#include <limits>
 
 #include "loops.h"
 
 namespace apt::cpu {
 namespace {
 
-// Nonzero if a value is Inf or NaN. In integers: comparing floats would keep the loop from being vectorised.
+// The magnitude of a value as an integer: larger for larger ones, NaN above Inf. Comparing floats would keep
+// loops from being vectorised.
 template <class T>
-APT_INLINE auto is_not_finite(T value) {
-  if constexpr (std::is_same_v<T, BFloat16Bits>) {
-    return static_cast<uint16_t>((static_cast<uint16_t>(value) & 0x7f80u) == 0x7f80u);
+APT_INLINE auto magnitude(T value) {
+  if constexpr (sizeof(T) == 2) {
+    return static_cast<uint16_t>(std::bit_cast<uint16_t>(value) & 0x7fffu);
   } else if constexpr (std::is_same_v<T, double>) {
-    return uint64_t{(std::bit_cast<uint64_t>(value) & 0x7ff0000000000000ull) == 0x7ff0000000000000ull};
+    return std::bit_cast<uint64_t>(value) & 0x7fffffffffffffffull;
   } else {
-    return uint32_t{(std::bit_cast<uint32_t>(widen(value)) & 0x7f800000u) == 0x7f800000u};
+    return std::bit_cast<uint32_t>(value) & 0x7fffffffu;
   }
 }
+
+template <class T>
+using Magnitude = decltype(magnitude(T{}));
+
+// The value of this magnitude.
+template <class T>
+double value_of(Magnitude<T> bits) {
+  return static_cast<double>(widen(std::bit_cast<T>(bits)));
+}
+
+constexpr uint16_t kHalfInf = 0x7c00u, kBFloat16Inf = 0x7f80u;
+
+// The magnitude of Inf.
+template <class T>
+constexpr Magnitude<T> infinity() {
+  if constexpr (std::is_same_v<T, c10::Half>) {
+    return kHalfInf;
+  } else if constexpr (std::is_same_v<T, BFloat16Bits>) {
+    return kBFloat16Inf;
+  } else {
+    return std::bit_cast<Magnitude<T>>(std::numeric_limits<T>::infinity());
+  }
+}
+
+// The largest magnitude of `count` adjacent values.
+template <class T>
+APT_INLINE Magnitude<T> largest_body(const T* values, int64_t count) {
+  Magnitude<T> most = 0;
+  for (int64_t i = 0; i < count; ++i) most = std::max(most, magnitude(values[i]));
+  return most;
+}
+
+#define APT_LARGEST(T) \
+  APT_CLONES Magnitude<T> largest(const T* values, int64_t count) { return largest_body(values, count); }
+APT_EACH_TYPE(APT_LARGEST)
+#undef APT_LARGEST
 
 // Write weight + delta under both masks, rounded once, to `out`.
 template <class T>
@@ -45,13 +83,13 @@ APT_INLINE bool merge_row_body(T* weight, const Wide<T>* delta, const Wide<T>* m
   }
   constexpr int64_t kChunk = 512;
   T result[kChunk];
-  decltype(is_not_finite(result[0])) bad = 0;
+  Magnitude<T> most = 0;
   for (int64_t start = 0; start < count; start += kChunk) {
     const int64_t length = std::min(kChunk, count - start);
     merged(weight + start * stride, result, delta + start, mask_in + start, mask_out, length, stride, 1);
-    for (int64_t k = 0; k < length; ++k) bad |= is_not_finite(result[k]);
+    most = std::max(most, largest_body(result, length));
   }
-  return bad == 0;
+  return most < infinity<T>();
 }
 
 #define APT_MERGE_ROW(T)                                                                               \
@@ -76,35 +114,90 @@ at::ScalarType scalar_type_of(DType dtype) {
   }
 }
 
+// What merge works in, in one piece of memory: it allocates nothing itself.
+template <class T>
+struct Scratch {
+  static constexpr int64_t kBlockElements = int64_t{1} << 18;  // 1 MiB of float32 stays in cache until it is used
+  Wide<T>*A, *B, *delta, *mask_in, *mask_out;
+  int64_t rows;  // of W whose part of s B A fits into delta
+  size_t bytes = 0;
+
+  Scratch(const MergeArgs& args, void* memory)
+      : rows(std::clamp<int64_t>(kBlockElements / args.K, 1, args.N)) {
+    auto take = [&](int64_t count) {
+      auto* begin = memory == nullptr ? nullptr : reinterpret_cast<Wide<T>*>(static_cast<char*>(memory) + bytes);
+      bytes += (static_cast<size_t>(count) * sizeof(Wide<T>) + 63) / 64 * 64;
+      return begin;
+    };
+    A = take(args.R * args.K), B = take(args.N * args.R), delta = take(rows * args.K);
+    mask_in = take(args.K), mask_out = take(args.N);
+  }
+};
+
+template <class Wide>
+at::Tensor matrix(Wide* data, int64_t rows, int64_t cols) {
+  return at::from_blob(data, {rows, cols}, std::is_same_v<Wide, double> ? at::kDouble : at::kFloat);
+}
+
+// Whether W is small enough for every result to be finite, whatever the lanes: one read of W and no product.
+// No where it cannot tell.
+template <class T>
+bool is_surely_finite(const MergeArgs& args, const Scratch<T>& scratch) {
+  if (args.stride[1] != 1) return false;
+  std::atomic<Magnitude<T>> most{0};
+  at::parallel_for(0, args.N, rows_a_task(args.K), [&](int64_t begin, int64_t end) {
+    Magnitude<T> own = 0;
+    for (int64_t n = begin; n < end; ++n) {
+      own = std::max(own, largest(static_cast<const T*>(args.weight) + n * args.stride[0], args.K));
+    }
+    for (Magnitude<T> seen = most; seen < own && !most.compare_exchange_weak(seen, own);) {
+    }
+  });
+  auto most_of = [](const Wide<T>* values, int64_t count) {
+    return value_of<Wide<T>>(largest(values, count));
+  };
+  const double product =
+      static_cast<double>(args.R) * most_of(scratch.A, args.R * args.K) * most_of(scratch.B, args.N * args.R);
+  const double grown =
+      std::max(1.0, most_of(scratch.mask_in, args.K)) * std::max(1.0, most_of(scratch.mask_out, args.N));
+  // Half of the range leaves room for every rounding on the way.
+  return (value_of<T>(most) + product) * grown < value_of<T>(infinity<T>() - 1) / 2;
+}
+
 }  // namespace
+
+size_t merge_scratch(const MergeArgs& args) {
+  size_t bytes = 0;
+  visit(args.dtype, [&](auto zero) { bytes = Scratch<decltype(zero)>(args, nullptr).bytes; });
+  return bytes;
+}
 
 void merge(const MergeArgs& args, Stream) {
   if (args.unless != nullptr && *args.unless != 0) return;
   visit(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    const auto in = widened<T>(args.mask_in, args.K), out = widened<T>(args.mask_out, args.N);
+    const Scratch<T> scratch(args, args.scratch);
+    widen_mask<T>(args.mask_in, args.K, scratch.mask_in);
+    widen_mask<T>(args.mask_out, args.N, scratch.mask_out);
     // s B A by the library, a block of rows at a time. The combination and its one rounding are ours.
-    const auto wide_type = std::is_same_v<T, double> ? at::kDouble : at::kFloat;
-    auto view = [&](const void* data, int64_t rows, int64_t cols) {
-      const at::TensorOptions options(scalar_type_of(args.factor_dtype));
-      return at::from_blob(const_cast<void*>(data), {rows, cols}, options).to(wide_type);
+    auto given = [&](const void* data, int64_t rows, int64_t cols) {
+      return at::from_blob(const_cast<void*>(data), {rows, cols}, scalar_type_of(args.factor_dtype));
     };
-    at::Tensor A = view(args.lora_A, args.R, args.K), B = view(args.lora_B, args.N, args.R).mul(args.scaling);
-    constexpr int64_t kBlockElements = int64_t{1} << 18;  // 1 MiB of float32 stays in cache until it is used
-    const int64_t step = std::clamp<int64_t>(kBlockElements / args.K, 1, args.N);
-    at::Tensor delta = at::empty({step, args.K}, A.options());
+    at::Tensor A = matrix(scratch.A, args.R, args.K), B = matrix(scratch.B, args.N, args.R);
+    A.copy_(given(args.lora_A, args.R, args.K));
+    B.copy_(given(args.lora_B, args.N, args.R)).mul_(args.scaling);
+    if (args.not_finite != nullptr && is_surely_finite<T>(args, scratch)) return;
     std::atomic<bool> finite{true};
-    for (int64_t start = 0; start < args.N; start += step) {
-      const int64_t count = std::min(step, args.N - start);
-      at::Tensor block = delta.narrow(0, 0, count);
+    for (int64_t start = 0; start < args.N; start += scratch.rows) {
+      const int64_t count = std::min(scratch.rows, args.N - start);
+      at::Tensor block = matrix(scratch.delta, count, args.K);
       at::mm_out(block, B.narrow(0, start, count), A);
-      const Wide<T>* values = block.const_data_ptr<Wide<T>>();
       T* weight = static_cast<T*>(args.weight) + start * args.stride[0];
       at::parallel_for(0, count, rows_a_task(args.K), [&](int64_t begin, int64_t end) {
         for (int64_t n = begin; n < end; ++n) {
-          const bool row_finite =
-              merge_row(weight + n * args.stride[0], values + n * args.K, in.data(), out[start + n], args.K,
-                        args.stride[1], args.not_finite == nullptr);
+          const bool row_finite = merge_row(weight + n * args.stride[0], scratch.delta + n * args.K, scratch.mask_in,
+                                            scratch.mask_out[start + n], args.K, args.stride[1],
+                                            args.not_finite == nullptr);
           if (!row_finite) finite = false;
         }
       });
