@@ -34,7 +34,7 @@ from .mask_change import mask_change, mask_gradients, see_written, settle
 from .merge import Merge
 from .second_copy import say_second_copy
 from .shared_inputs import SharedInput
-from .shared_memory import hold, join, release
+from .shared_memory import hold, join
 
 
 class APTAdapter(MaskCarrier):
@@ -341,11 +341,6 @@ class APTAdapter(MaskCarrier):
         """Restore the base layer bitwise from what :meth:`merge_weights` kept. Idempotent."""
         self.merge.undo(self)
         self.packing.offload(self)
-
-    def merge_for_good(self) -> None:
-        """Merge, and let the merged weight be an ordinary one, which another adapter may merge into. This one is not to be used again."""
-        self.merge_weights()
-        release(self, for_good=True)
 
     def compact(self, on: bool = True, dense: str = "keep") -> None:
         """Compute on unpruned rows and columns only. Results are unchanged; time and activation memory shrink with the masks.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .. import ops
-from ..common.checks import on_host
+from ..common.checks import all_on_host
 from ..distributed.dtensor import is_sharded, replicated
 from .mask import SIDES, Mask
 
@@ -78,20 +78,30 @@ def is_read_by_forward(buffer: Tensor) -> bool:
 
 def settle(adapter: APTAdapter, call: str) -> None:
     """Do what `APTAdapter.settle` promises."""
-    found: dict[str, Mask] = {}
-    for name in SIDES:
-        buffer = adapter.get_buffer(name)
-        if not buffer.is_meta and not is_read_by_forward(buffer):
-            expected, values = adapter.placed.expected(name, buffer), on_host(buffer)
-            if expected is not None and not bool((values == expected).all()):
-                found[name] = Mask.of(values)
-    for name, mask in found.items():
-        adapter.note_mask(name, mask)
-    if found:
+    settle_all([adapter], call, stacklevel=5)
+
+
+def settle_all(adapters: Sequence[APTAdapter], call: str, stacklevel: int = 3) -> None:
+    """The same for several, with one wait for each device."""
+    seen = [
+        (adapter, name, expected)
+        for adapter in adapters
+        for name in SIDES
+        if not is_read_by_forward(buffer := adapter.get_buffer(name)) and not buffer.is_meta
+        and (expected := adapter.placed.expected(name, buffer)) is not None
+    ]
+    found: dict[APTAdapter, dict[str, Mask]] = {}
+    for (adapter, name, expected), values in zip(seen, all_on_host([a.get_buffer(n) for a, n, _ in seen]), strict=True):
+        if not bool((values == expected).all()):
+            found.setdefault(adapter, {})[name] = Mask.of(values)
+    for adapter, masks in found.items():
+        for name, mask in masks.items():
+            adapter.note_mask(name, mask)
         adapter.packing.follow_written(adapter)
         warnings.warn(
-            f"{adapter.naming(call)}: {' and '.join(found)} was written without torch counting it (through .data, NumPy or a pointer): "
+            f"{adapter.naming(call)}: {' and '.join(masks)} was written without torch counting it (through .data, NumPy or a pointer): "
             "forward passes since then may have used the values from before, from now on the new ones are used; set_masks changes masks",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
-    adapter.adopt_rank()
+    for adapter in adapters:
+        adapter.adopt_rank()

@@ -2,6 +2,7 @@
 
     hold, release     an adapter has merged into its weight; has taken the merge back, or made it the weight for good
     merged_into       which merged adapters hold a tensor
+    readers_of        which adapters read a tensor
     is_read_by_other  whether another adapter has the very same Parameter
 
 Looked up by memory: a tie can be one Parameter in two layers, or two Parameters over one storage (a self-teacher's copy). A look-up goes
@@ -102,16 +103,17 @@ def merged_into(tensor: Tensor) -> list[tuple[APTAdapter, str]]:
 def is_read_by_other(adapter: APTAdapter) -> bool:
     """Whether another living adapter has the very Parameter that is this one's weight."""
     weight = adapter.weight
-    return weight is not None and any(other is not adapter and other.weight is weight for other, _ in _readers_of(weight))
+    return weight is not None and any(other is not adapter and other.weight is weight for other, _ in readers_of(weight))
 
 
 def _readers(adapter: APTAdapter) -> list[APTAdapter]:
     """The other living adapters whose weight or bias shares memory with those of this one."""
-    found = dict.fromkeys(other for tensor in _tensors(adapter).values() for other, _ in _readers_of(tensor))
+    found = dict.fromkeys(other for tensor in _tensors(adapter).values() for other, _ in readers_of(tensor))
     return [other for other in found if other is not adapter]
 
 
-def _readers_of(tensor: Tensor) -> list[tuple[APTAdapter, str]]:
+def readers_of(tensor: Tensor) -> list[tuple[APTAdapter, str]]:
+    """(adapter, "weight" or "bias") of what living adapters hold and is, or shares memory with, ``tensor``."""
     return (_index() or _living_index()).readers(tensor)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from numbers import Real
@@ -43,6 +43,20 @@ def checked_mask(name: str, mask: Any, like: Tensor) -> Tensor:
 def on_host(tensor: Tensor) -> Tensor:
     """The values without a graph where they can be looked at without waiting; the tensor's own memory if it is there."""
     return tensor.detach() if tensor.is_meta else tensor.detach().cpu()
+
+
+def all_on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`on_host` of vectors, with one wait for those of a device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        groups.setdefault((tensor.device, tensor.dtype), []).append(i)
+    found = list(tensors)
+    for (device, _), places in groups.items():
+        one = [tensors[i].detach() for i in places]
+        hosts = one if device.type in ("cpu", "meta") else torch.cat(one).cpu().split([len(tensor) for tensor in one])
+        for i, host in zip(places, hosts, strict=True):
+            found[i] = host
+    return found
 
 
 def checked_int(name: str, value: Any, least: int) -> int:

@@ -19,7 +19,7 @@ from ..model import APTModel, adapters
 from ..pruning.architectures.lookup import Block
 from ..pruning.block_masks import expand, host_mask, stretch, submodule
 from ..pruning.cut import folded, removal, tell_constants
-from ..pruning.float32_heads import narrow
+from ..pruning.float32_heads import narrowing
 from ..pruning.wrappers import StreamCarrier
 from ..storage import stock_saving
 from ..wrapping.peft_factors import Pair
@@ -85,8 +85,7 @@ def _bare(twin: APTModel, changed: bool) -> Parts:
         parameter.copy_(value)
     if width is not None:
         tell_constants(base, width)
-    narrow(base, check=True)
-    narrow(base)
+    narrowing(base)()
     stock_saving.restore(base, row)
     if not pairs:
         raise ValueError("model: expected an adapter with a rank on what is kept, got none; apt_ext.export writes a model without adapters")

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from ..adapter.mask import Mask
-from ..adapter.shared_memory import indexed
-from ..common.checks import checked_bool, error_prefix
+from ..adapter.merge import merge_for_good
+from ..common.checks import checked_bool
 from ..model import APTModel, adapters
-from ..pruning.block_masks import host_mask, merged_linear
+from ..pruning.block_masks import host_mask, take_carriers
 from ..pruning.cut import (
     Removal,
     folded,
@@ -24,8 +24,8 @@ from ..pruning.cut import (
     tell_constants,
     tell_modules,
 )
-from ..pruning.float32_heads import narrow
-from ..pruning.wrappers import StreamCarrier
+from ..pruning.float32_heads import narrowing
+from ..pruning.wrappers import is_carrier
 from ..storage import stock_saving
 from ..wrapping import use_cache
 
@@ -82,13 +82,8 @@ def _shrunk(small: APTModel, gone: Removal) -> nn.Module:
     width = None if hidden is None else int(hidden.sum())
     with torch.no_grad():
         values = folded(result, small.blocks.row, width)  # before the merge, which zeroes columns of a tied weight
-        with indexed():
-            for name, adapter in list(adapters(small)):
-                with error_prefix(name):
-                    result.set_submodule(name, merged_linear(adapter))
-        for name, module in list(result.named_modules()):
-            if isinstance(module, StreamCarrier):
-                result.set_submodule(name, module.base_layer)
+        merge_for_good(dict(adapters(small)))
+        take_carriers(result, {name: module for name, module in result.named_modules() if is_carrier(module)})
         for parameter, value in values:
             parameter.copy_(value)
         replace_parameters(result, parameter_changes(result, gone.lanes))
@@ -96,8 +91,7 @@ def _shrunk(small: APTModel, gone: Removal) -> nn.Module:
         tell_blocks(result, small.blocks.row)
         if width is not None:
             tell_constants(result, width)
-        narrow(result, check=True)
-        narrow(result)
+        narrowing(result)()
     report_spared(gone.spared)
     for parameter in result.parameters():
         parameter.requires_grad_(parameter.is_floating_point())

@@ -147,18 +147,6 @@ def lanes_of(kept: Tensor, side: Side, width: int) -> Tensor:
     return lanes
 
 
-def merged_linear(adapter: APTAdapter) -> nn.Module:
-    """The adapter's base layer with low-rank product and masks in it for good; the adapter is not to be used again.
-
-    RuntimeError where the merged weight would not be finite or there is no base layer; the layer is then unchanged.
-    """
-    linear = adapter.base_layer
-    if linear is None:
-        raise RuntimeError("merged_linear: this APTAdapter has no base layer")
-    adapter.merge_for_good()
-    return linear
-
-
 def missing_block(model: nn.Module, name: str, blocks: Blocks, near: str) -> str:
     """The error for a name that is no block of the model: what there is, or what to declare, with the modules that were seen."""
     if blocks and name != "hidden":

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.checks import all_on_host
 from ..common.names import covered, parameters_of
 from .architectures.lookup import stored
 
@@ -69,7 +70,7 @@ class TakeBack(Hook):
 def train_in_float32(model: nn.Module, saved: Iterable[str]) -> None:
     """Make the 16-bit values of modules and lone Parameters `saved` float32, so that no other module notices.
 
-    `narrow` undoes it.
+    `narrowing` undoes it.
     """
     names = list(saved)
     outer = [name for name in names if not covered(name, [other for other in names if other != name])]
@@ -92,28 +93,37 @@ def train_in_float32(model: nn.Module, saved: Iterable[str]) -> None:
             _open_door(module, was) if alone else _lend(module, own)
 
 
-def narrow(model: nn.Module, check: bool = False) -> None:
-    """Give the values their own dtype back and take the hooks away.
+def narrowing(model: nn.Module, check: bool = True) -> Callable[[], None]:
+    """Prepare to give the values their own dtype back and to take the hooks away; calling the result does it.
 
-    With `check` nothing is changed, and RuntimeError names a value that would not be finite.
+    Nothing is changed here, and the call allocates nothing: it takes the values that are there by then. RuntimeError names a
+    value that would not be finite, with `check`.
     """
     found = list(_hooks(model))
+    narrowed: dict[int, tuple[str, Tensor, Tensor]] = {}  # by id: {name, value, what it will be}
     for prefix, module, _, hook in found:
         if not isinstance(hook, Leave | Lend):
             continue
         for name, value in (*module.named_parameters(), *module.named_buffers()):
-            if name.replace(_CARRIER, "") not in hook.names:
-                continue
-            narrowed = value.data.to(hook.dtype)
-            if not check:
-                value.data = narrowed
-            elif not value.is_meta and not bool(torch.isfinite(narrowed).all()):
-                raise RuntimeError(f"{prefix}{name}: expected values that {hook.dtype} can hold, got some beyond it")
-    for _, module, handle, _ in found if not check else ():
-        for registry in (module._forward_pre_hooks, module._forward_hooks):
-            registry.pop(handle, None)  # one number is of one hook
-        for known in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called):
-            known.pop(handle, None)
+            if name.replace(_CARRIER, "") in hook.names and id(value) not in narrowed:
+                narrowed[id(value)] = f"{prefix}{name}", value, value.data.to(hook.dtype, copy=True)
+    checked = [entry for entry in narrowed.values() if check and not entry[1].is_meta]
+    finite = all_on_host([torch.isfinite(to).all().view(1) for _, _, to in checked])
+    for (name, _, to), answer in zip(checked, finite, strict=True):
+        if not bool(answer):
+            raise RuntimeError(f"{name}: expected values that {to.dtype} can hold, got some beyond it")
+
+    def narrow() -> None:
+        for _, value, to in narrowed.values():
+            to.copy_(value.data)
+            value.data = to
+        for _, module, handle, _ in found:
+            for registry in (module._forward_pre_hooks, module._forward_hooks):
+                registry.pop(handle, None)  # one number is of one hook
+            for known in (module._forward_pre_hooks_with_kwargs, module._forward_hooks_always_called):
+                known.pop(handle, None)
+
+    return narrow
 
 
 def follow(model: nn.Module, move: Callable[[Tensor], Tensor]) -> None:

@@ -25,7 +25,7 @@ from ..pruning.architectures.lookup import (
     task_heads,
 )
 from ..pruning.block_masks import missing_carriers, put_carriers
-from ..pruning.float32_heads import narrow, train_in_float32
+from ..pruning.float32_heads import narrowing, train_in_float32
 from ..pruning.row_check import check_row
 from ..pruning.wrappers import MaskedLinear
 from .bases import is_quantised, refuse_peft, refuse_quantised
@@ -100,7 +100,7 @@ def _all_as_it_was(model: nn.Module, found: Match) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        narrow(model)
+        narrowing(model, check=False)()
         for name in dict.fromkeys((*found.linears, *(side.module for block in found.blocks.values() for side in block.sides))):
             model.set_submodule(name, modules[name])
         for parameter, flag in flags:
