@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -109,7 +110,7 @@ def _isolated():
 @pytest.fixture
 def loaded_here(monkeypatch):
     """Exports load what they wrote in this process, with the same script and in no seconds; test_reload.py does it in another."""
-    from apt_ext.exporting import directories, reload
+    from apt_ext.exporting import directories, peft_directories, reload
 
     def reloaded(directory, loader, exchange):
         with monkeypatch.context() as patch:
@@ -124,7 +125,8 @@ def loaded_here(monkeypatch):
                 return {"error": f"{type(error).__name__}: {error}"}
         return json.loads(lines[0])
 
-    monkeypatch.setattr(directories, "reloaded", reloaded)
+    for module in (directories, peft_directories):
+        monkeypatch.setattr(module, "started", lambda kind: nullcontext(reloaded))
 
 
 @pytest.fixture

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
-import re
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from ..storage.per_layer import MANIFEST
 from ..storage.remote_code import CODE, auto_class_of
 from . import cards, carried, reload
 from .cards import Origin, checked_metrics
+from .fresh import Reloaded, started
 from .shrinking import shrink
 
 _REMEDY = "or write it for apt_ext.load_export with per_layer=True, or use the model as shrink returned it"
@@ -97,19 +96,22 @@ def write_export(
     numbers = checked_metrics(metrics)
     check_target(target)
     origin = Origin.of(model)
-    small: Any = shrink(model, unfinished=True) if isinstance(model, APTModel) else model
-    check_class(small)
-    blocks = find_blocks(small)
-    written, loader = expressed(small, per_layer, blocks)
-    with atomic_dir.made(target.parent), atomic_dir.stage(target.parent, target.name) as beside:
-        new = beside / "new"
-        if loader == "apt_ext":
-            assert blocks.row is not None  # without one there is no such format
-            own_format.save(small, new, blocks.row, max_shard_size=max_shard_size)
-        else:
-            save_stock(written, new, max_shard_size)
-        complete(small, new, loader, tokenizer, lambda known: cards.write(new, name, written, blocks, origin, numbers, known))
-        atomic_dir.place(new, target)
+    inside: Any = model.model if isinstance(model, APTModel) else model
+    with started(type(inside).__name__) as reloaded:
+        small: Any = shrink(model, unfinished=True) if isinstance(model, APTModel) else model
+        check_class(small)
+        blocks = find_blocks(small)
+        written, loader = expressed(small, per_layer, blocks)
+        with atomic_dir.made(target.parent), atomic_dir.stage(target.parent, target.name) as beside:
+            new = beside / "new"
+            if loader == "apt_ext":
+                assert blocks.row is not None  # without one there is no such format
+                own_format.save(small, new, blocks.row, max_shard_size=max_shard_size)
+            else:
+                save_stock(written, new, max_shard_size)
+            describe = partial(cards.write, new, name, written, blocks, origin, numbers)
+            complete(small, new, loader, reloaded, tokenizer, describe)
+            atomic_dir.place(new, target)
     return "apt_ext.load_export" if loader == "apt_ext" else loader
 
 
@@ -119,16 +121,26 @@ def save_stock(written: Any, directory: Path, max_shard_size: int | str = "5GB")
 
 
 def complete(
-    small: Any, directory: Path, loader: str, tokenizer: Any = None, describe: Callable[[bool], None] = lambda with_tokenizer: None
+    small: Any,
+    directory: Path,
+    loader: str,
+    reloaded: Reloaded,
+    tokenizer: Any = None,
+    describe: Callable[[bool], None] = lambda with_tokenizer: None,
 ) -> None:
     """Add the tokenizer to what was saved and seal it; ValueError unless a fresh process loads the same model from there.
 
+    reloaded  of `fresh.started`
     describe  writes the card; it is told whether there is a tokenizer
     """
     describe(carried.carry(tokenizer, small, directory))
-    atomic_dir.seal(directory, MANIFEST)
-    for one in _loaders(small, directory, loader):
-        _compare(small, directory, one, directory.with_name("exchange.safetensors"))
+    with ThreadPoolExecutor(1) as pool:  # hashing and the disk take as long as loading
+        sealed = pool.submit(atomic_dir.seal, directory, MANIFEST)
+        if loader == "apt_ext":  # which reads the manifest
+            sealed.result()
+        for one in _loaders(small, directory, loader):
+            _compare(small, directory, one, directory.with_name("exchange.safetensors"), reloaded)
+        sealed.result()
 
 
 def check_class(model: nn.Module) -> None:
@@ -189,7 +201,7 @@ def _loaders(small: Any, directory: Path, loader: str) -> list[str]:
     return [loader] if auto is None else [loader, auto]
 
 
-def _compare(small: Any, directory: Path, loader: str, exchange: Path) -> None:
+def _compare(small: Any, directory: Path, loader: str, exchange: Path, reloaded: Reloaded) -> None:
     """ValueError unless a fresh process loads the same tensors, and computes the same from them."""
     from safetensors.torch import load_file, save_file
 
@@ -228,32 +240,6 @@ def probe(small: Any) -> tuple[dict[str, Tensor], Tensor | None]:
             return inputs, reload.first_output(small, inputs).detach()
         except (ValueError, TypeError, RuntimeError, IndexError, KeyError, AttributeError, StopIteration):
             return inputs, None
-
-
-def reloaded(directory: Path, loader: str, exchange: Path) -> dict[str, Any]:
-    """The answer of reload.py in a process of its own, in which a stock class loads without apt_ext; or {"error": what it raised}."""
-    command = [sys.executable, "-P", reload.__file__, str(directory), loader, str(exchange)]
-    # The packages that this process sees, and as many threads, on which the last bits depend.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    if loader.startswith("Auto"):
-        environment["HF_MODULES_CACHE"] = str(exchange.with_name("modules"))  # transformers copies code there before it runs
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)  # noqa: S603  # our own script
-    if done.returncode:
-        return {"error": _reported(done.stderr) or f"exit status {done.returncode}"}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
-def _reported(stderr: str) -> str:
-    """What a Python process raised, then what it printed before: transformers lists the tensors that do not fit."""
-    lines = re.sub(r"\x1b\[[0-9;]*m", "", stderr).splitlines()
-    begins = [i for i, line in enumerate(lines) if line.startswith("Traceback (most recent call last)")]
-    if not begins:
-        return "\n".join(lines).strip()
-    raised = iter(lines[begins[-1] + 1 :])
-    message = [next((line for line in raised if not line.startswith(" ")), ""), *raised]
-    before = [line.rstrip() for line in lines[: begins[0]] if line.strip()]
-    return "\n".join([*message, *before]).strip()
 
 
 def check_target(target: Path) -> None:

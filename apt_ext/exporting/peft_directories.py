@@ -23,6 +23,7 @@ from ..wrapping import peft_factors
 from ..wrapping.peft_factors import TENSORS_FILE, exactly
 from . import reload
 from .directories import apart, check_class, complete, expressed, probe, save_stock
+from .fresh import started
 from .peft_parts import Parts, flat, taken_apart
 
 _ADAPTER, _BASE = "adapter", "base"
@@ -91,8 +92,9 @@ def to_peft(model: APTModel, path: str | os.PathLike[str], *, unfinished: bool =
         adapter = new / _ADAPTER
         adapter.mkdir(parents=True)
         if parts.changed:
-            save_stock(written, new / _BASE)
-            complete(parts.base, new / _BASE, loader)
+            with started(loader) as reloaded:
+                save_stock(written, new / _BASE)
+                complete(parts.base, new / _BASE, loader, reloaded)
             (new / "exchange.safetensors").unlink(missing_ok=True)
         _save(parts, config, adapter, _card(parts, os.fspath(path), name, loader if parts.changed else None))
         _compare(parts, adapter, inputs, expected)

@@ -1,15 +1,20 @@
 """Run as a script (`export` imports what both need): load a directory with stock transformers alone, and say what came.
 
-reload.py DIRECTORY CLASS EXCHANGE prints one line of JSON: {"tensors": {name: [dtype, shape, SHA-256]}, "class": its full name}. Where
-the file EXCHANGE (safetensors) holds inputs, the first output of the model for them takes their place. CLASS is a class of transformers,
-an auto class, with which the code in the directory runs, or "apt_ext" for `apt_ext.load_export`.
+reload.py KIND imports torch, transformers and its class KIND, and waits for a line of JSON, [DIRECTORY, CLASS, EXCHANGE]; without one it
+ends. It prints a line of JSON: {"tensors": {name: [dtype, shape, SHA-256]}, "class": its full name, "seconds": {what: how long}}. Where
+the file EXCHANGE (safetensors) holds inputs, the first output of the model for them takes their place. CLASS is a class of
+transformers, an auto class, with which the code in the directory runs, or "apt_ext" for `apt_ext.load_export`.
 """
 
 import hashlib
 import json
 import os
 import sys
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,14 +24,19 @@ def digests(model: Any) -> dict[str, list[Any]]:
     """Parameters and buffers. Of those that no state_dict holds only whole numbers: a loader makes the others anew (rotary frequencies in
     float32, where a conversion of the model had rounded them), and an output shows whether they are right.
     """
-    found = {}
     stated = model.state_dict().keys()
-    for tensors in (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)):
-        for name, tensor in tensors:
-            if name in stated or not tensor.is_floating_point():
-                content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-                found[name] = [str(tensor.dtype), list(tensor.shape), hashlib.sha256(content).hexdigest()]
-    return found
+    every = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    found = {
+        name: tensor.detach() for tensors in every for name, tensor in tensors if name in stated or not tensor.is_floating_point()
+    }
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # copies from a device and SHA-256 let other threads run
+        hashes = {id(tensor): pool.submit(_sha256, tensor) for tensor in found.values()}
+        return {name: [str(tensor.dtype), list(tensor.shape), hashes[id(tensor)].result()] for name, tensor in found.items()}
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(content).hexdigest()
 
 
 def first_output(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -36,10 +46,21 @@ def first_output(model: Any, inputs: dict[str, Any]) -> torch.Tensor:
     return next(value for value in outputs.to_tuple() if isinstance(value, torch.Tensor))
 
 
-def main(directory: str, kind: str, exchange: str) -> None:
+def prepare(kind: str) -> None:
+    """Import what loading takes."""
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
+    with suppress(ImportError):  # which loading then says
+        import safetensors.torch
+        import transformers
+
+        getattr(transformers, kind, None)
+
+
+def main(directory: str, kind: str, exchange: str) -> None:
+    """Load, and print what came."""
     from safetensors.torch import load_file, save_file
 
+    times = [time.perf_counter()]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # of layers with nothing left, which are meant
         if kind == "apt_ext":
@@ -54,10 +75,17 @@ def main(directory: str, kind: str, exchange: str) -> None:
             code = {"trust_remote_code": True} if kind.startswith("Auto") else {}
             model = getattr(transformers, kind).from_pretrained(directory, dtype="auto", local_files_only=True, **code)
     model.eval()
+    times.append(time.perf_counter())
     if os.path.exists(exchange):
         save_file({"output": first_output(model, load_file(exchange)).contiguous()}, exchange)
-    print(json.dumps({"tensors": digests(model), "class": f"{type(model).__module__}.{type(model).__qualname__}"}))
+    times.append(time.perf_counter())
+    found: dict[str, Any] = {"tensors": digests(model), "class": f"{type(model).__module__}.{type(model).__qualname__}"}
+    times.append(time.perf_counter())
+    seconds = [end - start for start, end in pairwise(times)]
+    print(json.dumps({**found, "seconds": dict(zip(("load", "output", "hash"), seconds, strict=True))}))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    prepare(*sys.argv[1:])
+    if line := sys.stdin.readline():
+        main(*json.loads(line))

@@ -19,6 +19,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
@@ -28,6 +29,7 @@ from .._version import __version__
 from ..common.checks import error_prefix
 
 _MOST_TEXT = 1 << 20  # bytes of a manifest
+_THREADS = 8  # that read files of a directory, or wait for the disk
 _TRIES = 100  # against processes that save at the same time
 _NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST)
 
@@ -94,12 +96,16 @@ def _sweep(leftover: Path) -> None:
 
 def seal(directory: Path, manifest: str) -> None:
     """Write the manifest of the files in `directory` last, and have all of it on the disk when this returns."""
-    files = {file.name: {"size": file.stat().st_size, "sha256": _digest(file)} for file in sorted(directory.iterdir())}
+    found = sorted(directory.iterdir())
+    with ThreadPoolExecutor(_THREADS) as pool:  # hashing and the disk let other threads run
+        hashes = pool.map(_digest, found)
+        files = {file.name: {"size": file.stat().st_size, "sha256": sha256} for file, sha256 in zip(found, hashes, strict=True)}
     (directory / manifest).write_text(json.dumps({"apt_ext": __version__, "files": files}, indent=2) + "\n", encoding="utf-8")
     mode = stat.S_IMODE((directory / manifest).stat().st_mode)  # what the umask gives; safetensors gives its files 0600
     for file in directory.iterdir():
         file.chmod(mode)
-        sync(file)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        list(pool.map(sync, directory.iterdir()))
     sync(directory)
 
 

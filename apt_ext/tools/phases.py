@@ -15,7 +15,7 @@ import apt_ext
 
 from ..common.clock import in_turn
 from ..common.memory import peak_memory
-from ..exporting.directories import reloaded
+from ..exporting.fresh import started
 from ..reporting.layers import kept_panels, rank_panels
 from .data import (
     Batch,
@@ -109,7 +109,8 @@ def reload(directory: Path, check: Path) -> dict[str, Any]:
     with TemporaryDirectory() as beside:
         exchange = Path(beside) / "exchange.safetensors"
         save_file(saved, exchange)
-        answer = reloaded(directory, kind, exchange)
+        with started(kind) as reloaded:
+            answer = reloaded(directory, kind, exchange)
         if "error" in answer:
             return answer
         output = load_file(exchange)["output"]
