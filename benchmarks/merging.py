@@ -101,10 +101,7 @@ def merges(options, device):
             one = merged(model_of(run, options.size, options.layers, device), device)
             if turn:  # the first one loads kernels
                 found[run].append(one)
-    runs = {
-        run: {"seconds": spread([spent for spent, _ in several]), "beside": several[-1][1]}
-        for run, several in found.items()
-    }
+    runs = {run: {"seconds": spread([spent for spent, _ in several]), "beside": several[-1][1]} for run, several in found.items()}
     peft = runs["PEFT"]["seconds"]["median"]
     for run, one in runs.items():
         one["over PEFT"] = one["seconds"]["median"] / peft

@@ -207,10 +207,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         py::call_guard<py::gil_scoped_release>(),
         "Sums of |values| (or values) [..., channels] over the tokens [...] that count (bool, or None): no "
         "gradient.");
-  m.def("merge_all", &merge_all, py::arg("weights"), py::arg("lora_A"), py::arg("lora_B"), py::arg("scalings"),
-        py::arg("masks_in"), py::arg("masks_out"), py::call_guard<py::gil_scoped_release>(),
-        "Merge each pair of factors into its weight in place; all, or none where one would not be finite: its "
-        "index, else -1.");
+  m.def(
+      "merge_all", &merge_all, py::arg("weights"), py::arg("lora_A"), py::arg("lora_B"), py::arg("scalings"),
+      py::arg("masks_in"), py::arg("masks_out"), py::call_guard<py::gil_scoped_release>(),
+      "Merge each pair of factors into its weight in place; all, or none where one would not be finite: its "
+      "index, else -1.");
   m.def("check_gpu", &check_gpu, py::arg("gpu"), py::arg("major"), py::arg("minor"), py::arg("archs"),
         "RuntimeError unless a build for these architectures (8.0;9.0a;9.0+PTX) has code for the GPU.");
   m.def("all_ones", &all_ones, py::arg("first"), py::arg("second"),

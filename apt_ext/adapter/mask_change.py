@@ -87,7 +87,8 @@ def settle_all(adapters: Sequence[APTAdapter], call: str, stacklevel: int = 3) -
         (adapter, name, expected)
         for adapter in adapters
         for name in SIDES
-        if not is_read_by_forward(buffer := adapter.get_buffer(name)) and not buffer.is_meta
+        if not is_read_by_forward(buffer := adapter.get_buffer(name))
+        and not buffer.is_meta
         and (expected := adapter.placed.expected(name, buffer)) is not None
     ]
     found: dict[APTAdapter, dict[str, Mask]] = {}

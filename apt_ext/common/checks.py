@@ -53,7 +53,7 @@ def all_on_host(tensors: Sequence[Tensor]) -> list[Tensor]:
     found = list(tensors)
     for (device, _), places in groups.items():
         one = [tensors[i].detach() for i in places]
-        hosts = one if device.type in ("cpu", "meta") else torch.cat(one).cpu().split([len(tensor) for tensor in one])
+        hosts = one if device.type in ("cpu", "meta") else torch.cat(one).cpu().split_with_sizes([len(tensor) for tensor in one])
         for i, host in zip(places, hosts, strict=True):
             found[i] = host
     return found

@@ -33,5 +33,5 @@ def held() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        for number in dict.fromkeys(came):
-            signal.raise_signal(number)
+        for asked in dict.fromkeys(came):
+            signal.raise_signal(asked)

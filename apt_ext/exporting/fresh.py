@@ -23,8 +23,8 @@ Reloaded = Callable[[Path, str, Path], dict[str, Any]]
 def started(kind: str) -> Iterator[Reloaded]:
     """Start a process that imports torch, transformers and its class `kind`, for the first call of what this yields.
 
-    `reloaded(directory, loader, exchange)` gives the answer of reload.py, or {"error": what it raised}. Each call has a process of its own,
-    in which a stock class loads without apt_ext; the process of another call, and of code that comes with the directory, starts at the call.
+    `reloaded(directory, loader, exchange)` gives the answer of reload.py, or {"error": what it raised}. Each call has a process of
+    its own, in which a stock class loads without apt_ext; that of another call, or of code that comes with the directory, starts then.
     """
     waiting = [_start(kind)]
 
@@ -52,8 +52,8 @@ def _start(kind: str, **more: str) -> subprocess.Popen[str]:
     # The packages that this process sees, and as many threads, on which the last bits depend.
     same = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-P", reload.__file__, kind]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen(command, text=True, env={**os.environ, **same, **more}, **pipes)  # noqa: S603  # our own script
+    environment, pipe = {**os.environ, **same, **more}, subprocess.PIPE
+    return subprocess.Popen(command, text=True, env=environment, stdin=pipe, stdout=pipe, stderr=pipe)  # noqa: S603  # our own script
 
 
 def _reported(stderr: str) -> str:

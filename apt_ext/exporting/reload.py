@@ -26,16 +26,14 @@ def digests(model: Any) -> dict[str, list[Any]]:
     """
     stated = model.state_dict().keys()
     every = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
-    found = {
-        name: tensor.detach() for tensors in every for name, tensor in tensors if name in stated or not tensor.is_floating_point()
-    }
+    found = {name: tensor.detach() for tensors in every for name, tensor in tensors if name in stated or not tensor.is_floating_point()}
     with ThreadPoolExecutor(torch.get_num_threads()) as pool:  # copies from a device and SHA-256 let other threads run
         hashes = {id(tensor): pool.submit(_sha256, tensor) for tensor in found.values()}
         return {name: [str(tensor.dtype), list(tensor.shape), hashes[id(tensor)].result()] for name, tensor in found.items()}
 
 
 def _sha256(tensor: torch.Tensor) -> str:
-    content = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    content: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return hashlib.sha256(content).hexdigest()
 
 
@@ -50,7 +48,7 @@ def prepare(kind: str) -> None:
     """Import what loading takes."""
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_HUB_DISABLE_PROGRESS_BARS="1")
     with suppress(ImportError):  # which loading then says
-        import safetensors.torch
+        import safetensors.torch  # noqa: F401
         import transformers
 
         getattr(transformers, kind, None)

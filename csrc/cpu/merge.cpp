@@ -117,7 +117,8 @@ at::ScalarType scalar_type_of(DType dtype) {
 // What merge works in, in one piece of memory: it allocates nothing itself.
 template <class T>
 struct Scratch {
-  static constexpr int64_t kBlockElements = int64_t{1} << 18;  // 1 MiB of float32 stays in cache until it is used
+  static constexpr int64_t kBlockElements = int64_t{1}
+                                            << 18;  // 1 MiB of float32 stays in cache until it is used
   Wide<T>*A, *B, *delta, *mask_in, *mask_out;
   int64_t rows;  // of W whose part of s B A fits into delta
   size_t bytes = 0;
@@ -125,7 +126,8 @@ struct Scratch {
   Scratch(const MergeArgs& args, void* memory)
       : rows(std::clamp<int64_t>(kBlockElements / args.K, 1, args.N)) {
     auto take = [&](int64_t count) {
-      auto* begin = memory == nullptr ? nullptr : reinterpret_cast<Wide<T>*>(static_cast<char*>(memory) + bytes);
+      auto* begin =
+          memory == nullptr ? nullptr : reinterpret_cast<Wide<T>*>(static_cast<char*>(memory) + bytes);
       bytes += (static_cast<size_t>(count) * sizeof(Wide<T>) + 63) / 64 * 64;
       return begin;
     };
@@ -195,9 +197,9 @@ void merge(const MergeArgs& args, Stream) {
       T* weight = static_cast<T*>(args.weight) + start * args.stride[0];
       at::parallel_for(0, count, rows_a_task(args.K), [&](int64_t begin, int64_t end) {
         for (int64_t n = begin; n < end; ++n) {
-          const bool row_finite = merge_row(weight + n * args.stride[0], scratch.delta + n * args.K, scratch.mask_in,
-                                            scratch.mask_out[start + n], args.K, args.stride[1],
-                                            args.not_finite == nullptr);
+          const bool row_finite =
+              merge_row(weight + n * args.stride[0], scratch.delta + n * args.K, scratch.mask_in,
+                        scratch.mask_out[start + n], args.K, args.stride[1], args.not_finite == nullptr);
           if (!row_finite) finite = false;
         }
       });

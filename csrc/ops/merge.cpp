@@ -150,7 +150,9 @@ int64_t merge_all(const std::vector<Tensor>& weights, const std::vector<Tensor>&
   std::vector<Operands> all;
   std::vector<size_t> index;  // of each in the arguments
   std::map<c10::Device, std::vector<size_t>, bool (*)(c10::Device, c10::Device)> by_device(
-      [](c10::Device a, c10::Device b) { return std::pair(a.type(), a.index()) < std::pair(b.type(), b.index()); });
+      [](c10::Device a, c10::Device b) {
+        return std::pair(a.type(), a.index()) < std::pair(b.type(), b.index());
+      });
   for (size_t i = 0; i < count; ++i) {
     check_arguments(weights[i], lora_A[i], lora_B[i], masks_in[i], masks_out[i]);
     if (is_nothing(weights[i])) continue;

@@ -24,6 +24,7 @@ def test_both_doors_and_the_stub_list_the_same_names():
         "channel_sums",
         "check_gpu",
         "launch_plan",
+        "merge_all",
         "next_moment",
         "node_moment",
         "same_masks",
