@@ -310,8 +310,8 @@ class APTModel(Adapted):
         This APTModel has no adapters and no blocks afterwards, and `use_cache` of the model's config is what it was when the adapters came.
         RuntimeError where a merged weight would not be finite, where dimensions of the residual stream or others that a norm
         runs over are pruned (a stock norm over all of them computes something else;
-        `shrink` cuts them), and where a Controller has not reached its density unless `unfinished`; all is then as before. The original
-        weights are held in host memory meanwhile.
+        `shrink` cuts them), and where a Controller has not reached its density unless `unfinished`; all is then as before. Every layer is
+        checked before the first is written, and nothing of the size of a weight is allocated.
         """
         if not checked_bool("unfinished", unfinished):
             self.refuse_unfinished("merge_and_unload")
@@ -410,6 +410,11 @@ class APTModel(Adapted):
             lora.write(built.model, found)
             apt._begin()
         return apt
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """torch's own, with one wait for each device, whatever the number of adapters."""
+        with model_state.settled_state(self.model):
+            return super().state_dict(*args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """torch's own, and nothing is loaded where it raises. A state with masks of hidden dimensions brings what carries them; one from

@@ -29,7 +29,7 @@ from peers import peft_model
 
 import apt_ext
 from apt_ext.common.clock import seconds, spread, waiting_for
-from apt_ext.exporting import directories, fresh, reload
+from apt_ext.exporting import directories, reload
 from apt_ext.storage import atomic_dir
 from apt_ext.tools.measuring import commit_here
 
@@ -128,9 +128,11 @@ def timed_parts(parts):
 
         return call
 
+    start = directories.started
+
     @contextmanager
     def started(kind):
-        with fresh.started(kind) as reloaded:
+        with start(kind) as reloaded:
 
             def answered(*arguments):
                 answer = timed("fresh process, from when it is told", reloaded)(*arguments)

@@ -407,7 +407,7 @@ class APTAdapter(MaskCarrier):
         Whatever copies tensors (a moving average, swa_utils, a loop of copy_) copies no `rank`, while forward uses all that is stored.
         For whatever uses the rank at an event: state_dict, merge_weights, increase_rank, a cut, the counts. Never lowers it.
         """
-        growth.adopt_rank(self)
+        growth.adopt_ranks([self])
 
     def guard_factors(self) -> None:
         """Let optimizers step the factors only while their state fits: after they became other objects, or their sizes or rank changed."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,9 +15,12 @@ from .. import ops
 from ..common.checks import all_on_host
 from ..distributed.dtensor import is_sharded, replicated
 from .mask import SIDES, Mask
+from .rank import adopt_ranks
 
 if TYPE_CHECKING:
     from .layer import APTAdapter
+
+_settled: ContextVar[frozenset[int]] = ContextVar("settled", default=frozenset())  # ids of adapters, within `settled`
 
 
 def mask_change(adapter: APTAdapter, masks: Mapping[str, Tensor | Mask]) -> Callable[[], None]:
@@ -78,7 +83,19 @@ def is_read_by_forward(buffer: Tensor) -> bool:
 
 def settle(adapter: APTAdapter, call: str) -> None:
     """Do what `APTAdapter.settle` promises."""
-    settle_all([adapter], call, stacklevel=5)
+    if id(adapter) not in _settled.get():
+        settle_all([adapter], call, stacklevel=5)
+
+
+@contextmanager
+def settled(adapters: Sequence[APTAdapter], call: str) -> Iterator[None]:
+    """Settle these with one wait for each device; within this context `settle` of one of them has nothing left to do."""
+    settle_all(adapters, call)
+    token = _settled.set(_settled.get() | {id(adapter) for adapter in adapters})
+    try:
+        yield
+    finally:
+        _settled.reset(token)
 
 
 def settle_all(adapters: Sequence[APTAdapter], call: str, stacklevel: int = 3) -> None:
@@ -104,5 +121,4 @@ def settle_all(adapters: Sequence[APTAdapter], call: str, stacklevel: int = 3) -
             "forward passes since then may have used the values from before, from now on the new ones are used; set_masks changes masks",
             stacklevel=stacklevel,
         )
-    for adapter in adapters:
-        adapter.adopt_rank()
+    adopt_ranks(adapters)

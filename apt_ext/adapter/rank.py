@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -93,11 +94,11 @@ def _grow(
     adapter.take_rank(new_rank)
 
 
-def adopt_rank(adapter: APTAdapter) -> None:
-    """Do what `APTAdapter.adopt_rank` promises."""
-    if adapter.max_rank is None or adapter.rank >= adapter.max_rank:
-        return
-    found = resize.rank_of(adapter.lora_A, adapter.lora_B, adapter.rank)
-    if found != adapter.rank:
-        resize.say_adopted(adapter.naming("rank"), adapter.rank, found)
-        adapter.take_rank(found)
+def adopt_ranks(adapters: Sequence[APTAdapter]) -> None:
+    """Do what `APTAdapter.adopt_rank` promises for each, with one wait for each device."""
+    able = [adapter for adapter in adapters if adapter.max_rank is not None and adapter.rank < adapter.max_rank]
+    found = resize.ranks_of([(adapter.lora_A, adapter.lora_B, adapter.rank) for adapter in able])
+    for adapter, rank in zip(able, found, strict=True):
+        if rank != adapter.rank:
+            resize.say_adopted(adapter.naming("rank"), adapter.rank, rank)
+            adapter.take_rank(rank)

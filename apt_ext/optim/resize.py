@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
+from ..common.checks import all_on_host
 from ..common.log import advise
 from ..distributed import agreement
 from ..distributed.dtensor import is_sharded, replicated
@@ -266,12 +267,22 @@ def rank_of(A: Tensor, B: Tensor, least: int) -> int:
 
     Waits for the device once. Of tensors without values (meta, a transform) and of sharded ones, `least`.
     """
-    if not (_has_values(A) and _has_values(B)) or least >= len(A):
-        return least
+    return ranks_of([(A, B, least)])[0]
+
+
+def ranks_of(factors: Sequence[tuple[Tensor, Tensor, int]]) -> list[int]:
+    """`rank_of` each, with one wait for each device."""
+    found = [least for _, _, least in factors]
+    asked = [i for i, (A, B, least) in enumerate(factors) if _has_values(A) and _has_values(B) and least < len(A)]
     with torch.inference_mode(False), torch.no_grad():
-        used = (A.detach()[least:] != 0).any(1) | (B.detach()[:, least:] != 0).any(0).to(A.device)
-        places = used.cpu().nonzero()
-    return least + int(places[-1]) + 1 if len(places) else least
+        used = [
+            (A.detach()[least:] != 0).any(1) | (B.detach()[:, least:] != 0).any(0).to(A.device)
+            for A, B, least in (factors[i] for i in asked)
+        ]
+        for i, host in zip(asked, all_on_host(used), strict=True):
+            places = host.nonzero()
+            found[i] += int(places[-1]) + 1 if len(places) else 0
+    return found
 
 
 def say_adopted(what: str, before: int, now: int) -> None:

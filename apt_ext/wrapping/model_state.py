@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..adapter.layer import APTAdapter
+from ..adapter.mask_change import settled
 from ..adapter.shared_memory import indexed
 from ..common.names import covered
 from ..pruning.architectures.lookup import Block
@@ -19,8 +21,16 @@ from ..pruning.wrappers import MaskedLinear, StreamCarrier
 
 def own_state(model: nn.Module, saved: list[str]) -> dict[str, Tensor]:
     """What belongs in a checkpoint, with the keys of the model's state_dict: adapters without their frozen bases, and `saved`."""
-    with indexed():
+    with settled_state(model):
         return own_of(model, saved, model.state_dict())
+
+
+@contextmanager
+def settled_state(model: nn.Module) -> Iterator[None]:
+    """Within this context `state_dict` of the adapters of a model waits for no device, and looks shared memory up in no time."""
+    adapters = [module for module in model.modules() if isinstance(module, APTAdapter)]
+    with indexed(), settled(adapters, "state_dict"):
+        yield
 
 
 def own_of(model: nn.Module, saved: list[str], state: Mapping[str, Tensor]) -> dict[str, Tensor]:

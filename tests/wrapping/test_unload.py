@@ -211,3 +211,19 @@ def test_shrink_names_the_layer_too():
         adapter.lora_B[0, 0] = float("inf")
     with pytest.raises(RuntimeError, match=rf"^{name}: .*finite"):
         shrink(apt)
+
+
+@pytest.mark.parametrize("_", [pytest.param("cuda", marks=CUDA)])
+@pytest.mark.parametrize("max_rank", [None, 6])
+def test_a_state_of_a_model_waits_once(_, max_rank):
+    apt = trained(tiny_bert(), APTConfig(r=4, max_rank=max_rank)).cuda()
+    apt.set_block_mask("0.neurons", half())
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            apt.state_dict()
+            apt.own_state()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert sum("synchronizing" in str(one.message) for one in caught) == (2 if max_rank is None else 4)
