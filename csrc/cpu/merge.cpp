@@ -187,7 +187,9 @@ void merge(const MergeArgs& args, Stream) {
     };
     at::Tensor A = matrix(scratch.A, args.R, args.K), B = matrix(scratch.B, args.N, args.R);
     A.copy_(given(args.lora_A, args.R, args.K));
-    B.copy_(given(args.lora_B, args.N, args.R)).mul_(args.scaling);
+    B.copy_(given(args.lora_B, args.N, args.R));
+    // And not B.mul_, which makes a tensor of the number.
+    for (int64_t i = 0; i < args.N * args.R; ++i) scratch.B[i] *= static_cast<Wide<T>>(args.scaling);
     if (args.not_finite != nullptr && is_surely_finite<T>(args, scratch)) return;
     std::atomic<bool> finite{true};
     for (int64_t start = 0; start < args.N; start += scratch.rows) {
