@@ -124,7 +124,9 @@ def timed_parts(parts):
             try:
                 return function(*arguments, **options)
             finally:
-                parts[name] += time.perf_counter() - begun
+                spent = time.perf_counter() - begun
+                parts[name] += spent
+                print(f"  {name:<38} {spent:8.2f} s", flush=True)
 
         return call
 
@@ -138,6 +140,7 @@ def timed_parts(parts):
                 answer = timed("fresh process, from when it is told", reloaded)(*arguments)
                 for part, spent in answer.get("seconds", {}).items():
                     parts[f"fresh process: {part}"] += spent
+                    print(f"    of it {part:<32} {spent:8.2f} s", flush=True)
                 return answer
 
             yield answered
@@ -175,7 +178,6 @@ def export(options, device):
     shutil.rmtree(directory)
     plain = written(options.out / "plain", count)
     print(f"export of {count / 1e9:.2f} GB: {spent:.2f} s; the same bytes as one plain file: {plain:.2f} s")
-    print("\n".join(f"  {name:<38} {part:8.2f} s" for name, part in parts.items()))
     return {"bytes": count, "seconds": spent, "plain file": plain, "parts": dict(parts), "half": options.half}
 
 

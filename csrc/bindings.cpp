@@ -21,6 +21,7 @@
 #include "op_table.h"
 #include "ops/channel_sums.h"
 #include "ops/mask_values.h"
+#include "ops/sharing.h"
 #include "routes/plan.h"
 
 namespace apt {
@@ -216,6 +217,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         "RuntimeError unless a build for these architectures (8.0;9.0a;9.0+PTX) has code for the GPU.");
   m.def("all_ones", &all_ones, py::arg("first"), py::arg("second"),
         "Whether every entry of these masks on the CPU is 1; None is.");
+  m.def("sharing", &sharing, py::arg("tensor"), py::arg("others"),
+        "The places in `others` of what is this tensor or shares memory with it.");
   m.def("same_masks", &same_masks, py::arg("first"), py::arg("first_before"), py::arg("second"),
         py::arg("second_before"), "Whether two masks on the CPU hold the values of two others.");
   m.def("build_info", &build_info,

@@ -29,6 +29,7 @@ def test_both_doors_and_the_stub_list_the_same_names():
         "node_moment",
         "same_masks",
         "shared_linear",
+        "sharing",
     ]
     assert sorted(n for n in dir(_C) if not n.startswith("__")) == sorted([*OPS, *others, "LinearPlan", "Listener", "SharedOutputs"])
     stub = ast.parse(Path(apt_ext.__file__).with_name("_C.pyi").read_text())

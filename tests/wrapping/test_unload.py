@@ -3,6 +3,7 @@
 import signal
 import threading
 import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,6 +14,21 @@ from apt_ext import APTConfig, adapters, get_apt_model, shrink
 from apt_ext.adapter import merge
 from apt_ext.common import interrupts
 from apt_ext.wrapping import unload
+
+
+@contextmanager
+def waits():
+    """A list that holds, once the context has ended, a warning for each wait for a device."""
+    found = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")  # that torch's way to tell is a prototype is one, too
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield found
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    found += [one for one in caught if "called a synchronizing" in str(one.message)]
+
 
 CUDA = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -137,7 +153,7 @@ def test_memory_beside_the_model_on_the_cpu():
 def test_memory_and_waits_on_a_device(layers, _):
     """Less than a weight beside the model, and as many waits however many layers there are."""
     sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8, "num_key_value_heads": 8}
-    waits = []
+    counts = []
     for number in (1, layers):
         apt = get_apt_model(FAMILIES["llama"].model(torch.bfloat16, num_hidden_layers=number, **sizes).cuda(), ALL)
         largest = max(parameter.nbytes for parameter in apt.parameters())
@@ -147,16 +163,11 @@ def test_memory_and_waits_on_a_device(layers, _):
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                apt.merge_and_unload()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+        with waits() as found:
+            apt.merge_and_unload()
         assert torch.cuda.max_memory_allocated() - before < largest
-        waits.append(sum("synchronizing" in str(one.message) for one in caught))
-    assert waits[0] == waits[1] >= 1
+        counts.append(len(found))
+    assert counts[0] == counts[1] >= 1
 
 
 # -- interrupts --------------------------------------------------------------------------------------------------------
@@ -218,12 +229,7 @@ def test_shrink_names_the_layer_too():
 def test_a_state_of_a_model_waits_once(_, max_rank):
     apt = trained(tiny_bert(), APTConfig(r=4, max_rank=max_rank)).cuda()
     apt.set_block_mask("0.neurons", half())
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            apt.state_dict()
-            apt.own_state()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert sum("synchronizing" in str(one.message) for one in caught) == (2 if max_rank is None else 4)
+    for state in (apt.state_dict, apt.own_state):
+        with waits() as found:
+            state()
+        assert len(found) == (1 if max_rank is None else 2)
