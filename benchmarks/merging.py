@@ -114,6 +114,12 @@ def merges(options, device):
 # -- export --------------------------------------------------------------------------------------------------
 
 
+def say(line):
+    """Write a line at once: what is stopped has said how far it came."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
+
+
 @contextmanager
 def timed_parts(parts):
     """Within this context the seconds of each part of an export are added up in `parts`."""
@@ -126,7 +132,7 @@ def timed_parts(parts):
             finally:
                 spent = time.perf_counter() - begun
                 parts[name] += spent
-                print(f"  {name:<38} {spent:8.2f} s", flush=True)
+                say(f"  {name:<38} {spent:8.2f} s")
 
         return call
 
@@ -140,7 +146,7 @@ def timed_parts(parts):
                 answer = timed("fresh process, from when it is told", reloaded)(*arguments)
                 for part, spent in answer.get("seconds", {}).items():
                     parts[f"fresh process: {part}"] += spent
-                    print(f"    of it {part:<32} {spent:8.2f} s", flush=True)
+                    say(f"    of it {part:<32} {spent:8.2f} s")
                 return answer
 
             yield answered
