@@ -30,6 +30,7 @@ from ..storage.formats import allowed
 from ..wrapping.build import match
 from ..wrapping.compiled import unwrap
 from .outlook import Outlook, chosen
+from .prediction.prediction import Asked, Given, Prediction, asked, predicted, subject_of
 
 KINDS = ("heads", "neurons", "hidden")
 
@@ -59,6 +60,8 @@ class Plan:
     exports       {"stock", "retyped", "per layer": constraints that stand against the target, in words; none: it can be written}
     heads         {heads kept in every layer, hidden size as in the target: the formats that can say it}
     notes         what the target brings with it
+    prediction    memory and time of a training step, where GPUs were given: its `dense` and `target` hold `memory`, `peak`, `fits`,
+                  `seconds`, `parts`, `tokens_per_second`, `kernels` and `refused`; see docs/planning.md
     """
 
     model: str
@@ -76,6 +79,7 @@ class Plan:
     exports: dict[str, list[str]]
     heads: dict[int, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    prediction: Prediction | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -109,28 +113,48 @@ class Plan:
             for count, formats in self.heads.items():
                 grouped.setdefault(formats[0] if formats else "none", []).append(count)
             lines.append("heads kept: " + "; ".join(f"{', '.join(map(str, counts))} -> {name}" for name, counts in grouped.items()))
-        return "\n".join([*lines, *self.notes])
+        step = [] if self.prediction is None else ["", str(self.prediction)]
+        return "\n".join([*lines, *self.notes, *step])
 
 
-def plan(model: nn.Module, config: APTConfig, *, keep: Mapping[str, int] | None = None, batch: int = 1, length: int = 128) -> Plan:
+def plan(
+    model: nn.Module,
+    config: APTConfig,
+    *,
+    keep: Mapping[str, int] | None = None,
+    batch: int | None = None,
+    length: int = 128,
+    gpus: int | None = None,
+    sharding: str | None = None,
+    liger: bool = False,
+    checkpointing: bool = False,
+    rates: Given = None,
+) -> Plan:
     """A dry run of `get_apt_model(model, config)` and a cut; `model` is not changed and may lie on meta.
 
     keep    {"heads", "neurons" or "hidden": how many stay in every layer} (heads are KV groups where query heads share keys); None: what a
             `Controller` with this config leaves where all scores are alike, by the same search: `config.prune` and `density` of the layers'
             parameters, in steps of `round_to`, in all layers the same where `uniform`
-    batch, length  the input of the FLOPs: matrix products and attention, as torch.utils.flop_counter counts them
+    batch, length  the input of the FLOPs (batch None: 1): matrix products and attention, as torch.utils.flop_counter counts them
+    gpus    how many train it together: the plan has a `prediction` of a step, in which `batch`, then to be given, is of one GPU
+    sharding  "ddp": each GPU has the whole model; "fsdp": each has a share of it. To be given with more than one GPU
+    liger   of the step: Liger's kernels, a fused cross-entropy among them, in the place of transformers'
+    checkpointing  of the step: layers are computed again in the backward
+    rates   of the step: "H200" (None), "H100" or "A100", or how fast a GPU is: a JSON file or a mapping, as docs/planning.md has it
 
     Raises what get_apt_model raises about types, names and a model that has adapters; ValueError for a kind or number that the model does
     not have, a density that cannot be reached, and where blocks are asked for of an architecture that is not in the table, saying what to
-    declare.
+    declare; for a step that cannot be meant, and rates that are none.
     """
-    checked_int("batch", batch, 1)
+    if batch is not None:
+        checked_int("batch", batch, 1)
     checked_int("length", length, 1)
+    how = asked(gpus, sharding, batch, liger, checkpointing, rates)
     if keep is not None and not isinstance(keep, Mapping):
         raise TypeError(f"keep: expected a mapping of kinds to numbers, got {type(keep).__name__}")
     inner = unwrap(checked_module("model", model))
     try:
-        return _planned(inner.module, config, keep, batch, length, [inner.note] if inner.note else [])
+        return _planned(inner.module, config, keep, batch or 1, length, how, [inner.note] if inner.note else [])
     finally:
         inner.restore()
 
@@ -141,6 +165,7 @@ def _planned(
     keep: Mapping[str, int] | None,
     batch: int,
     length: int,
+    how: Asked | None,
     notes: list[str],
 ) -> Plan:
     found = match(model, config)
@@ -171,6 +196,7 @@ def _planned(
     kinds = [kind for kind in KINDS if any(block.kind == kind for block in blocks.values())]
     left = {kind: {name: counts[name] for name, block in blocks.items() if block.kind == kind} for kind in kinds}
     pruned = [kind for kind in kinds if (kind in keep if keep is not None else config.density < 1.0 and kind in (config.prune or ()))]
+    subject = None if how is None else subject_of(model, config, blocks, found.ranks, found.saved, changes)
     return Plan(
         model=type(model).__name__,
         adapters=found.ranks,
@@ -187,6 +213,7 @@ def _planned(
         exports=allowed(model, Sizes.of(model, blocks, counts)),
         heads=_head_formats(model, blocks, counts),
         notes=notes,
+        prediction=None if subject is None or how is None else predicted(subject, how, batch, length),
     )
 
 

