@@ -1,5 +1,5 @@
 """The tables of docs/performance*.md and docs/shrink.md, and the README's figures, from the kept results: what stands between
-`<!-- bench FILE PART -->` and `<!-- end -->`. FILE may be a pattern, for a table of several.
+`<!-- bench FILE PART -->` and `<!-- end -->`. FILE may be a pattern, for a table of several; of tables that are predicted it is "plan".
 
 python benchmarks/bench.py --report
 """
@@ -13,11 +13,14 @@ from pathlib import Path
 
 import aims
 import benefit
+import beyond
 import shrunk
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-DOCUMENTS = tuple(ROOT / name for name in ("docs/performance.md", "docs/performance-cpu.md", "docs/shrink.md", "README.md"))
+DOCUMENTS = tuple(
+    ROOT / name for name in ("docs/performance.md", "docs/performance-cpu.md", "docs/shrink.md", "README.md", "docs/planning.md")
+)
 BASES = {"frozen", "dense step", "F.linear", "one pass over W", "one copy of the same bytes", "aligned", "PEFT merge"}
 MARKED = re.compile(r"(<!-- bench (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -102,7 +105,13 @@ def observing(runs):
 
 
 RUNS = {"observing": observing, "quality": shrunk.quality, "speed": shrunk.speed}  # of all files that match
+PLANS = {
+    "seventy": lambda: table(*beyond.seventy()),
+    "refusal": lambda: f"    {beyond.refusal()}\n",
+    "rates": lambda: table(*beyond.rates()),
+}
 PARTS = {
+    "checked": lambda rows: table(*beyond.checked(rows)),
     "short": short,
     "aims": lambda rows: table(*aims.layers(rows)),
     "other-aims": lambda rows: table(*aims.others(rows)),
@@ -129,6 +138,8 @@ def updated(text):
         start, file, part, end = match.groups()
         if part == "benefit":
             return start + "\n" + benefit.benefit([json.loads(line) for line in (RESULTS / file).read_text().splitlines()]) + "\n" + end
+        if file == "plan":
+            return start + "\n" + PLANS[part]() + "\n" + end
         if part in RUNS:
             return start + "\n" + table(*RUNS[part]([json.loads(path.read_text()) for path in sorted(RESULTS.glob(file))])) + "\n" + end
         data = json.loads((RESULTS / file).read_text())

@@ -30,7 +30,7 @@ def run(bench, monkeypatch, *arguments):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("number", range(4))
+@pytest.mark.parametrize("number", range(5))
 def test_the_tables_of_the_documents_are_those_of_the_kept_results(bench, number):
     text = bench.report.DOCUMENTS[number].read_text()
     assert bench.report.MARKED.findall(text), "no marked sections"

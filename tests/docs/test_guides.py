@@ -12,7 +12,7 @@ import apt_ext
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-GUIDES = ("quickstart", "choosing", "trainer", "peft", "decoder", "deploy", "multi-gpu")
+GUIDES = ("quickstart", "choosing", "trainer", "peft", "decoder", "deploy", "multi-gpu", "planning")
 NEEDS = re.compile(r"# needs: (.+)")
 
 
