@@ -32,37 +32,58 @@ UNITS = {
     "matmul": (1e12, "TFLOP/s"),
     "attention_forward": (1e12, "TFLOP/s"),
     "attention_backward": (1e12, "TFLOP/s"),
+    "dropped_forward": (1e12, "TFLOP/s"),
+    "dropped_backward": (1e12, "TFLOP/s"),
     "bandwidth": (1e12, "TB/s"),
     "unvectorised": (1e9, "billion entries/s"),
     "low_rank": (1e12, "TB/s"),
     "token_sums": (1e12, "TB/s"),
     "kernel": (1e-6, "us"),
     "launch": (1e-6, "us"),
+    "recompute": (1e-3, "ms"),
     "gpus_per_node": (1, "GPUs"),
     "link": (1e9, "GB/s"),
     "network": (1e9, "GB/s"),
 }
 
 
-def steps(sizes, batch, length, **step):
+def is_decoder(kind):
+    """Say whether models of this kind make tokens."""
+    return kind != "Roberta"
+
+
+def stock(kind, sizes, device):
+    """Make a stock model of random weights in bfloat16."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(**({"use_cache": False} if is_decoder(kind) else {}) | sizes)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            return getattr(transformers, f"{kind}{'ForCausalLM' if is_decoder(kind) else 'ForSequenceClassification'}")(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def half(block):
+    """Half of a block's heads or neurons, these in groups of 64; all of the residual stream."""
+    if block.kind == "hidden":
+        return block.count
+    return max(1, block.count // 2) if block.kind == "heads" else max(block.count // 2 // 64 * 64, 1)
+
+
+def steps(sizes, batch, length, kind="Llama", **step):
     """Predict a step of a model of these sizes, and of it with half of its heads and neurons cut, as plan does."""
     how = asked(**{"gpus": 1, "sharding": None, "liger": False, "checkpointing": False, "rates": None} | step, batch=batch)
-    return predicted(_half(json.dumps(sizes)), how, batch, length)
+    return predicted(_halved(kind, json.dumps(sizes)), how, batch, length)
 
 
 @cache
-def _half(sizes):
+def _halved(kind, sizes):
     """Read off a model without values what a prediction needs of it, whole and with half of it cut."""
-    import transformers
-
-    sizes = json.loads(sizes)
-    kind, name = ("RobertaConfig", "RobertaForSequenceClassification") if "num_labels" in sizes else ("LlamaConfig", "LlamaForCausalLM")
-    with torch.device("meta"):
-        model = getattr(transformers, name)(getattr(transformers, kind)(**sizes)).to(torch.bfloat16)
-    config = APTConfig(r=RANK)
+    model, config = stock(kind, json.loads(sizes), "meta"), APTConfig(r=RANK)
     found = match(model, config)
-    most = {"heads": lambda count: max(1, count // 2), "neurons": lambda count: count // 2 // 64 * 64, "hidden": lambda count: count}
-    kept = {name: torch.arange(block.count) < most[block.kind](block.count) for name, block in found.blocks.items()}
+    kept = {name: torch.arange(block.count) < half(block) for name, block in found.blocks.items()}
     changes = parameter_changes(model, lanes_for(model, found.blocks, kept))
     return subject_of(model, config, found.blocks, found.ranks, found.saved, changes)
 
@@ -70,7 +91,7 @@ def _half(sizes):
 def compared(row):
     """Predict what a kept row measured: its seconds and GiB at the peak."""
     batch, length = row["batch"]
-    step = steps(row["sizes"], batch, length, liger=row["liger"])
+    step = steps(row["sizes"], batch, length, row["kind"], liger=row["liger"], checkpointing=row["checkpointing"])
     step = step.target if row["half"] else step.dense
     return step.seconds[row["mode"]], step.peak / 2**30
 
@@ -81,7 +102,14 @@ def checked(rows):
     for row in rows:
         seconds, peak = compared(row)
         batch, length = row["batch"]
-        where = ", ".join([f"{batch} x {length}", *["Liger"] * row["liger"], {"eager": "eager", "graph": "one graph"}[row["mode"]]])
+        where = ", ".join(
+            [
+                f"{batch} x {length}",
+                *["Liger"] * row["liger"],
+                *["checkpointing"] * row["checkpointing"],
+                {"eager": "eager", "graph": "one graph"}[row["mode"]],
+            ]
+        )
         found, ms = row["peak_gib"], 1e3 * row["seconds"]
         memory = ["", "", ""] if found is None else [f"{found:.1f}", f"{peak:.1f}", f"{peak / found:.2f}"]
         name = row["model"] + (", half cut" if row["half"] else "")

@@ -288,10 +288,12 @@ def test_every_rate_counts(key):
 
     def seconds(factor):
         rates = {**slow, key: slow.get(key, known()["H200"][key]["value"]) * factor}
-        steps = [predicted(gpus=gpus, sharding="fsdp", batch=8, length=64, rates=rates).dense for gpus in (4, 16)]
+        model = FAMILIES["roberta" if key.startswith("dropped") else "llama"].model(torch.bfloat16)
+        step = {"batch": 8, "length": 16, "sharding": "fsdp", "checkpointing": True, "rates": rates}
+        steps = [plan(model, APTConfig(r=2), gpus=gpus, **step).prediction.dense for gpus in (4, 16)]
         return [number for step in steps for number in (*step.parts.values(), *step.seconds.values())]
 
-    assert seconds(1.0) != seconds(100.0 if key in ("kernel", "launch") else 0.01)
+    assert seconds(1.0) != seconds(100.0 if key in ("kernel", "launch", "recompute") else 0.01)
 
 
 @pytest.mark.parametrize(

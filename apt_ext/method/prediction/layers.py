@@ -182,6 +182,12 @@ def is_causal(model: nn.Module, blocks: Blocks) -> bool:
     return blocks.row is not None and decodes(blocks.row, model)
 
 
+def drops_attention(model: nn.Module) -> bool:
+    """Whether the model's attention has dropout in training, by its config."""
+    config = getattr(model, "config", None)
+    return any(getattr(config, name, 0.0) > 0 for name in ("attention_probs_dropout_prob", "attention_dropout"))
+
+
 def widths_of(model: nn.Module, blocks: Blocks, ranks: Mapping[str, int], changes: Changes) -> list[Widths]:
     """The layers of a model of a known family once `changes` are made; `ranks` {linear: its adapter's rank}."""
     assert blocks.row is not None

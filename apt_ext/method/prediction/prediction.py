@@ -15,7 +15,7 @@ from ...common.names import parameters_of
 from ...config import APTConfig
 from ...pruning.architectures.lookup import Blocks, output_layer, side_width, weight_dim
 from ...pruning.cut import Changes, left
-from .layers import FAMILIES, FLOAT, Family, family_of, is_causal, widths_of
+from .layers import FAMILIES, FLOAT, Family, drops_attention, family_of, is_causal, widths_of
 from .rates import rates_of
 from .step import SHARDINGS, Setting, Shape, Step, step_of
 
@@ -196,6 +196,7 @@ def _shape(
         hidden=rows[1],
         vocabulary=rows[0],
         causal=is_causal(model, blocks),
+        dropped=drops_attention(model),
     )
 
 

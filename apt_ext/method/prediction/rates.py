@@ -25,12 +25,15 @@ class Rates:
     matmul               operations a second of large products of 16-bit matrices
     attention_forward    operations a second of a fused attention (causal: half of the pairs count)
     attention_backward   and of its backward
+    dropped_forward      the same of an attention with dropout
+    dropped_backward     and of its backward
     bandwidth            bytes a second, read and written, of a kernel that torch vectorises
     unvectorised         entries a second of a kernel that torch does not vectorise
     low_rank             bytes a second of the passes that read x and write y of an adapter
     token_sums           bytes a second of the passes that make its factors' gradients
     kernel               seconds that a kernel takes beside its work: its start, filling and draining
     launch               seconds of the host for each kernel of an eager step
+    recompute            seconds of the host for each layer that checkpointing computes again, beside its kernels
     gpus_per_node        GPUs that are joined within a machine
     link                 bytes a second that a GPU receives from others of its machine
     network              bytes a second that a machine receives from others
@@ -42,12 +45,15 @@ class Rates:
     matmul: float
     attention_forward: float
     attention_backward: float
+    dropped_forward: float
+    dropped_backward: float
     bandwidth: float
     unvectorised: float
     low_rank: float
     token_sums: float
     kernel: float
     launch: float
+    recompute: float
     gpus_per_node: float
     link: float
     network: float

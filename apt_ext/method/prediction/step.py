@@ -77,6 +77,7 @@ class Shape:
     size       bytes of an entry of the weights
     layers     None where the family is unknown
     hidden, vocabulary  of the layer that turns hidden states into tokens; 0: there is none
+    causal, dropped  whether attention looks back alone, and has dropout
     """
 
     weights: int
@@ -88,6 +89,7 @@ class Shape:
     hidden: int
     vocabulary: int
     causal: bool
+    dropped: bool
 
 
 def step_of(shape: Shape, family: Family | None, setting: Setting) -> Step:
@@ -201,7 +203,8 @@ def _timed(step: Step, shape: Shape, works: Sequence[Work], setting: Setting) ->
     parts = {name: forward[name] + backward[name] for name in list(forward | backward)}
     parts |= _communication(sum(forward.values()), sum(backward.values()), shape, setting)
     device = sum(parts.values())
-    seconds = {"eager": max(device, kernels * rates.launch)}
+    again = len(works) if setting.checkpointing else 0
+    seconds = {"eager": max(device, kernels * rates.launch + again * rates.recompute)}
     if setting.gpus == 1:
         seconds["graph"] = device
     tokens = setting.gpus * setting.tokens / seconds["eager"]
@@ -224,9 +227,11 @@ def _layer(seconds: Seconds, widths: Widths, passes: Passes, shape: Shape, setti
             kernels += _adapter(seconds, linear, shape.size, setting, backward)
     operations = 4.0 * setting.batch * setting.length**2 * widths.queries / (2 if shape.causal else 1)
     if backward:
-        seconds["attention"] += 2.5 * operations / rates.attention_backward + rates.kernel
+        speed = rates.dropped_backward if shape.dropped else rates.attention_backward
+        seconds["attention"] += 2.5 * operations / speed + rates.kernel
     else:
-        seconds["attention"] += operations / rates.attention_forward + rates.kernel
+        speed = rates.dropped_forward if shape.dropped else rates.attention_forward
+        seconds["attention"] += operations / speed + rates.kernel
     seconds["elementwise"] += _passes(passes, setting)
     return kernels + 1
 
