@@ -39,17 +39,21 @@ def spread(values: Sequence[float]) -> Spread:
 
 
 def in_turn(
-    calls: Mapping[str, Callable[[], object]], rounds: int, synchronize: Callable[[], None] = lambda: None
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    synchronize: Callable[[], None] = lambda: None,
+    least: float | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of one call, a value a round, of each; the calls take turns, and who begins changes, so that all meet the same machine.
 
-    A round makes as many calls as take a moment; the device is idle before and after.
+    A round makes as many calls as take `least` seconds, None: a moment; the device is idle before and after.
     """
+    least = _ROUND if least is None else least
     inner = {name: 1 for name in calls}
 
     for name, call in calls.items():
         seconds(call, synchronize)  # the first call allocates and chooses kernels
-        inner[name] = max(math.ceil(_ROUND / max(seconds(call, synchronize), 1e-6)), 1)
+        inner[name] = max(math.ceil(least / max(seconds(call, synchronize), 1e-6)), 1)
     found: dict[str, list[float]] = {name: [] for name in calls}
     for turn in tqdm(range(rounds), desc="clock", unit="round", leave=False):
         for name in calls if turn % 2 == 0 else reversed(list(calls)):
