@@ -57,14 +57,14 @@ def peft_linear(linear: nn.Linear, rank: int, scaling: float):
     return layer.to(linear.weight.device, linear.weight.dtype)
 
 
-def peft_model(model: nn.Module, rank: int, targets: list[str]):
+def peft_model(model: nn.Module, rank: int, targets: list[str], dropout: float = 0.0):
     """`model` with PEFT's LoRA in its dtype."""
     from peft import LoraConfig, get_peft_model
 
     dtype = next(model.parameters()).dtype
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PEFT's own, about transformers
-        return get_peft_model(model, LoraConfig(r=rank, target_modules=targets)).to(dtype)
+        return get_peft_model(model, LoraConfig(r=rank, lora_dropout=dropout, target_modules=targets)).to(dtype)
 
 
 def compiled(W, A, B, scaling, mask_in, mask_out):
