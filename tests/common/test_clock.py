@@ -28,3 +28,6 @@ def test_models_take_turns_and_the_device_is_idle_around_each(monkeypatch):
     monkeypatch.setattr(clock, "_ROUND", 0.9)
     assert clock.in_turn(calls, 1, synchronize)["after"] == [0.25]
     assert order[-5:] == ["before"] + ["after"] * 4  # a round lasts
+    order.clear()
+    clock.in_turn(calls, 1, synchronize, least=2.0)
+    assert order[-10:] == ["before"] * 2 + ["after"] * 8  # as long as the caller says
