@@ -1,12 +1,24 @@
-"""The benchmark of whole training steps runs, on a CPU at a tiny size, and keeps what it measured."""
+"""The benchmark of whole training steps runs at toy sizes, keeps what it measured and says what failed."""
 
 import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import apt_ext
 
 ROOT = Path(__file__).resolve().parents[2]
+CASES = {
+    "roberta": ["roberta"],
+    "llama": ["llama"],
+    "7b": ["7b"],
+    "dropout": ["roberta-dropout", "llama-dropout"],
+    "friends": ["compile", "checkpointing", "without-liger"],
+    "events": ["roberta-events", "llama-events"],
+}
+PARTS = [part for parts in CASES.values() for part in parts]
 
 
 @pytest.fixture
@@ -19,42 +31,167 @@ def steps(monkeypatch):
     return steps
 
 
-def run(steps, monkeypatch, *arguments):
+def here(steps, directory):
+    """Instead of a process: the part is measured in this one, as the process would."""
+
+    def start(name, options):
+        path = directory / f"{name}.json"
+        steps.run_part(name, options.smoke, path)
+        return json.loads(path.read_text())
+
+    return start
+
+
+def run(steps, monkeypatch, *arguments, **how):
     monkeypatch.setattr(sys, "argv", ["steps.py", *map(str, arguments)])
-    steps.main()
+    steps.main(**how)
 
 
-@pytest.mark.parametrize(("model", "heads"), [("llama", 1), ("roberta", 2)])
-def test_every_run_of_whole_steps_is_kept(steps, monkeypatch, tmp_path, capsys, model, heads):
-    run(steps, monkeypatch, model, "--quick", "--layers", 1, "--out", tmp_path)
-    kept = json.loads((tmp_path / f"steps-{model}.json").read_text())
-    assert kept["failed"] == {} and kept["sizes"]["num_hidden_layers"] == 1 and kept["commit"]
-    assert list(kept["runs"]) == [*steps.RUNS.values(), steps.AGAIN]
-    for name in ("cut", "compact"):
-        found = kept["runs"][steps.RUNS[name]]
-        assert len(found["history"]) > 1 and found["history"][-1]["kept"]["0.heads"] == heads
-        assert found["history"][-1]["kept"]["0.neurons"] == 32
-        for part in ("before", "after"):
-            assert len(found[part]["seconds"]["rounds"]) == 3
-    figures = kept["over PEFT"]
-    assert figures.keys() == {steps.RUNS[name] for name in ("dense", "cut", "compact")}
-    assert all(figure["step"] > 0 for figure in figures.values())
-    shown = capsys.readouterr().out
-    assert "PEFT again" in shown and f"kept heads {heads}, neurons 32" in shown and "Liger" in shown
+def kept(path):
+    return json.loads(path.read_text())
 
 
-def test_a_run_of_whole_steps_that_fails_costs_no_other(steps, monkeypatch, tmp_path):
-    def broken(*arguments):
-        raise OSError("no memory")
-
-    monkeypatch.setattr(steps, "dense_run", broken)
-    with pytest.raises(SystemExit, match="apt_ext failed: OSError: no memory"):
-        run(steps, monkeypatch, "roberta", "--quick", "--only", "peft,dense", "--out", tmp_path)
-    kept = json.loads((tmp_path / "steps-roberta.json").read_text())
-    assert list(kept["runs"]) == ["PEFT", steps.AGAIN] and list(kept["failed"]) == ["apt_ext"]
+def test_the_cases_and_their_parts(steps):
+    assert {case: list(parts) for case, parts in steps.PARTS.items()} == CASES
 
 
-def test_unknown_runs_of_whole_steps_are_refused(steps, monkeypatch, capsys):
+@pytest.mark.parametrize("name", PARTS)
+def test_every_part_is_measured(steps, monkeypatch, tmp_path, name):
+    steps.run_part(name, True, tmp_path / "part.json")
+    part, plan = kept(tmp_path / "part.json"), steps.ALL[name]
+    assert part["failed"] == [] and part["commit"] and part["versions"]["peft"]
+    assert part["sizes"]["hidden_size"] == 32
+    assert part["liger_kernel"]["version"] is None and part["liger_kernel"]["absent"]
+    wanted = [(group, one.kind, one.way, one.form) for group, ones in plan.groups.items() for one in ones]
+    if plan.stages:
+        ways, stages = ("eager", "compile", "reduce-overhead"), ("dense", "masked", "cut")
+        wanted += [("compiled", "apt_ext", way, stage) for stage in stages for way in ways]
+        by_stage = {row["form"]: row["graphs compiled"] for row in part["rows"] if row["way"] == "compile"}
+        assert by_stage["dense"] > 0 and by_stage["masked"] == 0 and by_stage["cut"] > 0
+    assert [(row["group"], row["kind"], row["way"], row["form"]) for row in part["rows"]] == wanted
+    assert all(len(row["seconds"]["rounds"]) == 2 and row["seconds"]["median"] > 0 for row in part["rows"])
+    for row in part["rows"]:
+        assert (row["graph"] is None) == (row["way"] != "GraphedStep")
+        assert row["graph"] is None or "CUDA" in row["graph"]["reason"]
+    if plan.merges:
+        rounds = {kind: len(found["rounds"]) for kind, found in part["merge_and_unload"].items()}
+        assert rounds == {"PEFT": 3, "apt_ext": 3}
+    if plan.events:
+        for run in part["runs"].values():
+            last = run["history"][-1]["kept"]
+            assert len(run["history"]) > 1 and last["0.neurons"] == 32
+            assert last["0.heads"] == (2 if "roberta" in name else 1)
+            assert all(len(run[each]["seconds"]["rounds"]) >= 3 for each in ("before", "events", "after"))
+
+
+@pytest.mark.parametrize("name", ["llama", "roberta"])
+def test_forms_are_what_they_are_called(steps, name):
+    from whole import models
+    from whole.works import WORKS
+
+    work, device = WORKS[name].smoke(), torch.device("cpu")
+    counts = {}
+    for form in models.FORMS:
+        model, _ = models.build("apt_ext", work, device, form, dropout=0.25)
+        compacted = {adapter.compacted for _, adapter in apt_ext.adapters(model)}
+        assert compacted == {form in ("compact", "chain")}
+        blocks = [block for block in model.blocks if block != "hidden"]
+        counts[form] = {block: int(model.get_block_mask(block).sum()) for block in blocks}
+        assert {adapter.dropout for _, adapter in apt_ext.adapters(model) if adapter.rank} == {0.25}
+    heads = counts["dense"]["0.heads"]
+    assert counts["dense"]["0.neurons"] == 64 and heads in (2, 4)
+    halved = {"0.heads": heads // 2, "0.neurons": 32}
+    assert all(count == halved for form, count in counts.items() if form != "dense")
+    assert models.build("apt_ext", work, device, "cut")[0].blocks["0.neurons"].count == 32
+
+
+def test_what_fails_costs_nothing_else_and_is_said(steps, monkeypatch, tmp_path, capsys):
+    """One that cannot be built, and one that fails when its turn comes."""
+    from whole import contenders
+
+    build, turns = contenders.models.build, []
+
+    def broken(kind, work, device, form="dense", *more):
+        if form == "cut":
+            raise torch.OutOfMemoryError("no room")
+        return build(kind, work, device, form, *more)
+
+    class Failing(contenders.Guarded):
+        def __init__(self, step):
+            turns.append(self)
+            super().__init__(step if len(turns) != 2 else lambda: 1 / 0)
+
+    monkeypatch.setattr(contenders.models, "build", broken)
+    monkeypatch.setattr(contenders, "Guarded", Failing)
+    path = tmp_path / "steps.json"
+    words = "(?s)half: cut failed: OutOfMemoryError: no room.*apt_ext failed: ZeroDivisionError"
+    with pytest.raises(SystemExit, match=words):
+        run(steps, monkeypatch, "--smoke", "--only", "7b", "--json", path, start=here(steps, tmp_path))
+    part = kept(path)["parts"]["7b"]
+    assert {(each["group"], each["what"]) for each in part["failed"]} == {
+        ("eager", "apt_ext, half: cut"),
+        ("eager", "apt_ext"),
+        ("graphed", "apt_ext, half: cut, GraphedStep"),
+    }
+    found = [(row["group"], row["kind"]) for row in part["rows"] if row["form"] == "dense"]
+    assert found == [("eager", "PEFT"), ("graphed", "PEFT"), ("graphed", "apt_ext")]
+    assert len(part["rows"]) == 3
+    assert "no room" in capsys.readouterr().out
+
+
+def test_other_parts_stay_in_the_file_and_ratios_are_of_one_group(steps, monkeypatch, tmp_path):
+    path = tmp_path / "steps.json"
+    path.write_text(json.dumps({"parts": {"roberta": {"rows": [], "failed": []}}}))
+    run(steps, monkeypatch, "--smoke", "--only", "7b", "--json", path, start=here(steps, tmp_path))
+    content = kept(path)
+    assert content["parts"].keys() == {"roberta", "7b"}
+    assert content["parts"]["7b"]["command"] == "python benchmarks/steps.py --only 7b --smoke"
+    rows = content["parts"]["7b"]["rows"]
+    seconds = {(row["group"], row["kind"], row["form"]): row["seconds"]["median"] for row in rows}
+    goals = {(goal["what"], goal["column"]): goal for goal in content["reach"]}
+    half = goals["LLaMA-2-7B, GraphedStep over PEFT", "half of heads and neurons"]
+    assert half["measured"] == seconds["graphed", "apt_ext", "cut"] / seconds["graphed", "PEFT", "dense"]
+    dense = goals["LLaMA-2-7B over PEFT, both eager", "dense"]
+    assert dense["measured"] == seconds["eager", "apt_ext", "dense"] / seconds["eager", "PEFT", "dense"]
+    assert (half["wanted"], half["aimed"], dense["wanted"], dense["aimed"]) == (0.51, 0.48, 0.90, 0.86)
+    assert all(goal["measured"] is None for (what, _), goal in goals.items() if "7B" not in what)
+
+
+def test_a_part_has_a_process_of_its_own(steps, monkeypatch, tmp_path):
+    """A real one, whose end is said where it was none."""
+    path = tmp_path / "steps.json"
+    monkeypatch.setitem(steps.PARTS, "friends", {"without-liger": steps.ALL["without-liger"]})
+    run(steps, monkeypatch, "--smoke", "--only", "friends", "--json", path)
+    part = kept(path)["parts"]["without-liger"]
+    assert part["failed"] == [] and [row["kind"] for row in part["rows"]] == ["PEFT", "apt_ext", "apt_ext"]
+    monkeypatch.setattr(steps.sys, "executable", "/bin/false")
+    with pytest.raises(SystemExit, match="the whole part failed: the process ended with 1"):
+        run(steps, monkeypatch, "--smoke", "--only", "friends", "--json", path)
+
+
+def test_the_report_says_what_was_reached(steps, monkeypatch, tmp_path, capsys):
+    def row(way, form, seconds, peak, kind="apt_ext"):
+        fields = {"group": "eager", "kind": kind, "way": way, "form": form}
+        fields |= {"dropout": 0.0, "checkpointing": False}
+        return {**fields, "seconds": {"median": seconds}, "peak": peak}
+
+    rows = [row("eager", "dense", 1.0, 100, "PEFT")]
+    rows += [row("eager", "dense", 0.85, 99), row("eager", "cut", 0.47, 63)]
+    path = tmp_path / "steps.json"
+    path.write_text(json.dumps({"parts": {"llama": {"rows": rows, "failed": []}}}))
+    run(steps, monkeypatch, "--report", "--json", path)
+    what = "LLaMA-1.1B over PEFT, both eager"
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(what)]
+    said = [" ".join(line.removeprefix(what).split()) for line in lines]
+    assert said == [
+        "dense 0.850 0.87 0.83 reached",
+        "half of heads and neurons 0.470 0.53 0.48 as aimed at",
+        "peak memory, half 0.630 0.62 0.58 missed",
+    ]
+
+
+def test_unknown_cases_are_refused(steps, monkeypatch, capsys):
     with pytest.raises(SystemExit):
-        run(steps, monkeypatch, "llama", "--quick", "--only", "peft,lora")
-    assert "expected some of peft, dense, cut, compact, got lora" in capsys.readouterr().err
+        run(steps, monkeypatch, "--smoke", "--only", "7b", "lora")
+    words = "--only: expected some of roberta, llama, 7b, dropout, friends, events, got lora"
+    assert words in capsys.readouterr().err

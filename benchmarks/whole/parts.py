@@ -1,0 +1,146 @@
+"""What each case measures. A part has a process of its own, so that patches and memory do not leak."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+
+from . import models
+from .contenders import Contender, measure_group
+from .events import measure_events
+from .friends import measure_stages
+from .merging import measure_merges
+from .origin import header
+from .works import WORKS
+
+DROPOUT = 0.05
+HALVES = ("compact", "chain", "cut")
+PEFT, FULL, APT = Contender("PEFT"), Contender("full"), Contender("apt_ext")
+REDUCED = Contender("PEFT", "reduce-overhead")
+
+
+def ours(way, *forms, **changes):
+    """Return our contenders of these forms."""
+    return [Contender("apt_ext", way, form, **changes) for form in forms]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Describe what one process measures.
+
+    groups  {name: contenders that take turns}
+    liger   whether Liger's kernels are to be there
+    stages  also torch.compile over what is masked and then cut
+    events  also runs under a Controller
+    merges  also merge_and_unload
+    """
+
+    work: str
+    groups: dict = field(default_factory=dict)
+    liger: bool = False
+    stages: bool = False
+    events: bool = False
+    merges: bool = False
+
+
+def dropped(*peft):
+    """Return the contenders that train with dropout, and ours without it."""
+    peers = [Contender("PEFT", way, dropout=DROPOUT) for way in peft]
+    graphed = ours("GraphedStep", "dense", "cut", dropout=DROPOUT)
+    return [*peers, APT, *ours("eager", "dense", "cut", dropout=DROPOUT), *graphed]
+
+
+SEEN_AGAIN = {"checkpointing": True}
+PARTS = {
+    "roberta": {
+        "roberta": Part(
+            "roberta",
+            {
+                "steps": [
+                    FULL,
+                    PEFT,
+                    REDUCED,
+                    *ours("eager", "dense", *HALVES),
+                    *ours("GraphedStep", "dense", *HALVES),
+                ],
+            },
+            merges=True,
+        ),
+    },
+    "llama": {
+        "llama": Part(
+            "llama",
+            {
+                "eager": [FULL, PEFT, *ours("eager", "dense", *HALVES)],
+                "graphed": [PEFT, *ours("GraphedStep", "dense", *HALVES)],
+            },
+            liger=True,
+            merges=True,
+        ),
+    },
+    "7b": {
+        "7b": Part(
+            "7b",
+            {
+                "eager": [PEFT, *ours("eager", "dense", "cut")],
+                "graphed": [PEFT, *ours("GraphedStep", "dense", "cut")],
+            },
+            liger=True,
+            merges=True,
+        ),
+    },
+    "dropout": {
+        "roberta-dropout": Part("roberta", {"dropout": dropped("eager", "reduce-overhead")}),
+        "llama-dropout": Part("llama", {"dropout": dropped("eager")}, liger=True),
+    },
+    "friends": {
+        "compile": Part("roberta", stages=True),
+        "checkpointing": Part(
+            "llama",
+            {
+                "checkpointing": [
+                    PEFT,
+                    Contender("PEFT", **SEEN_AGAIN),
+                    APT,
+                    *ours("eager", "dense", "cut", **SEEN_AGAIN),
+                    *ours("GraphedStep", "dense", "cut", **SEEN_AGAIN),
+                ],
+            },
+            liger=True,
+        ),
+        "without-liger": Part("llama", {"eager": [PEFT, *ours("eager", "dense", "cut")]}),
+    },
+    "events": {
+        "roberta-events": Part("roberta", {"eager": [PEFT, APT]}, events=True),
+        "llama-events": Part("llama", {"eager": [PEFT, APT]}, liger=True, events=True),
+    },
+}
+ALL = {name: part for parts in PARTS.values() for name, part in parts.items()}
+
+
+def measure_part(name, device, smoke, write):
+    """Measure one part; `write` gets all that is known after each of its measurements."""
+    part, started = ALL[name], time.perf_counter()
+    work = WORKS[part.work].smoke() if smoke else WORKS[part.work]
+    version, absent = models.apply_liger(device) if part.liger else (None, "not asked for")
+    found = header(work, device, {"version": version, "absent": absent})
+    found |= {"rows": [], "failed": []}
+
+    def keep(measured):
+        rows, failed = measured
+        found["rows"] += rows
+        found["failed"] += failed
+        found["seconds"] = time.perf_counter() - started
+        write(found)
+
+    for group, contenders in part.groups.items():
+        keep(measure_group(group, contenders, work, device, smoke))
+    if part.stages:
+        keep(measure_stages(work, device, smoke))
+    if part.events:
+        found["runs"], failed = measure_events(work, device, smoke)
+        keep(([], failed))
+    if part.merges:
+        found["merge_and_unload"], failed = measure_merges(work, device)
+        keep(([], failed))
+    return found
