@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from liger_patches import keep_llama
 
 import apt_ext
 from apt_ext import APTConfig, Controller, adapters, get_apt_model
@@ -16,24 +17,18 @@ pytestmark = [
 DEVICE = "cuda"
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 96}
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
-PATCHED = ("LlamaRMSNorm", "LlamaMLP", "apply_rotary_pos_emb")
 STEPS = 10
 
 
 @pytest.fixture
 def apply_liger(monkeypatch):
-    """Liger replaces names in transformers' module and a method: they are as before after the test."""
+    """Until the test ends."""
     kernels = pytest.importorskip("liger_kernel.transformers")
-    from transformers.models.llama import modeling_llama
-
-    for name in PATCHED:
-        monkeypatch.setattr(modeling_llama, name, getattr(modeling_llama, name))
-    stock = modeling_llama.LlamaForCausalLM
-    monkeypatch.setattr(stock, "forward", stock.forward)
+    llama = keep_llama(monkeypatch)
 
     def apply():
         kernels.apply_liger_kernel_to_llama()
-        assert "liger" in modeling_llama.LlamaMLP.__module__ and "liger" in stock.forward.__module__
+        assert "liger" in llama.LlamaMLP.__module__ and "liger" in llama.LlamaForCausalLM.forward.__module__
 
     return apply
 
