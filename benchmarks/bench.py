@@ -8,7 +8,7 @@ quartiles in the JSON. "masks" has 1 % zeros and 1 % at 0.5 in every mask; "none
 On the CPU freed memory stays with the process: glibc otherwise gives it back at a moment that depends on the calls before, and the peer
 that comes next pays for fresh pages. Each row says its page faults a call.
 The JSON is written after every case; a case that fails is named in it and costs no other. --report measures nothing: it writes the tables
-of docs/performance*.md, docs/shrink.md and the README from the kept files.
+of docs/performance*.md, docs/friends.md, docs/shrink.md and the README from the kept files.
 """
 
 from __future__ import annotations

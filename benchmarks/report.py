@@ -1,5 +1,7 @@
-"""The tables of docs/performance*.md and docs/shrink.md, and the README's figures, from the kept results: what stands between
-`<!-- bench FILE PART -->` and `<!-- end -->`. FILE may be a pattern, for a table of several; of tables that are predicted it is "plan".
+"""The tables of docs/performance*.md, docs/friends.md, docs/shrink.md and
+docs/planning.md, and the README's figures, from
+the kept results: what stands between `<!-- bench FILE PART -->` and `<!-- end -->`. FILE may be a pattern, for a
+table of several; of tables that are predicted it is "plan".
 
 python benchmarks/bench.py --report
 """
@@ -15,11 +17,20 @@ import aims
 import benefit
 import beyond
 import shrunk
+from whole.tables import TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = tuple(
-    ROOT / name for name in ("docs/performance.md", "docs/performance-cpu.md", "docs/shrink.md", "README.md", "docs/planning.md")
+    ROOT / name
+    for name in (
+        "docs/performance.md",
+        "docs/performance-cpu.md",
+        "docs/friends.md",
+        "docs/shrink.md",
+        "README.md",
+        "docs/planning.md",
+    )
 )
 BASES = {"frozen", "dense step", "F.linear", "one pass over W", "one copy of the same bytes", "aligned", "PEFT merge"}
 MARKED = re.compile(r"(<!-- bench (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -143,6 +154,8 @@ def updated(text):
         if part in RUNS:
             return start + "\n" + table(*RUNS[part]([json.loads(path.read_text()) for path in sorted(RESULTS.glob(file))])) + "\n" + end
         data = json.loads((RESULTS / file).read_text())
+        if part in TABLES:  # of whole steps
+            return start + "\n" + TABLES[part](data["parts"]) + "\n" + end
         return start + "\n" + (origin(data) if part == "origin" else PARTS[part](data["rows"]) + "\n") + end
 
     return MARKED.sub(section, text)

@@ -34,7 +34,10 @@ def milliseconds(row):
 
 def gibibytes(row):
     """Write a row's peak; nothing where it has none."""
-    return "" if row["peak"] is None else f"{row['peak'] / 2**30:.1f}"
+    if row["peak"] is None:
+        return ""
+    value = row["peak"] / 2**30
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"
 
 
 def planned(name):

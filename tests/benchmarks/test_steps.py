@@ -169,17 +169,26 @@ def test_a_part_has_a_process_of_its_own(steps, monkeypatch, tmp_path):
         run(steps, monkeypatch, "--smoke", "--only", "friends", "--json", path)
 
 
-def test_the_report_says_what_was_reached(steps, monkeypatch, tmp_path, capsys):
-    def row(way, form, seconds, peak, kind="apt_ext"):
-        fields = {"group": "eager", "kind": kind, "way": way, "form": form}
-        fields |= {"dropout": 0.0, "checkpointing": False}
-        return {**fields, "seconds": {"median": seconds}, "peak": peak}
+def row(kind, form, seconds, peak, way="eager", group="eager"):
+    fields = {"group": group, "kind": kind, "way": way, "form": form, "dropout": 0.0, "checkpointing": False}
+    return {**fields, "seconds": {"median": seconds}, "peak": peak}
 
-    rows = [row("eager", "dense", 1.0, 100, "PEFT")]
-    rows += [row("eager", "dense", 0.85, 99), row("eager", "cut", 0.47, 63)]
+
+@pytest.fixture
+def measured(tmp_path):
+    """A file in which LLaMA was measured, and of RoBERTa one row."""
+    llama = [row("PEFT", "dense", 1.0, 100 << 28), row("apt_ext", "dense", 0.85, 99 << 28)]
+    llama += [row("apt_ext", "cut", 0.47, 63 << 28), row("PEFT", "dense", 9.0, 1, group="graphed")]
+    roberta = [row("PEFT", "dense", 0.01, 1 << 29, "reduce-overhead")]
+    parts = {"llama": {"rows": llama, "failed": [], "device": "H200", "model": "LLaMA-1.1B"}}
+    parts["roberta"] = {"rows": roberta, "failed": [], "device": "H200", "model": "RoBERTa-base"}
     path = tmp_path / "steps.json"
-    path.write_text(json.dumps({"parts": {"llama": {"rows": rows, "failed": []}}}))
-    run(steps, monkeypatch, "--report", "--json", path)
+    path.write_text(json.dumps({"parts": parts}))
+    return path
+
+
+def test_the_report_says_what_was_reached(steps, monkeypatch, measured, capsys):
+    run(steps, monkeypatch, "--report", "--json", measured)
     what = "LLaMA-1.1B over PEFT, both eager"
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith(what)]
     said = [" ".join(line.removeprefix(what).split()) for line in lines]
@@ -188,6 +197,35 @@ def test_the_report_says_what_was_reached(steps, monkeypatch, tmp_path, capsys):
         "half of heads and neurons 0.470 0.53 0.48 as aimed at",
         "peak memory, half 0.630 0.62 0.58 missed",
     ]
+
+
+@pytest.mark.parametrize(
+    ("part", "line"),
+    [
+        ("steps-llama", "| apt_ext | 850 | not measured | 24.8 | not measured |"),
+        ("steps-llama", "| PEFT | 1000 |  | 25.0 |  |"),
+        ("steps-roberta", "| PEFT | not measured | 10.0 | not measured | 0.50 |"),
+        ("steps-7b", "| PEFT | not measured |  | not measured |  |"),
+        ("steps-liger", "| half: `cut()` | 470 | not measured | 15.8 | not measured |"),
+        (
+            "steps-goals",
+            "| LLaMA-1.1B over PEFT, both eager | 0.85 (0.87; 0.83) | 0.47 (0.53; 0.48) | 0.63 (0.62; 0.58) |",
+        ),
+    ],
+)
+def test_tables_are_of_the_file_and_say_what_is_missing(steps, monkeypatch, measured, part, line):
+    import report
+
+    monkeypatch.setattr(report, "RESULTS", measured.parent)
+    text = report.updated(f"<!-- bench steps.json {part} -->\nold\n<!-- end -->\n")
+    assert line in text.splitlines() and "old" not in text
+
+
+def test_the_words_of_the_readme_are_of_the_file(steps, measured):
+    words = " ".join(steps.tables.speed(kept(measured)["parts"]).split())
+    assert "takes 0.85 of the time of PEFT's LoRA" in words and "RoBERTa" not in words
+    assert "takes 0.47 of that time and 0.63 of the memory" in words
+    assert steps.tables.speed({}) == "Whole steps: not measured.\n"
 
 
 def test_unknown_cases_are_refused(steps, monkeypatch, capsys):

@@ -7,12 +7,13 @@ import re
 from pathlib import Path
 
 import pytest
+from liger_patches import keep_llama
 
 import apt_ext
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
-GUIDES = ("quickstart", "choosing", "trainer", "peft", "decoder", "deploy", "multi-gpu", "planning")
+GUIDES = ("quickstart", "choosing", "trainer", "peft", "decoder", "deploy", "multi-gpu", "friends", "planning")
 NEEDS = re.compile(r"# needs: (.+)")
 
 
@@ -29,6 +30,7 @@ def blocks(name):
 @pytest.mark.parametrize("name", GUIDES)
 def test_its_code_runs(name, tmp_path, monkeypatch, loaded_here):
     pytest.importorskip("transformers")
+    keep_llama(monkeypatch)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(os, "environ", os.environ.copy())
     code = list(blocks(name))
