@@ -20,8 +20,9 @@ itself anew for every number of heads, which takes longer than a step.
 
 Each part of a case runs in a process of its own, so that patches and memory do not leak. FILE (steps.json) is
 read before and written after each: what is not measured now stays in it. What fails is named there and costs
-nothing else. --smoke: toy sizes, for a CPU, to see that everything runs. --report measures nothing: it prints
-what was to be reached beside what FILE says, by default the kept benchmarks/results/steps-h200.json.
+nothing else. Until a part ends, what it has measured lies beside FILE. --smoke: toy sizes, for a CPU, to see
+that everything runs. --report measures nothing: it prints what was to be reached beside what FILE says, by
+default the kept benchmarks/results/steps-h200.json.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -45,16 +45,17 @@ LIMIT = 600  # seconds that a part may take
 
 def arguments():
     """Read the command line."""
-    cases = ", ".join(PARTS)
+    some = f"some of {', '.join(PARTS)}, or of their parts"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", default=list(PARTS), metavar="CASE", help=f"some of {cases}")
+    parser.add_argument("--only", nargs="+", default=list(PARTS), metavar="CASE", help=some)
     parser.add_argument("--json", type=Path, help="where the figures are kept; default: steps.json")
     parser.add_argument("--smoke", action="store_true", help="toy sizes, a CPU will do")
     parser.add_argument("--report", action="store_true", help="print what was reached, and measure nothing")
     parser.add_argument("--part", choices=ALL, help=argparse.SUPPRESS)  # what the processes are told
     options = parser.parse_args()
-    if unknown := [name for name in options.only if name not in PARTS]:
-        parser.error(f"--only: expected some of {cases}, got {', '.join(unknown)}")
+    if unknown := [name for name in options.only if name not in PARTS and name not in ALL]:
+        known = ", ".join(dict.fromkeys([*PARTS, *ALL]))
+        parser.error(f"--only: expected some of {known}, got {', '.join(unknown)}")
     if not (options.report or options.smoke or torch.cuda.is_available()):
         parser.error("expected a CUDA device, or --smoke")
     return options
@@ -79,40 +80,48 @@ def run_part(name, smoke, path):
         measure_part(name, device, smoke, lambda found: write(path, found))
 
 
-def in_a_process(name, options):
-    """Measure one part in another process; return what it kept; a bad end is among what failed."""
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "part.json"
-        call = [sys.executable, str(Path(__file__)), "--part", name, "--json", str(path)]
-        call += ["--smoke"] * options.smoke
-        try:
-            done = subprocess.run(call, stderr=subprocess.PIPE, text=True, timeout=LIMIT)
-            words = f"the process ended with {done.returncode}: {done.stderr.strip()[-400:]}"
-            ended = done.returncode == 0
-        except subprocess.TimeoutExpired:
-            ended, words = False, f"the process was ended after {LIMIT} s"
-        found = json.loads(path.read_text()) if path.exists() else {"rows": [], "failed": []}
-    if not ended:
+def in_a_process(name, smoke, path):
+    """Measure one part in another process, which keeps it in `path`; return how it ended, None if well."""
+    call = [sys.executable, str(Path(__file__)), "--part", name, "--json", str(path), *["--smoke"] * smoke]
+    try:
+        done = subprocess.run(call, stderr=subprocess.PIPE, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return f"the process was ended after {LIMIT} s"
+    words = f"the process ended with {done.returncode}: {done.stderr.strip()[-400:]}"
+    return words if done.returncode else None
+
+
+def part_of(name, options, path, start):
+    """Measure one part; return what it kept. Until it has ended, that lies in a file beside `path`."""
+    beside = path.with_name(f"{path.name}.{name}")
+    beside.unlink(missing_ok=True)
+    words = start(name, options.smoke, beside)
+    found = json.loads(beside.read_text()) if beside.exists() else {"rows": [], "failed": []}
+    beside.unlink(missing_ok=True)
+    if words:
         found["failed"].append({"group": "", "what": "the whole part", "error": words})
     return found
 
 
-def measure(options, start=in_a_process):
+def measure(options, start):
     """Measure what was asked for, part by part; return [what failed, in words]."""
     path = options.json or Path("steps.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     failed = []
-    for case in PARTS:
-        for name in PARTS[case] if case in options.only else ():
-            command = f"python benchmarks/steps.py --only {case}" + " --smoke" * options.smoke
-            part = {"command": command, **start(name, options)}
-            kept = read(path)
-            kept["parts"][name] = part
-            kept["reach"] = reach.reached(kept["parts"])
-            write(path, kept)
-            print(f"{name}: {origin.words(part)}" if "model" in part else name)
-            print(tables.printed(part), flush=True)
-            failed += [f"{name}, {each['what']} failed: {each['error']}" for each in part["failed"]]
+    for case, name in ((case, name) for case, parts in PARTS.items() for name in parts):
+        if not {case, name} & set(options.only):
+            continue
+        print(name, flush=True)
+        part = part_of(name, options, path, start)
+        part["command"] = f"python benchmarks/steps.py --only {case}" + " --smoke" * options.smoke
+        kept = read(path)
+        kept["parts"][name] = part
+        kept["reach"] = reach.reached(kept["parts"])
+        write(path, kept)
+        if "model" in part:
+            print(origin.words(part))
+        print(tables.printed(part), flush=True)
+        failed += [f"{name}, {each['what']} failed: {each['error']}" for each in part["failed"]]
     print(reach.printed(read(path)["parts"]))
     return failed
 

@@ -165,6 +165,11 @@ def failure(group, what, words):
     return {"group": group, "what": what, "error": words}
 
 
+def say(title, live):
+    """Say that a contender has made its first steps, and how long it took: compilers may take minutes."""
+    print(f"  {title}: {'failed' if live is None else f'{live.first:.1f} s until it runs'}", flush=True)
+
+
 def measure_group(group, contenders, work, device, smoke):
     """Build the contenders, let them take turns; return (rows, failed), and leave no memory behind."""
     live, failed = {}, []
@@ -174,6 +179,7 @@ def measure_group(group, contenders, work, device, smoke):
         except Exception as error:
             failed.append(failure(group, contender.title, words_of(error)))
         free_memory(device)
+        say(contender.title, live.get(contender))
     times, errors = take_turns({contender: one.step for contender, one in live.items()}, work, device)
     failed += [failure(group, contender.title, words) for contender, words in errors.items()]
     rows = []

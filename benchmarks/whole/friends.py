@@ -69,6 +69,7 @@ def entered(live, stage, failed):
     for way in list(live):
         try:
             facts[way] = live[way].enter(stage)
+            print(f"  {stage}, {way}: {facts[way]['first steps']:.1f} s until it runs", flush=True)
         except Exception as error:
             failed.append(failure(stage, way, words_of(error)))
             del live[way]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from . import models
 from .contenders import Contender, measure_group
@@ -30,6 +30,7 @@ class Part:
 
     groups  {name: contenders that take turns}
     liger   whether Liger's kernels are to be there
+    layers  fewer of them than the model has
     stages  also torch.compile over what is masked and then cut
     events  also runs under a Controller
     merges  also merge_and_unload
@@ -38,6 +39,7 @@ class Part:
     work: str
     groups: dict = field(default_factory=dict)
     liger: bool = False
+    layers: int | None = None
     stages: bool = False
     events: bool = False
     merges: bool = False
@@ -47,7 +49,7 @@ def dropped(*peft):
     """Return the contenders that train with dropout, and ours without it."""
     peers = [Contender("PEFT", way, dropout=DROPOUT) for way in peft]
     graphed = ours("GraphedStep", "dense", "cut", dropout=DROPOUT)
-    return [*peers, APT, *ours("eager", "dense", "cut", dropout=DROPOUT), *graphed]
+    return [APT, *ours("eager", "dense", "cut", dropout=DROPOUT), *graphed, *peers]
 
 
 SEEN_AGAIN = {"checkpointing": True}
@@ -59,12 +61,11 @@ PARTS = {
                 "steps": [
                     FULL,
                     PEFT,
-                    REDUCED,
                     *ours("eager", "dense", *HALVES),
                     *ours("GraphedStep", "dense", *HALVES),
+                    REDUCED,
                 ],
             },
-            merges=True,
         ),
     },
     "llama": {
@@ -94,7 +95,7 @@ PARTS = {
         "llama-dropout": Part("llama", {"dropout": dropped("eager")}, liger=True),
     },
     "friends": {
-        "compile": Part("roberta", stages=True),
+        "compile": Part("roberta", stages=True, layers=6),
         "checkpointing": Part(
             "llama",
             {
@@ -121,7 +122,10 @@ ALL = {name: part for parts in PARTS.values() for name, part in parts.items()}
 def measure_part(name, device, smoke, write):
     """Measure one part; `write` gets all that is known after each of its measurements."""
     part, started = ALL[name], time.perf_counter()
-    work = WORKS[part.work].smoke() if smoke else WORKS[part.work]
+    work = WORKS[part.work]
+    if part.layers:
+        work = replace(work, sizes=work.sizes | {"num_hidden_layers": part.layers})
+    work = work.smoke() if smoke else work
     version, absent = models.apply_liger(device) if part.liger else (None, "not asked for")
     found = header(work, device, {"version": version, "absent": absent})
     found |= {"rows": [], "failed": []}

@@ -72,7 +72,7 @@ GOALS = (
     Goal("RoBERTa-base with dropout over without, eager", "roberta-dropout", EAGER | DROPOUT, EAGER, COST),
     Goal("LLaMA-1.1B with dropout over without, eager", "llama-dropout", EAGER | DROPOUT, EAGER, COST),
 )
-MERGES = {"roberta": "RoBERTa-base", "llama": "LLaMA-1.1B", "7b": "LLaMA-2-7B"}
+MERGES = {"llama": "LLaMA-1.1B", "7b": "LLaMA-2-7B"}
 
 
 def rows_of(part, **fields):

@@ -37,7 +37,7 @@ class Work:
     batch: tuple[int, int]
     multiple: int = 64
     warm: int = 5
-    rounds: int = 9
+    rounds: int = 5
     least: float = 0.2
 
     def smoke(self):

@@ -31,17 +31,6 @@ def steps(monkeypatch):
     return steps
 
 
-def here(steps, directory):
-    """Instead of a process: the part is measured in this one, as the process would."""
-
-    def start(name, options):
-        path = directory / f"{name}.json"
-        steps.run_part(name, options.smoke, path)
-        return json.loads(path.read_text())
-
-    return start
-
-
 def run(steps, monkeypatch, *arguments, **how):
     monkeypatch.setattr(sys, "argv", ["steps.py", *map(str, arguments)])
     steps.main(**how)
@@ -126,7 +115,7 @@ def test_what_fails_costs_nothing_else_and_is_said(steps, monkeypatch, tmp_path,
     path = tmp_path / "steps.json"
     words = "(?s)half: cut failed: OutOfMemoryError: no room.*apt_ext failed: ZeroDivisionError"
     with pytest.raises(SystemExit, match=words):
-        run(steps, monkeypatch, "--smoke", "--only", "7b", "--json", path, start=here(steps, tmp_path))
+        run(steps, monkeypatch, "--smoke", "--only", "7b", "--json", path, start=steps.run_part)
     part = kept(path)["parts"]["7b"]
     assert {(each["group"], each["what"]) for each in part["failed"]} == {
         ("eager", "apt_ext, half: cut"),
@@ -142,7 +131,7 @@ def test_what_fails_costs_nothing_else_and_is_said(steps, monkeypatch, tmp_path,
 def test_other_parts_stay_in_the_file_and_ratios_are_of_one_group(steps, monkeypatch, tmp_path):
     path = tmp_path / "steps.json"
     path.write_text(json.dumps({"parts": {"roberta": {"rows": [], "failed": []}}}))
-    run(steps, monkeypatch, "--smoke", "--only", "7b", "--json", path, start=here(steps, tmp_path))
+    run(steps, monkeypatch, "--smoke", "--only", "7b", "--json", path, start=steps.run_part)
     content = kept(path)
     assert content["parts"].keys() == {"roberta", "7b"}
     assert content["parts"]["7b"]["command"] == "python benchmarks/steps.py --only 7b --smoke"
@@ -160,13 +149,13 @@ def test_other_parts_stay_in_the_file_and_ratios_are_of_one_group(steps, monkeyp
 def test_a_part_has_a_process_of_its_own(steps, monkeypatch, tmp_path):
     """A real one, whose end is said where it was none."""
     path = tmp_path / "steps.json"
-    monkeypatch.setitem(steps.PARTS, "friends", {"without-liger": steps.ALL["without-liger"]})
-    run(steps, monkeypatch, "--smoke", "--only", "friends", "--json", path)
+    run(steps, monkeypatch, "--smoke", "--only", "without-liger", "--json", path)
     part = kept(path)["parts"]["without-liger"]
     assert part["failed"] == [] and [row["kind"] for row in part["rows"]] == ["PEFT", "apt_ext", "apt_ext"]
     monkeypatch.setattr(steps.sys, "executable", "/bin/false")
     with pytest.raises(SystemExit, match="the whole part failed: the process ended with 1"):
-        run(steps, monkeypatch, "--smoke", "--only", "friends", "--json", path)
+        run(steps, monkeypatch, "--smoke", "--only", "without-liger", "--json", path)
+    assert [file.name for file in tmp_path.iterdir()] == ["steps.json"]
 
 
 def row(kind, form, seconds, peak, way="eager", group="eager"):
@@ -231,5 +220,6 @@ def test_the_words_of_the_readme_are_of_the_file(steps, measured):
 def test_unknown_cases_are_refused(steps, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(steps, monkeypatch, "--smoke", "--only", "7b", "lora")
-    words = "--only: expected some of roberta, llama, 7b, dropout, friends, events, got lora"
-    assert words in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--only: expected some of roberta, llama, 7b, dropout, friends, events, roberta-dropout," in said
+    assert "got lora" in said

@@ -76,7 +76,7 @@ def same(ours, theirs, seed):
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@pytest.mark.parametrize("make", [bert, llama])
+@pytest.mark.parametrize("make", [pytest.param(bert, marks=pytest.mark.slow), llama])
 def test_steps_are_the_eager_ones_while_masks_move_and_ranks_grow(make, options):
     """Nothing is compiled again until a cut, which compiles once."""
     ours, theirs = Run(make, options), Run(make, None)
@@ -96,6 +96,7 @@ def test_steps_are_the_eager_ones_while_masks_move_and_ranks_grow(make, options)
         same(ours, theirs, seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_activations_may_be_computed_again_in_compiled_layers(options):
     ours, theirs = Run(llama, options), Run(llama, None)
