@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from numbers import Real
 from typing import Any
 
 import torch
@@ -23,11 +21,12 @@ from ..common.checks import checked_int, checked_mapping, checked_number, checke
 from ..distributed.dtensor import is_sharded
 from ..model import APTModel, adapters
 from ..pruning.architectures.lookup import in_encoder, is_encoder_decoder
-from ..pruning.block_masks import take_carriers
+from ..pruning.block_masks import host_mask, take_carriers
 from ..pruning.float32_heads import Hook
 from ..wrapping import cut_states, model_state
 from .fingerprints import SharedWeights
 from .refusals import generator_state
+from .replayed_loss import PRUNED, Buffers, Progress, ReplayedLoss, settings_of, weight_of
 
 logger = logging.getLogger("apt_ext")
 
@@ -103,6 +102,8 @@ class Distiller:
         self.transform: APTAdapter | None = None
         self._shared = SharedWeights({})  # the frozen weights of an own self, as at the last refresh
         self._told = model.blocks  # the blocks of the student when its teacher's memory was last told of
+        self._buffers = Buffers()
+        self._places: dict[str, tuple[Tensor, Tensor]] = {}  # positions on the host, and on the device
         if teacher is None:
             return
         width = _width("model", model) if layers else 0
@@ -163,25 +164,23 @@ class Distiller:
         frozen = {name: value for name, value in self.model.named_parameters() if not value.requires_grad}
         self._shared, self._told = SharedWeights(frozen), self.model.blocks
 
-    def loss(self, batch: Mapping[str, Any], outputs: Any, progress: float = 1.0) -> Tensor:
+    def loss(self, batch: Mapping[str, Any], outputs: Any, progress: Progress = 1.0) -> Tensor:
         """The loss of one pass, a scalar.
 
         batch     what the student was called with, by keyword; the teacher is called with the same, without gradients
         outputs   the student's, with `loss` and the logits, and hidden states where `asks` wants them
-        progress  mu, taken into [0, 1]: at 0 the teacher is not run, at 1 the task's own loss is not used
+        progress  mu, taken into [0, 1]: at 0 the teacher is not run, at 1 the task's own loss is not used. Or a function without arguments
+                  that gives it, such as `lambda: controller.progress`: a GraphedStep can then capture the loss, asks it before each replay
+                  (maybe more than once), and captures anew where mu leaves 0 or reaches 1, after `refresh` and with the student's changes.
 
         Call it under the same autocast as the student's pass. ValueError for what the outputs lack or what has another shape than the
         teacher's; RuntimeError while an adapter is merged into weights that the teacher shares, and after
-        merge_and_unload() of the student or anything else that wrote into them.
+        merge_and_unload() of the student or anything else that wrote into them. Within a capture RuntimeError for a plain number, and for
+        a student with a layer of which a block is pruned whole: GraphedStep then runs eagerly.
         """
         checked_mapping("batch", batch)
-        if not isinstance(progress, Real) or isinstance(progress, bool):
-            raise TypeError(f"progress: expected a number, got {type(progress).__name__}")
-        if math.isnan(progress):
-            raise ValueError("progress: expected a number, got NaN")
-        if own_capture.is_recording():
-            raise RuntimeError("loss: a Distiller follows the progress of a run and draws layers on the host, which no graph does")
-        mu = min(max(progress, 0.0), 1.0)
+        mu = weight_of(progress)
+        graph = None if self.teacher is None else self._graph(progress, mu)
         if self.teacher is None or mu == 0.0:
             task: Tensor = _wanted(outputs, "loss")
             return task
@@ -196,9 +195,40 @@ class Distiller:
         if self.logits:
             total = total + self.logits * self._logit_loss(batch, outputs, taught)
         if self.layers:
-            total = total + self.layers * self._layer_loss(batch, outputs, taught)
+            total = total + self.layers * self._layer_loss(batch, outputs, taught, graph)
         assert isinstance(total, Tensor)
-        return total if mu == 1.0 else mu * total + (1.0 - mu) * _wanted(outputs, "loss")
+        if mu == 1.0:
+            return total
+        task = _wanted(outputs, "loss")
+        return mu * total + (1.0 - mu) * task if graph is None else graph.mixed(total, task)
+
+    # -- in a graph ----------------------------------------------------------------------------------------------------
+
+    def _graph(self, progress: Progress, mu: float) -> ReplayedLoss | None:
+        """Say when a graph of this loss is outdated; within a capture, return what it reads of the host."""
+        weights = self._buffers.get("weights", 2, torch.float64, next(self.model.parameters()).device)
+        graph = ReplayedLoss(progress, weights, self._drawn) if own_capture.is_recording() else None
+        if graph is not None and mu == 1.0 and not self.logits:
+            raise RuntimeError("loss: with logits=0 and progress 1 only the drawn layers learn, which are others in each replay of a graph")
+        known = settings_of(self)
+
+        def check() -> str | None:
+            now = weight_of(progress)
+            if (now > 0.0, now < 1.0) != (mu > 0.0, mu < 1.0):
+                return "the weight of the teacher has left 0, or reached 1"
+            if settings_of(self) != known:
+                return "the Distiller has another teacher or other settings"
+            if mu and self.own:
+                self._refuse_written()
+            stacks = [] if graph is None else graph.stacks
+            return None if all(all(self._alive(encoder, count)) for encoder, count in stacks) else PRUNED
+
+        reads = [module for module in (self.teacher, self.transform) if mu and module is not None]
+        if graph is not None:
+            own_capture.before_each_replay(graph.write, check=check, reads=reads)
+        elif callable(progress):
+            own_capture.before_each_replay(check=check)
+        return graph
 
     # -- logits --------------------------------------------------------------------------------------------------------
 
@@ -224,7 +254,7 @@ class Distiller:
 
     # -- layers --------------------------------------------------------------------------------------------------------
 
-    def _layer_loss(self, batch: Mapping[str, Any], outputs: Any, taught: Any) -> Tensor:
+    def _layer_loss(self, batch: Mapping[str, Any], outputs: Any, taught: Any, graph: ReplayedLoss | None) -> Tensor:
         two = is_encoder_decoder(self.model)
         stacks = {"encoder.": "encoder_hidden_states", "decoder.": "decoder_hidden_states"} if two else {"": "hidden_states"}
         terms = []
@@ -233,11 +263,19 @@ class Distiller:
             if len(ours) != len(theirs):
                 raise ValueError(f"teacher: expected the student's {len(ours) - 1} layers, got {len(theirs) - 1}; layers=0 leaves them out")
             counted = _counted(batch, self.model, name)
-            alive = self._alive(two and prefix == "encoder.", len(ours) - 1)
+            encoder, ours, theirs = two and prefix == "encoder.", ours[1:], theirs[1:]  # without the embeddings
+            drawn = self._buffers.get(name, min(self.quarters, len(ours)), torch.int64, ours[0].device)
+            alive = self._alive(encoder, len(ours))
+            if graph is None:
+                layers = self._drawn(len(ours))
+                pairs = [([ours[i] for i in nearest_layers(layer, alive)], theirs[layer]) for layer in layers]
+            elif all(alive):
+                pairs = graph.drawn(encoder, ours, theirs, drawn)
+            else:
+                raise RuntimeError(PRUNED)
             term: Tensor | float = 0.0
-            for layer in self._drawn(len(ours) - 1):
-                candidates = [self._distance(ours[i + 1], theirs[layer + 1], counted, two) for i in nearest_layers(layer, alive)]
-                term = term + torch.stack(candidates).min()
+            for near, target in pairs:
+                term = term + torch.stack([self._distance(one, target, counted, two) for one in near]).min()
             terms.append(term)
         return torch.stack([term for term in terms if isinstance(term, Tensor)]).mean()
 
@@ -251,25 +289,27 @@ class Distiller:
     def _alive(self, encoder: bool, count: int) -> list[bool]:
         """Of each layer of the encoder, or of the other stack, whether something is left of each of its blocks.
 
-        Waits for the device once.
+        Waits for the device only where somebody else has written masks there.
         """
         blocks, two = self.model.blocks, is_encoder_decoder(self.model)
         model = self.model.model
         own = {name: block.layer for name, block in blocks.items() if not two or in_encoder(model, block) == encoder}
-        names = [[name for name, layer in own.items() if layer == number] for number in range(count)]
-        masks = {name: self.model.get_block_mask(name) for layer in names for name in layer}
-        left = dict(zip(masks, torch.stack([(mask != 0).any() for mask in masks.values()]).tolist(), strict=True)) if masks else {}
+        names: list[list[str]] = [[] for _ in range(count)]
+        for name, layer in own.items():
+            if layer is not None and layer < count:
+                names[layer].append(name)
+        left = {name: bool((host_mask(model, blocks[name]) != 0).any()) for layer in names for name in layer}
         whole = [all(left[name] for name in layer) for layer in names]
         return whole if any(whole) else [any(left[name] for name in layer) for layer in names]
 
     def _distance(self, ours: Tensor, theirs: Tensor, counted: Tensor | None, normed: bool) -> Tensor:
         """The mean square of Tr(ours) - theirs over the elements of the positions that count."""
         assert self.transform is not None
-        state = _scattered(ours, self._positions(self.model), self.transform.in_features)
+        state = _scattered(ours, self._positions("student", self.model, ours.device), self.transform.in_features)
         state = state + self.transform(state)
-        lanes = self._positions(self.teacher)
+        lanes = self._positions("teacher", self.teacher, ours.device)
         if lanes is not None:
-            state = state.index_select(-1, lanes.to(state.device))
+            state = state.index_select(-1, lanes)
         if state.shape != theirs.shape:
             raise ValueError(f"outputs: expected hidden states of the teacher's shape {list(theirs.shape)}, got {list(state.shape)}")
         exact = torch.promote_types(torch.promote_types(state.dtype, theirs.dtype), torch.float32)
@@ -278,10 +318,16 @@ class Distiller:
             state, target = _by_root_mean_square(state), _by_root_mean_square(target)
         return _mean((state - target).square().mean(-1), counted)
 
-    def _positions(self, model: nn.Module | None) -> Tensor | None:
+    def _positions(self, name: str, model: nn.Module | None, device: torch.device) -> Tensor | None:
         """Where the hidden dimensions that are left of a student or of its own self lie among those of Tr; None: all, in order."""
         left = model.hidden_left if isinstance(model, APTModel) and (self.own or model is self.model) else None
-        return left if left is None or self._lanes is None else torch.searchsorted(self._lanes, left)
+        if left is None:
+            return None
+        left = left if self._lanes is None else torch.searchsorted(self._lanes, left)
+        placed = self._places.get(name)
+        if placed is None or placed[1].device != device or not torch.equal(placed[0], left):
+            placed = self._places[name] = left, left.to(device)  # once: a graph copies nothing from the host
+        return placed[1]
 
     def _refuse_merged(self, call: str) -> None:
         merged = next((name for name, adapter in adapters(self.model) if adapter.merged), None)
@@ -418,7 +464,7 @@ def _scattered(states: Tensor, positions: Tensor | None, width: int) -> Tensor:
     """states [..., left] in a tensor [..., width], zero where the student has no dimension left."""
     if positions is None:
         return states
-    return states.new_zeros(*states.shape[:-1], width).index_copy(-1, positions.to(states.device), states)
+    return states.new_zeros(*states.shape[:-1], width).index_copy(-1, positions, states)
 
 
 def _by_root_mean_square(states: Tensor) -> Tensor:
@@ -439,4 +485,4 @@ def _mean(values: Tensor, counted: Tensor | None) -> Tensor:
     """The mean of values [...] over the positions that count; padding is selected away, NaN included."""
     if counted is None or counted.shape != values.shape:
         return values.mean()
-    return torch.where(counted, values, 0).sum() / counted.sum().clamp(min=1)
+    return values.masked_fill(counted.logical_not(), 0.0).sum() / counted.sum().clamp(min=1)  # `where` would copy its 0 to the device

@@ -9,6 +9,7 @@ from ..distributed.dtensor import is_sharded
 
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_COLLECTING = "transformers.utils.output_capturing"
 _GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 
 
@@ -39,8 +40,9 @@ def obstacle(model: nn.Module) -> str | None:
 
 
 def _is_own(hook: object) -> bool:
-    """Whether a hook is of this package: what it hears is part of the graph."""
-    return type(hook).__module__.startswith("apt_ext.") or getattr(hook, "__module__", "").startswith("apt_ext.")
+    """Whether what a hook hears is part of the graph: those of this package, and those by which transformers collects hidden states."""
+    module: str = getattr(hook, "__module__", "")
+    return type(hook).__module__.startswith("apt_ext.") or module.startswith(("apt_ext.", _COLLECTING))
 
 
 def _name_of(hook: object) -> str:

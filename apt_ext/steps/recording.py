@@ -12,6 +12,8 @@ from torch import Tensor
 from .. import _C
 from ..common import own_capture
 from .batches import signature, with_tensors
+from .obstacles import obstacle
+from .standing import Standing
 
 _HELD = "legacy stream"  # in CUDA's words where a node of an earlier forward joins the capture
 
@@ -64,6 +66,7 @@ class Recording:
                 listener.forget()
             torch.clear_autocast_cache()
             self._capture(lines, pool, around)
+            self._beside = [(module, Standing(module, frozenset())) for module in self._host.modules]
             self.gradients = {one: one.grad for one in parameters if one.grad is not None}
         finally:
             torch.clear_autocast_cache()
@@ -78,9 +81,13 @@ class Recording:
         cause: list[Exception] = []
         try:
             # Other threads may allocate meanwhile: a DataLoader pins memory.
-            with around, own_capture.recording(), torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            captured = torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local")
+            with around, own_capture.recording() as self._host, captured:
                 try:
                     self._output = lines(self._batch)
+                    for module in self._host.modules:
+                        if (why := obstacle(module)) is not None:
+                            raise RuntimeError(why)
                     sums = [listener.sums() for listener in self._listeners]
                     self._sizes = [[len(one) for one in found] for found in sums]
                     flat = [one for found in sums for one in found]
@@ -99,8 +106,17 @@ class Recording:
                 words += "; a loss or outputs of an earlier forward still hold its graph of autograd: detach them, or let go of them"
             raise CaptureFailed(f"capturing it failed with {type(first).__name__}: {words}") from first
 
+    def outdated(self) -> str | None:
+        """Return why this graph is not to be replayed any more, as far as the lines themselves know it; None where it may be."""
+        for module, before in self._beside:
+            if not Standing(module, frozenset()).is_like(before):
+                return f"the {type(module).__name__} beside the model is another than it was"
+        return self._host.outdated()
+
     def replay(self, batch: Any, device: torch.device) -> Any:
         """Run the launches on `batch`. Returns copies of what `lines` gave. The gradients are then in their buffers."""
+        for update in self._host.updates:
+            update()
         for mine, given in zip(self._inputs, signature(batch, device)[1], strict=True):
             mine.copy_(given, non_blocking=True)
         self._graph.replay()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common import own_capture
 from ..method.score.salience import listeners_in
 from .attention import MaskWatch
 from .batches import Ungraphable, is_padded, signature
@@ -67,8 +68,13 @@ class Replayer:
         if key is None:
             return lines(inputs, batch, fixed, None)
         recording = self._recordings.get(key)
+        if recording is not None and (why := recording.outdated()) is not None:
+            logger.debug("GraphedStep: captures anew: %s", why)
+            self._restless += 1
+            self._begin(self._standing)  # graphs of other shapes are as old
+            recording = None
         if recording is None:
-            if key not in self._seen:
+            if key not in self._seen or self._seen[key][2].outdated() is not None:
                 return self._first(lines, key, inputs, batch, fixed)
             recording = self._captured(lines, key, inputs, batch, fixed)
             if recording is None:
@@ -128,7 +134,7 @@ class Replayer:
         """Let go of what was captured for another model than this one."""
         held = getattr(self, "_recordings", None)
         self._recordings: dict[Any, Recording] = {}
-        self._seen: dict[Any, tuple[MaskWatch, list[Tensor]]] = {}
+        self._seen: dict[Any, tuple[MaskWatch, list[Tensor], own_capture.HostPart]] = {}
         self._tries: dict[Any, int] = {}  # captures that failed, by shape
         self._unfit: dict[Any, str] = {}  # shapes of which none is tried any more, and why
         self._standing = standing
@@ -146,21 +152,21 @@ class Replayer:
         assert standing is not None
         watch = MaskWatch(batch, padded=key[-1])
         leaves: list[Tensor] = []
-        with watch.watching():
+        with watch.watching(), own_capture.recording(captured=False) as host:
             output = lines(inputs, batch, fixed, leaves)
         after = Standing(self.model, self._volatile)
         changed = after.changed_since(standing)
         if changed and after.memory == standing.memory and after.mode == standing.mode:  # by the forward itself, such as counters
             self._volatile |= changed
             self._standing = Standing(self.model, self._volatile)
-        self._seen[key] = watch, leaves
+        self._seen[key] = watch, leaves, host
         if len(self._seen) > _SEEN:
             del self._seen[next(iter(self._seen))]
         return output
 
     def _captured(self, lines: Lines, key: Any, inputs: tuple[Any, ...], batch: dict[str, Any], fixed: Any) -> Recording | None:
         """Capture; None where that fails, for a reason that is told."""
-        watch, leaves = self._seen[key]
+        watch, leaves, _ = self._seen[key]
         own = {id(one): one for one in self.model.parameters() if one.requires_grad}
         parameters = [*own.values(), *(one for one in leaves if id(one) not in own)]
         if self._pool is None:

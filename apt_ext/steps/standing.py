@@ -85,6 +85,10 @@ class Standing:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def is_like(self, before: Standing) -> bool:
+        """Whether memory and mode are those of `before`, whatever plain values are."""
+        return self.memory == before.memory and self.mode == before.mode
+
     def changed_since(self, before: Standing) -> frozenset[tuple[int, str]]:
         """Return the plain values that are others than `before`, of modules that were there."""
         old = dict(zip(before.names, before.values, strict=True))
