@@ -141,9 +141,9 @@ def encode(tokenizer: Any, reviews: Sequence[Review], max_length: int = 64) -> l
     return [Example(tokens, review.label) for tokens, review in zip(ids, reviews, strict=True)]
 
 
-def batch_of(examples: Sequence[Example], pad: int) -> Batch:
-    """input_ids and attention_mask [batch, length], labels [batch]; padded to the longest of the batch."""
-    length = max(len(example.ids) for example in examples)
+def batch_of(examples: Sequence[Example], pad: int, least: int = 0) -> Batch:
+    """input_ids and attention_mask [batch, length], labels [batch]; padded to the longest of the batch, and to `least` tokens."""
+    length = max(least, *(len(example.ids) for example in examples))
     ids = torch.full((len(examples), length), pad)
     tokens = torch.zeros(len(examples), length, dtype=torch.long)
     for row, example in enumerate(examples):
@@ -158,8 +158,11 @@ def sorted_batches(examples: Sequence[Example], pad: int, size: int = 64) -> lis
     return [batch_of(part, pad) for part in _parts(ordered, size)]
 
 
-def training_batches(examples: Sequence[Example], pad: int, size: int, seed: int) -> Iterator[Batch]:
-    """Batches without end, shuffled anew each epoch; within a pool of 16 batches sentences of like length go together."""
+def training_batches(examples: Sequence[Example], pad: int, size: int, seed: int, least: int = 0) -> Iterator[Batch]:
+    """Batches without end, shuffled anew each epoch; within a pool of 16 batches sentences of like length go together.
+
+    Each is padded to its longest sentence, and to `least` tokens.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def shuffled(items: Sequence[_Item]) -> list[_Item]:
@@ -171,7 +174,7 @@ def training_batches(examples: Sequence[Example], pad: int, size: int, seed: int
         for pool in _parts(shuffled(examples), 16 * size):
             full = [part for part in _parts(sorted(pool, key=lambda example: len(example.ids)), size) if len(part) == size]
             for part in shuffled(full):
-                yield batch_of(part, pad)
+                yield batch_of(part, pad, least)
 
 
 def _parts(items: Sequence[_Item], size: int) -> list[Sequence[_Item]]:

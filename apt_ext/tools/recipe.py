@@ -85,7 +85,8 @@ def fit(model: apt_ext.APTModel, batches: Iterable[Batch], recipe: Recipe, label
     for _, batch in zip(bar, batches):  # noqa: B905  # the batches have no end
         began = time.perf_counter()
         loss = model(**batch).loss
-        update(loss, optimizer, schedule, recipe.max_norm, controller)
+        loss.backward()
+        update(optimizer, schedule, recipe.max_norm, controller)
         step_seconds.append(time.perf_counter() - began)
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
     events = [event["step"] for event in controller.history] if controller is not None else []

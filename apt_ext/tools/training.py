@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 import apt_ext
@@ -23,14 +23,12 @@ def adamw(parameters: list[nn.Parameter], rate: float, steps: int, warm_up: floa
 
 
 def update(
-    loss: Tensor,
     optimizer: torch.optim.Optimizer,
     schedule: LRScheduler,
     max_norm: float,
     controller: apt_ext.Controller | None = None,
 ) -> None:
-    """One optimizer step for `loss`, with gradients clipped to `max_norm`, under a Controller if there is one."""
-    loss.backward()  # type: ignore[no-untyped-call]
+    """One optimizer step after a backward, with gradients clipped to `max_norm`, under a Controller if there is one."""
     nn.utils.clip_grad_norm_([parameter for group in optimizer.param_groups for parameter in group["params"]], max_norm)
     if controller is not None:
         controller.observe()

@@ -78,6 +78,21 @@ def run_cell(place: Place, cell: Cell) -> dict[str, Any]:
     return result
 
 
+def train_alone(place: Place, cell: Cell, task: Task) -> Trained:
+    """Train one cell as `task` says, for its time alone; nothing is scored beside the validation of its clock, or written."""
+    device = torch.device(place.device)
+    try:
+        rate = chosen_rate(place, cell)
+    except Missing:  # no trial
+        rate = cell.of()[1].rates(task)[0]
+    data = load_data(place.pack, task, device, place.quick)
+    with attention_without_plans():
+        teacher = _teacher(place, Cell(cell.task, "lora", cell.seed), data)[0] if cell.of()[1].teacher == "lora" else None
+        _warm_up(place, cell, rate, data, teacher)
+        torch.manual_seed(cell.seed)
+        return train(task, cell.of()[1], load_model(place.pack, task, device), data, cell.density or 1.0, rate, cell.seed, teacher)
+
+
 def _trained_and_scored(place: Place, cell: Cell) -> tuple[dict[str, Any], Any]:
     """Return what the cell's line holds, but for the inference's times, and the cut model."""
     task, row, device = place.task(cell), cell.of()[1], torch.device(place.device)
@@ -122,6 +137,7 @@ def _trained_and_scored(place: Place, cell: Cell) -> tuple[dict[str, Any], Any]:
         "alone": place.alone,
         "warmed": warmed,
         "cudnn_attention": False,
+        "graphs": device.type == "cuda",
         "config": _config(task, row, cell, rate),
         "steps": task.steps,
         "measure": task.measure,

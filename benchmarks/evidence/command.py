@@ -20,6 +20,7 @@ from .rows import row_names, rows_of
 from .runner import run_cells, wanted
 from .store import Cell
 from .tasks import TASKS
+from .times import time_cells
 
 _PACK, _VARIABLE = Path(".data/results"), "APT_RESULTS_DATA"
 _MOST_SEEDS = 1000
@@ -32,7 +33,8 @@ def add_command(commands: Any) -> None:
         help="train cells of the evidence on real data, and make its tables",
         description="With --task: train the cells that are not there yet (with the trials that choose their learning rate), "
         "each into a line of cells-TASK.jsonl. Without: make tables and plots of the cells that are there. With --prepare: "
-        "gather models and data into a directory, after which nothing else has to be installed.",
+        "gather models and data into a directory, after which nothing else has to be installed. With --times: time the training of a "
+        "few cells alone.",
     )
     several = "several with commas, or all"
     command.add_argument("--task", "--tasks", metavar="T", help=f"{', '.join(TASKS)}; {several}")
@@ -48,6 +50,8 @@ def add_command(commands: Any) -> None:
     command.add_argument("--output", type=Path, default=Path("benchmarks/results"), metavar="DIR", help="the cells (%(default)s)")
     command.add_argument("--report", type=Path, default=Path("docs/results.md"), metavar="FILE", help="the tables (%(default)s)")
     command.add_argument("--commit", metavar="TEXT", help="what is measured, where git does not know")
+    command.add_argument("--times", action="store_true", help="train the cells alone, print what it took, and write nothing")
+    command.add_argument("--steps", type=int, metavar="N", help="with --times: optimizer steps (the task's)")
     command.add_argument("--quick", action="store_true", help="a few steps on a few texts: shows that it runs; kept out of the tables")
     command.add_argument("--prepare", type=Path, metavar="DIR", help="pack models and data into DIR, and stop")
     command.add_argument("--reviews", type=Path, default=ARCHIVE, metavar="PATH", help="vaderSentiment's source archive (%(default)s)")
@@ -63,6 +67,13 @@ def _results(options: argparse.Namespace) -> None:
         said = prepare(options.prepare, Sources(options.reviews, options.plays, options.wordnet))
         size = sum(file.stat().st_size for file in options.prepare.rglob("*") if file.is_file())
         print(f"{options.prepare}: {size / 1e6:.1f} MB")
+    elif options.steps is not None and not options.times:
+        raise Misuse(f"steps: expected --times beside it, got {options.steps} alone; cells have the steps of their task")
+    elif options.times:
+        if options.steps is not None and options.steps < 1:
+            raise Misuse(f"steps: expected at least 1, got {options.steps}")
+        time_cells(_place(options), cells_of(options), options.steps)
+        said = []
     elif options.task is None:
         said = write_report(options.output, options.report)
         print(options.report)

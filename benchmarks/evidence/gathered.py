@@ -75,7 +75,8 @@ def load_cells(folder: Path) -> dict[str, Cells]:
 def machine_of(result: Result) -> str:
     """Name what a cell's times hold for."""
     attention = ", cuDNN's attention" if not on_cpu(result) and result.get("cudnn_attention", True) else ""
-    return f"{result['device']}, {result['precision']}{attention}"
+    graphs = ", APT's steps as CUDA graphs" if result.get("graphs") else ""
+    return f"{result['device']}, {result['precision']}{attention}{graphs}"
 
 
 def share_of(task: Task, score: float, dense: float) -> float:

@@ -45,6 +45,11 @@ class Row:
     def pruned(self) -> bool:
         return self.gradual or self.once is not None
 
+    @property
+    def controlled(self) -> bool:
+        """Whether a Controller is at work: the package's own way to train, whose steps on a GPU are CUDA graphs."""
+        return self.gradual or self.growth > 1
+
     def rates(self, task: Task) -> tuple[float, ...]:
         """Return the peak learning rates among which validation chooses."""
         return task.whole if self.whole else task.rates

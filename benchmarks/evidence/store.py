@@ -196,6 +196,7 @@ _OPTIONAL = {
     "step_seconds": dict,
     "warmed": bool,
     "cudnn_attention": bool,
+    "graphs": bool,
 }
 
 

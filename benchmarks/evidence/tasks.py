@@ -100,10 +100,11 @@ class Data:
     pad: int
     on: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def training(self, seed: int) -> Iterator[Batch]:
-        """Yield batches without end."""
+    def training(self, seed: int, alike: bool = False) -> Iterator[Batch]:
+        """Yield batches without end; `alike`: all of the length of the longest text, so that one graph serves all of them."""
         if self.task.classes:
-            batches = training_batches(self.parts["train"], self.pad, self.task.batch, seed)
+            least = max(len(one.ids) for one in self.parts["train"]) if alike else 0
+            batches = training_batches(self.parts["train"], self.pad, self.task.batch, seed, least)
         else:
             batches = _windows(self.parts["train"], self.task.batch, seed)
         for batch in batches:

@@ -103,9 +103,10 @@ def train(
         _fit(stock, data.training(seed), task.steps, clock, optimizer, schedule)
         clock.stop()
         return Trained(stock, clock, {}, (0, 0), {}, [])
+    graphed = row.controlled and data.on.type == "cuda"
     model = apt_ext.get_apt_model(stock, adapter_config(task, density))
     before, counts = adapter_parameter_count(model), {name: block.count for name, block in model.blocks.items()}
-    batches = data.training(seed)
+    batches = data.training(seed, alike=graphed)
     clock.run()
     first = int(row.at * task.steps) if row.once else 0
     if first:
@@ -118,7 +119,7 @@ def train(
     optimizer, schedule = _optimizer([*apt_ext.adapter_parameters(model), *distiller.parameters()], rate, steps, data.on)
     controller = None
     asked: dict[str, Any] = {} if row.shrink is None else {"shrink": row.shrink}
-    if row.gradual or row.growth > 1:
+    if row.controlled:
         controller = apt_ext.Controller(
             model,
             optimizer,
@@ -129,7 +130,7 @@ def train(
             seed=seed,
             **asked,
         )
-    _fit(model, batches, steps, clock, optimizer, schedule, controller, distiller)
+    _fit(model, batches, steps, clock, optimizer, schedule, controller, distiller, graphed)
     clock.stop()
     events = [first] if row.once else []
     if controller is not None:
@@ -198,22 +199,33 @@ def _fit(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     controller: apt_ext.Controller | None = None,
     distiller: Distiller | None = None,
+    graphed: bool = False,
 ) -> None:
     model.train()
-    asks = {} if distiller is None else distiller.asks
+    learns = controller is not None and distiller is not None and distiller.teacher is not None  # from a teacher
+
+    def progress() -> float:
+        assert controller is not None
+        return controller.progress
+
+    def lines(model: Any, batch: dict[str, Any]) -> Tensor:
+        given = dict(batch)
+        if not given.pop("taught"):
+            loss: Tensor = model(**given).loss
+            return loss
+        assert distiller is not None
+        return distiller.loss(given, model(**given, **distiller.asks), progress)
+
+    precision = torch.bfloat16 if clock.data.on.type == "cuda" else None
+    forward_and_backward = apt_ext.GraphedStep(model, lines, autocast=precision, enabled="auto" if graphed else False)
     distilled = False
     for step in range(steps):
-        batch = next(batches)
-        mu = 0.0
-        if controller is not None and distiller is not None and distiller.teacher is not None and step < DISTILLED * steps:
-            mu = controller.progress
-            if mu and not distilled and distiller.own:
-                distiller.refresh()  # what has been learned before pruning started
-            distilled = distilled or mu > 0
-        with autocast(clock.data.on):
-            outputs = model(**batch, **(asks if mu else {}))
-            loss = outputs.loss if distiller is None else distiller.loss(batch, outputs, mu)
-        update(loss, optimizer, schedule, MOST_NORM, controller)
+        taught = learns and step < DISTILLED * steps and progress() > 0
+        if taught and not distilled and distiller is not None and distiller.own:
+            distiller.refresh()  # what has been learned before pruning started
+        distilled = distilled or taught
+        forward_and_backward(**next(batches), taught=taught)
+        update(optimizer, schedule, MOST_NORM, controller)
         clock.stepped(model)
 
 
