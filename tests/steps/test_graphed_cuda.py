@@ -258,17 +258,6 @@ def test_while_an_earlier_forward_is_held_it_runs_eagerly():
     assert step.captures == 1 and step.reason is None
 
 
-def test_a_distiller_runs_eagerly():
-    model, _ = built(FAMILIES["bert"])
-    model.cuda()
-    distiller = apt_ext.method.distillation.Distiller(model, FAMILIES["bert"].model(seed=3).cuda(), layers=0)
-    step = GraphedStep(model, lambda model, batch: distiller.loss(batch, model(**batch, **distiller.asks), 0.5))
-    batch = on("cuda", batch_for(FAMILIES["bert"], 0))
-    for _ in range(3):
-        assert torch.isfinite(step(**batch))
-    assert "Distiller" in step.reason
-
-
 def test_hooks_of_others_and_loose_tensors_run_eagerly():
     model, _ = built(FAMILIES["bert"])
     model.cuda()
