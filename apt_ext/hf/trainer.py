@@ -34,11 +34,15 @@ class APTTrainer(Trainer):
             graph for a loss of yours, too, and a RuntimeError where a step cannot be captured. False: eagerly.
 
     Attributes:
+        loss_is_graphable: of a subclass, True where its `compute_loss` reads nothing beside its arguments that changes from step to step
+            without a graph knowing of it (as a Distiller's loss that is given a function as its progress); "auto" then takes it, too.
         apt: the APTCallback; `controller` is its Controller.
         graphed: whether steps are replayed from a graph now. graph_reason: why the last one was not, in words, or None.
 
     Raises TypeError and ValueError for these arguments, and what Trainer and APTCallback raise.
     """
+
+    loss_is_graphable = False
 
     def __init__(self, *args: Any, apt: Mapping[str, Any] | APTCallback | None = None, graph: str | bool = "auto", **kwargs: Any) -> None:
         if graph != "auto" and not isinstance(graph, bool):
@@ -109,7 +113,8 @@ class APTTrainer(Trainer):
         if self.args.torch_empty_cache_steps is not None:
             return "torch_empty_cache_steps empties the cache within a step"
         own = "compute_loss_func" if self.compute_loss_func is not None else "compute_loss"
-        if self.graph == "auto" and (self.compute_loss_func is not None or _has_own_loss(self)):
+        own_loss = _has_own_loss(self) and not self.loss_is_graphable
+        if self.graph == "auto" and (self.compute_loss_func is not None or own_loss):
             return f"{own} is yours, and what it reads beside its arguments would stay as it was at the capture; graph=True allows it"
         return None
 

@@ -227,7 +227,7 @@ class Distiller:
         if graph is not None:
             own_capture.before_each_replay(graph.write, check=check, reads=reads)
         elif callable(progress):
-            own_capture.before_each_replay(check=check)
+            own_capture.before_each_replay(check=check, reads=reads)
         return graph
 
     # -- logits --------------------------------------------------------------------------------------------------------

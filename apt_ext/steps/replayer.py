@@ -166,9 +166,9 @@ class Replayer:
 
     def _captured(self, lines: Lines, key: Any, inputs: tuple[Any, ...], batch: dict[str, Any], fixed: Any) -> Recording | None:
         """Capture; None where that fails, for a reason that is told."""
-        watch, leaves, _ = self._seen[key]
-        own = {id(one): one for one in self.model.parameters() if one.requires_grad}
-        parameters = [*own.values(), *(one for one in leaves if id(one) not in own)]
+        watch, leaves, host = self._seen[key]
+        learning = [one for module in (self.model, *host.modules) for one in module.parameters() if one.requires_grad]
+        parameters = list({id(one): one for one in (*learning, *leaves)}.values())
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
             self._pools.append(self._pool)

@@ -16,6 +16,7 @@ import torch
 
 import apt_ext
 
+from ..common import own_capture
 from ..config import nearest
 from ..method import Distiller
 from ..optim.initial_state import state_starts
@@ -270,6 +271,8 @@ def _distilling(base: type) -> type:
     """A trainer class whose loss passes from the task's to the teacher's while the model is pruned, and back in the last quarter."""
 
     class DistillingTrainer(base):  # type: ignore[misc]
+        loss_is_graphable = True
+
         def __init__(self, *args: Any, distiller: Distiller, **more: Any) -> None:
             super().__init__(*args, **more)
             self.distiller, self.refreshed = distiller, False
@@ -284,14 +287,15 @@ def _distilling(base: type) -> type:
             return optimizer
 
         def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **more: Any) -> Any:
-            mu = self._weight() if model.training else 0.0
-            if not mu:
+            taught = model.training and self._weight() > 0.0
+            own_capture.before_each_replay(check=lambda: None if taught == (self._weight() > 0.0) else "a teacher takes part, or no more")
+            if not taught:
                 return super().compute_loss(model, inputs, return_outputs, **more)
             if self.distiller.own and not self.refreshed:
                 self.distiller.refresh()  # what has been learned before pruning started
             self.refreshed = True
             outputs = model(**inputs, **self.distiller.asks)
-            loss = self.distiller.loss(inputs, outputs, mu)
+            loss = self.distiller.loss(inputs, outputs, self._weight)
             return (loss, outputs) if return_outputs else loss
 
         def _weight(self) -> float:

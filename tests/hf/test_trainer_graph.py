@@ -5,10 +5,13 @@ import logging
 import pytest
 import torch
 from graphed_runs import exact
-from hf_runs import losses, trainer
+from hf_runs import built, losses, trainer
 
 import apt_ext
+from apt_ext import Schedule
 from apt_ext.hf import APTTrainer
+from apt_ext.method import Distiller
+from apt_ext.tools import train_run
 
 on_gpu = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -91,3 +94,46 @@ def test_a_graphed_run_goes_on_from_a_checkpoint(tmp_path):
 
 
 test_a_graphed_run_goes_on_from_a_checkpoint.pytestmark = on_gpu
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"gradient_accumulation_steps": 2}], ids=str)
+def test_a_graphed_run_with_a_teacher_is_the_eager_run(tmp_path, options):
+    """Tr learns too, whose Parameters the model does not hold."""
+    found = []
+    for graph in (False, "auto"):
+        with exact():
+            torch.manual_seed(0)
+            model = built("bert", sizes={"num_hidden_layers": 4})
+            distiller = Distiller(model, "self", quarters=2)
+            schedule = Schedule(start=3, warm_up=1, end=20, events=2)
+            more = {"graph": graph, "distiller": distiller}
+            kind = train_run._distilling(APTTrainer)
+            run, _ = trainer(
+                tmp_path, "bert", model, {"schedule": schedule}, kind=kind, more=more, use_cpu=False, max_steps=32, **options
+            )
+            run.train()
+        trained = [*apt_ext.adapter_parameters(run.model), *distiller.parameters()]
+        found.append((losses(run), [p.detach().clone() for p in trained], distiller.state_dict()["generator"]))
+    assert run.graphed and run.graph_reason is None and run.refreshed
+    assert found[0][0] == found[1][0] and torch.equal(found[0][2], found[1][2])
+    assert all(torch.equal(a, b) for a, b in zip(found[0][1], found[1][1], strict=True))
+    assert found[0][1][-1].any()  # lora_B of Tr
+
+
+test_a_graphed_run_with_a_teacher_is_the_eager_run.pytestmark += on_gpu
+
+
+def test_a_loss_may_say_that_it_is_graphable(tmp_path):
+    class Own(APTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, **_):
+            return super().compute_loss(model, inputs, return_outputs)
+
+    class Graphable(Own):
+        loss_is_graphable = True
+
+    for kind, words in ((Own, "compute_loss is yours"), (Graphable, None)):
+        run = graphed(tmp_path, kind=kind)
+        run.args._n_gpu, run.args.__dict__["_setup_devices"] = 1, torch.device("cuda")
+        assert (run._why_eager() is None) == (words is None) and (words is None or words in run._why_eager())
+    assert train_run._distilling(APTTrainer).loss_is_graphable
