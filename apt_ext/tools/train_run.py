@@ -163,7 +163,7 @@ def trainer_for(
         train_dataset=task.train,
         eval_dataset=task.validation,
         compute_metrics=task.metrics,
-        data_collator=task.collator,
+        data_collator=task.few_lengths if given.device.type == "cuda" else task.collator,
         processing_class=tokenizer,
         callbacks=callbacks,
         apt=controller_arguments(options),

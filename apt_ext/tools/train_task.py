@@ -16,6 +16,7 @@ from .models import transformers_offline
 from .own_data import Task, load_task, texts
 
 _LENGTH, _BLOCK = 128, 256  # tokens of a row, of a block
+_LENGTHS = 8  # of batches on a GPU: an APTTrainer keeps so many CUDA graphs
 _LEAST_BLOCKS = 8
 
 
@@ -45,11 +46,18 @@ class Rows:
         return f"{len(self.task.train):,} rows to train on, {len(self.task.validation):,} to evaluate on, {what}"
 
     def encode(self, tokenizer: Any, model: Any, length: int | None) -> None:
-        """Make the datasets `train` and `validation`, of rows cut at `length` tokens, and the collator."""
+        """Make the datasets `train` and `validation`, of rows cut at `length` tokens, and the collators.
+
+        `collator` pads to the longest row of a batch, `few_lengths` to one of a few lengths, so that few CUDA graphs serve all batches.
+        """
         most = min(length or _LENGTH, positions(model) or length or _LENGTH)
         self.train = self._encoded(tokenizer, "train", most)
         self.validation = self._encoded(tokenizer, "validation", most)
         self.collator = transformers_offline().DataCollatorWithPadding(tokenizer)
+        self.few_lengths = self.collator
+        multiple = 8 * math.ceil(most / (8 * _LENGTHS))
+        if multiple * math.ceil(most / multiple) <= (positions(model) or math.inf):
+            self.few_lengths = transformers_offline().DataCollatorWithPadding(tokenizer, pad_to_multiple_of=multiple)
 
     def _encoded(self, tokenizer: Any, part: str, most: int) -> list[dict[str, Any]]:
         rows = getattr(self.task, part)
@@ -108,7 +116,7 @@ class Text:
                 f"{len(blocks)} and {len(held)}; give more text, or a smaller --length"
             )
         self.train, self.validation = ([{"input_ids": ids, "labels": ids} for ids in part] for part in (blocks, held))
-        self.collator = transformers_offline().default_data_collator
+        self.collator = self.few_lengths = transformers_offline().default_data_collator
         logger.info("%d blocks of %d tokens to train on, %d to evaluate on", len(blocks), most, len(held))
 
     @staticmethod

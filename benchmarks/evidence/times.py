@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from apt_ext.tools.measuring import around_events
 from apt_ext.tools.models import transformers_offline
 
 from .cell import Place, train_alone
@@ -31,18 +30,9 @@ def time_cells(place: Place, cells: Sequence[Cell], steps: int | None = None) ->
         check_pack(place.pack, task)
         trained = train_alone(place, cell, replace(task, steps=steps or task.steps))
         clock = trained.clock
-        found.append(
-            {
-                "cell": cell.name,
-                "steps": clock.steps,
-                "seconds": clock.seconds,
-                "median step": statistics.median(clock.step_seconds),
-                "around events": around_events(clock.step_seconds, trained.events),
-            }
-        )
+        found.append({"cell": cell.name, "steps": clock.steps, "seconds": clock.seconds, "step seconds": clock.step_seconds})
         dense = next((one["seconds"] for one in found if one["cell"] == replace(cell, row=_DENSE, density=None).name), None)
         of_dense = "" if dense is None else f", {clock.seconds / dense:.2f} of dense LoRA"
-        median = 1e3 * found[-1]["median step"]
-        each = 1e3 * clock.seconds / clock.steps
+        median, each = 1e3 * statistics.median(clock.step_seconds), 1e3 * clock.seconds / clock.steps
         print(f"{cell.name}: {clock.seconds:.2f} s, {clock.steps} steps of {each:.2f} ms, median {median:.2f} ms{of_dense}", flush=True)
     return found
