@@ -202,8 +202,13 @@ def test_what_no_graph_follows_is_refused(stand_ins):
 
 def test_a_graph_of_another_teacher_or_of_other_settings_is_outdated(stand_ins):
     model, _ = built(FAMILIES["bert"], sizes={"num_hidden_layers": 4})
-    distiller = Distiller(model, "self")
-    step = GraphedStep(model, lambda model, batch: distiller.loss(batch, model(**batch, **distiller.asks), lambda: 0.5))
+    distiller, ran = Distiller(model, "self"), []
+
+    def loss(model, batch):
+        ran.append(1)
+        return distiller.loss(batch, model(**batch, **distiller.asks), lambda: 0.5)
+
+    step = GraphedStep(model, loss)
     changes = [distiller.refresh, lambda: setattr(distiller, "temperature", 1.0), lambda: setattr(distiller, "quarters", 3)]
     for number, change in enumerate([lambda: None, *changes], 1):
         change()
@@ -212,5 +217,7 @@ def test_a_graph_of_another_teacher_or_of_other_settings_is_outdated(stand_ins):
         assert step.captures == number
     with torch.no_grad():
         next(one for one in model.parameters() if not one.requires_grad).mul_(2.0)
+    before = len(ran)
     with pytest.raises(RuntimeError, match="was written since the last refresh"):
         step(**batch_for(FAMILIES["bert"], 0))
+    assert len(ran) == before
