@@ -468,8 +468,7 @@ class Controller:
         if step < self.steps.end and not self.listening:
             raise RuntimeError(f"load_state_dict: this Controller listens no more; make another to go on from step {step}")
         density = self.cost.total({name: int((mask != 0).sum()) for name, mask in masks.items()}) / self._dense if self.blocks else 0.0
-        pruned = [masks[name] for name in self.blocks]
-        check_place(step, self.steps.end, self.total_steps, pruned, density, self.config.density)
+        check_place(step, self.steps.end, self.total_steps, [masks[name] for name in self.blocks], density, self.config.density)
         if state["step"] and self.blocks and not state["scores"]["salience"]["scores"]:
             raise ValueError(f"state['scores']: expected the salience of blocks after {state['step']} steps, got none")
         self.ranks.check_initial(state["initial"])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -266,6 +266,7 @@ class Distiller:
             encoder, ours, theirs = two and prefix == "encoder.", ours[1:], theirs[1:]  # without the embeddings
             drawn = self._buffers.get(name, min(self.quarters, len(ours)), torch.int64, ours[0].device)
             alive = self._alive(encoder, len(ours))
+            pairs: Iterable[tuple[Sequence[Tensor], Tensor]]
             if graph is None:
                 layers = self._drawn(len(ours))
                 pairs = [([ours[i] for i in nearest_layers(layer, alive)], theirs[layer]) for layer in layers]

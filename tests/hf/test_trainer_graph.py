@@ -109,9 +109,7 @@ def test_a_graphed_run_with_a_teacher_is_the_eager_run(tmp_path, options):
             schedule = Schedule(start=3, warm_up=1, end=20, events=2)
             more = {"graph": graph, "distiller": distiller}
             kind = train_run._distilling(APTTrainer)
-            run, _ = trainer(
-                tmp_path, "bert", model, {"schedule": schedule}, kind=kind, more=more, use_cpu=False, max_steps=32, **options
-            )
+            run, _ = trainer(tmp_path, "bert", model, {"schedule": schedule}, kind=kind, more=more, use_cpu=False, max_steps=32, **options)
             run.train()
         trained = [*apt_ext.adapter_parameters(run.model), *distiller.parameters()]
         found.append((losses(run), [p.detach().clone() for p in trained], distiller.state_dict()["generator"]))
