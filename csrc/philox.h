@@ -18,30 +18,31 @@ struct Dropout {
 
 // The draws of a launch.
 struct Draws {
-  uint32_t key[2], offset[2];
+  static constexpr int kRounds = 7;
+  uint32_t keys[kRounds][2], offset[2];
   uint32_t threshold;  // in the upper 16 bits
 
-  APT_INLINE explicit Draws(const Dropout& dropout)
-      : key{static_cast<uint32_t>(dropout.rng[0]),
-            static_cast<uint32_t>(static_cast<uint64_t>(dropout.rng[0]) >> 32)},
-        offset{static_cast<uint32_t>(dropout.rng[1]),
-               static_cast<uint32_t>(static_cast<uint64_t>(dropout.rng[1]) >> 32)},
-        threshold(dropout.threshold << 16) {}
+  APT_INLINE explicit Draws(const Dropout& dropout) : threshold(dropout.threshold << 16) {
+    const auto seed = static_cast<uint64_t>(dropout.rng[0]), start = static_cast<uint64_t>(dropout.rng[1]);
+    offset[0] = static_cast<uint32_t>(start), offset[1] = static_cast<uint32_t>(start >> 32);
+    for (uint32_t round = 0; round < kRounds; ++round) {
+      keys[round][0] = static_cast<uint32_t>(seed) + round * 0x9E3779B9u;
+      keys[round][1] = static_cast<uint32_t>(seed >> 32) + round * 0xBB67AE85u;
+    }
+  }
 
   // 16 bits for each of the channels 8 group to 8 group + 7 of a row: that of channel j in half j % 2 (0: the
   // lower) of word j / 2.
   APT_INLINE void draw(uint32_t group, int64_t row, uint32_t (&words)[4]) const {
     uint32_t a = group, b = static_cast<uint32_t>(row), c = offset[0],
-             d = offset[1] + static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32), k0 = key[0],
-             k1 = key[1];
+             d = offset[1] + static_cast<uint32_t>(static_cast<uint64_t>(row) >> 32);
 #ifdef __CUDACC__
 #pragma unroll
 #endif
-    for (int round = 0; round < 7; ++round) {
+    for (int round = 0; round < kRounds; ++round) {
       const uint64_t first = uint64_t{0xD2511F53u} * a, second = uint64_t{0xCD9E8D57u} * c;
-      a = static_cast<uint32_t>(second >> 32) ^ b ^ k0, b = static_cast<uint32_t>(second);
-      c = static_cast<uint32_t>(first >> 32) ^ d ^ k1, d = static_cast<uint32_t>(first);
-      k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+      a = static_cast<uint32_t>(second >> 32) ^ b ^ keys[round][0], b = static_cast<uint32_t>(second);
+      c = static_cast<uint32_t>(first >> 32) ^ d ^ keys[round][1], d = static_cast<uint32_t>(first);
     }
     words[0] = a, words[1] = b, words[2] = c, words[3] = d;
   }

@@ -23,11 +23,11 @@ __global__ void __launch_bounds__(kColumnThreads)
   }
   for (int64_t row = blockIdx.y; row < args.rows; row += gridDim.y) {
     uint32_t words[4];
-    bool keep[kGroup];
+    uint32_t kept = 0;  // bit j: column j
     if constexpr (kOwn) {
       draws.draw(static_cast<uint32_t>(column / kGroup), row, words);
 #pragma unroll
-      for (int j = 0; j < kGroup; ++j) keep[j] = draws.keeps(words, j);
+      for (int j = 0; j < kGroup; ++j) kept |= uint32_t{draws.keeps(words, j)} << j;
     } else {
       int drawn = -1;  // kept channels ascend: neighbours often lie in one group
 #pragma unroll
@@ -35,14 +35,15 @@ __global__ void __launch_bounds__(kColumnThreads)
         const int group = channel[j] / kGroup, place = channel[j] % kGroup;
         if (channel[j] >= 0 && group != drawn) draws.draw(static_cast<uint32_t>(drawn = group), row, words);
         const uint32_t pair = place < 2 ? words[0] : place < 4 ? words[1] : place < 6 ? words[2] : words[3];
-        keep[j] = channel[j] < 0 || (place % 2 == 0 ? pair << 16 : pair) >= draws.threshold;
+        const bool keeps = channel[j] < 0 || (place % 2 == 0 ? pair << 16 : pair) >= draws.threshold;
+        kept |= uint32_t{keeps} << j;
       }
     }
     if (args.keep != nullptr) {
       bool* to = args.keep + row * args.cols + column;
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
-        if (column + j < args.cols) to[j] = keep[j];
+        if (column + j < args.cols) to[j] = kept >> j & 1;
       }
       continue;
     }
@@ -54,7 +55,7 @@ __global__ void __launch_bounds__(kColumnThreads)
         Packed<T> values = load128(from + piece * kVector<T>);
 #pragma unroll
         for (int j = 0; j < kVector<T>; ++j) {
-          if (!keep[piece * kVector<T> + j]) values.at[j] = narrow<T>(0);
+          if ((kept >> (piece * kVector<T> + j) & 1) == 0) values.at[j] = narrow<T>(0);
         }
         store128(to + piece * kVector<T>, values);
       }
@@ -63,7 +64,7 @@ __global__ void __launch_bounds__(kColumnThreads)
       for (int j = 0; j < kGroup; ++j) {
         if (column + j >= args.cols) break;
         const T value = from[j * args.src_stride[1]];
-        to[j * args.dst_stride[1]] = keep[j] ? value : narrow<T>(0);
+        to[j * args.dst_stride[1]] = (kept >> j & 1) != 0 ? value : narrow<T>(0);
       }
     }
   }

@@ -24,17 +24,16 @@ constexpr int kStep = 64;    // columns a warp does at a time: 128 bytes of a ro
 constexpr int kPieces = 12;  // of 16 bytes that a thread needs a step: at most 8 of x or out, 4 of the factor
 constexpr int kStages = 2;   // the step at work and the next
 
-enum class Drops { kNone, kX, kOut };  // a kernel each: what does not draw keeps its registers
-
-// A block owns 16 * kTiles rows, each warp all of them, and its warps divide the columns.
-template <class T, int kTiles, Drops kDrops>
+// A block owns 16 * kTiles rows, each warp all of them, and its warps divide the columns. kDropX, kDropOut: a
+// kernel each, at most one of them, so that what does not draw keeps its registers.
+template <class T, int kTiles, bool kDropX, bool kDropOut>
 struct Block : LowRows<T, kTiles> {
   using Rows = LowRows<T, kTiles>;
   using Rows::g, Rows::q, Rows::split, Rows::row0, Rows::row_of;
   static constexpr int kRows = Rows::kRows;
   static constexpr int kFactorPiece = 4 * kTiles;  // behind the pieces of x or out
   // A merge drops nothing, and what drops of its output is a gradient, which has no bias.
-  static constexpr bool kMerges = kDrops == Drops::kNone, kHasBias = kDrops != Drops::kOut;
+  static constexpr bool kMerges = !kDropX && !kDropOut, kHasBias = !kDropOut;
 
   const LowRankArgs& args;
   Queue<kStages, kPieces, kThreads> queue;
@@ -81,7 +80,7 @@ struct Block : LowRows<T, kTiles> {
   // first product, 2 and 3 for the second. So slot 2j + e of product h, pair p, is column 8j + 4h + 2p + e.
   template <bool kMasked>
   __device__ __forceinline__ void down() {
-    [[maybe_unused]] const DrawsIf<kDrops == Drops::kX> draws(args.drop_x);
+    [[maybe_unused]] const DrawsIf<kDropX> draws(args.drop_x);
     const T* x = static_cast<const T*>(args.x);
     const T* factor = static_cast<const T*>(args.down.data);
     T* masked = static_cast<T*>(args.masked);
@@ -146,8 +145,11 @@ struct Block : LowRows<T, kTiles> {
                 store_words(masked + row * args.C + column, pair[0], pair[1], pair[2], pair[3]);
               }
             }
-            if constexpr (kDrops == Drops::kX)
-              drop_eight(values[t][half], draws, row0 + row_of(t, half), column);
+            if constexpr (kDropX) {
+              uint32_t words[4];
+              draws.draw(static_cast<uint32_t>(column / 8), row0 + row_of(t, half), words);
+              drop_eight(values[t][half], draws, words);
+            }
           }
         }
         uint32_t rhs[2][2][2];  // [product][tile of 8 ranks][pair]
@@ -192,7 +194,7 @@ struct Block : LowRows<T, kTiles> {
   // nothing else.
   template <bool kPlain>
   __device__ __forceinline__ void up() {
-    [[maybe_unused]] const DrawsIf<kDrops == Drops::kOut> draws(args.drop_out);
+    [[maybe_unused]] const DrawsIf<kDropOut> draws(args.drop_out);
     T* out = static_cast<T*>(args.out);
     const T* factor = static_cast<const T*>(args.up.data);
     const T* bias = static_cast<const T*>(args.bias);
@@ -280,12 +282,12 @@ struct Block : LowRows<T, kTiles> {
             if (accumulate) old = queue.pop(stage, row_piece(s, t, half));
             float result[8];
             [[maybe_unused]] uint32_t words[4];
-            if constexpr (kDrops == Drops::kOut) draws.draw(static_cast<uint32_t>(column / 8), row, words);
+            if constexpr (kDropOut) draws.draw(static_cast<uint32_t>(column / 8), row, words);
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
               float& value = result[j];
               value = sum[j / 2][half * 2 + j % 2] * row_factor[t][half];
-              if constexpr (kDrops == Drops::kOut) {
+              if constexpr (kDropOut) {
                 if (!draws.keeps(words, j)) value = 0.f;
               }
               if constexpr (!kPlain) {
@@ -329,23 +331,23 @@ struct Block : LowRows<T, kTiles> {
 constexpr int kQueueBytes = kStages * kPieces * kThreads * 16;
 constexpr int kSharedBytes = kQueueBytes + LowRows<__half, kMostRows / 16>::kBytes;
 
-template <class T, Drops kDrops>
+template <class T, bool kDropX, bool kDropOut>
 __global__ void __launch_bounds__(kThreads, 2) apt_low_rank(const __grid_constant__ LowRankArgs args) {
   extern __shared__ __align__(16) unsigned char memory[];
   if (args.unless != nullptr && *args.unless != 0) return;
   if (args.rows == 32) {
-    Block<T, 2, kDrops>(args, memory, memory + kQueueBytes).run();
+    Block<T, 2, kDropX, kDropOut>(args, memory, memory + kQueueBytes).run();
   } else {
-    Block<T, 1, kDrops>(args, memory, memory + kQueueBytes).run();
+    Block<T, 1, kDropX, kDropOut>(args, memory, memory + kQueueBytes).run();
   }
 }
 
-template <class T, Drops kDrops>
+template <class T, bool kDropX, bool kDropOut>
 void launch(const LowRankArgs& args, cudaStream_t stream) {
-  allow_shared<&apt_low_rank<T, kDrops>>(kSharedBytes);
+  allow_shared<&apt_low_rank<T, kDropX, kDropOut>>(kSharedBytes);
   dim3 grid(static_cast<unsigned>((args.M + args.rows - 1) / args.rows),
             static_cast<unsigned>(args.column_splits));
-  apt_low_rank<T, kDrops><<<grid, kThreads, kSharedBytes, stream>>>(args);
+  apt_low_rank<T, kDropX, kDropOut><<<grid, kThreads, kSharedBytes, stream>>>(args);
   check_launch("apt_low_rank");
 }
 
@@ -355,9 +357,9 @@ void low_rank(const LowRankArgs& args, Stream stream) {
   auto queue = static_cast<cudaStream_t>(stream);
   visit_sixteen(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    if (args.drop_x.rng != nullptr) return launch<T, Drops::kX>(args, queue);
-    if (args.drop_out.rng != nullptr) return launch<T, Drops::kOut>(args, queue);
-    launch<T, Drops::kNone>(args, queue);
+    if (args.drop_x.rng != nullptr) return launch<T, true, false>(args, queue);
+    if (args.drop_out.rng != nullptr) return launch<T, false, true>(args, queue);
+    launch<T, false, false>(args, queue);
   });
 }
 

@@ -115,10 +115,15 @@ struct NoDraws {
 template <bool kDrops>
 using DrawsIf = std::conditional_t<kDrops, Draws, NoDraws>;
 
-// Drop of eight neighbours, the first of them at `column`, a multiple of 8.
-__device__ __forceinline__ void drop_eight(Eight& values, const Draws& draws, int64_t row, int64_t column) {
-  uint32_t words[4];
-  draws.draw(static_cast<uint32_t>(column / 8), row, words);
+// Keep the keys of all rounds in registers; the compiler would rather add them up in every draw.
+__device__ __forceinline__ void hold_keys(Draws& draws) {
+#pragma unroll
+  for (int round = 0; round < Draws::kRounds; ++round)
+    asm volatile("" : "+r"(draws.keys[round][0]), "+r"(draws.keys[round][1]));
+}
+
+// Drop of eight neighbours, by what was drawn for them.
+__device__ __forceinline__ void drop_eight(Eight& values, const Draws& draws, const uint32_t (&words)[4]) {
 #pragma unroll
   for (int p = 0; p < 4; ++p) {
     if (!draws.keeps(words, 2 * p)) values.pair[p] &= 0xffff0000u;

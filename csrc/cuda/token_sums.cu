@@ -47,7 +47,8 @@ __global__ void __launch_bounds__(kThreads, 2) apt_token_sums(const __grid_const
   const int count = static_cast<int>((tokens + kTokens - 1) / kTokens);
   const T* x = static_cast<const T*>(args.x);
   const bool wide = args.low_dtype == DType::kFloat32;
-  [[maybe_unused]] const DrawsIf<kDrops> draws(args.dropout);
+  [[maybe_unused]] DrawsIf<kDrops> draws(args.dropout);
+  if constexpr (kDrops) hold_keys(draws);
   const float* wide_low = static_cast<const float*>(args.low) + token0 * args.R;
   if (wide) find_divisors<T>(divisor, wide_low, args.R, tokens);
 
@@ -78,15 +79,24 @@ __global__ void __launch_bounds__(kThreads, 2) apt_token_sums(const __grid_const
       stage_ranks<kThreads>(low, static_cast<const T*>(args.low), args.R, token, token0 + tokens, kTokens);
     }
   };
-  // Of a stage a thread drops in what it copied itself, before the others read it.
-  [[maybe_unused]] auto drop = [&](int i) {
-    T* tile = ring + i % kStages * kStage + piece_column();
-    const int64_t token = token0 + int64_t{i} * kTokens;
+  // Of a stage a thread drops in what it copied itself, before the others read it. It draws while it waits.
+  constexpr int kPieces = kTokens / (kThreads / kTileChunks);
+  [[maybe_unused]] uint32_t words[kPieces][4];
+  [[maybe_unused]] auto draw = [&](int i) {
+    const int64_t token = token0 + int64_t{i} * kTokens + piece_row();
+    const auto group = static_cast<uint32_t>((channel0 + piece_column()) / 8);
 #pragma unroll
-    for (int row = piece_row(); row < kTokens; row += kThreads / kTileChunks) {
-      auto* piece = reinterpret_cast<Eight*>(tile + row * kTilePitch);
+    for (int p = 0; p < kPieces; ++p) {
+      if constexpr (kDrops) draws.draw(group, token + p * (kThreads / kTileChunks), words[p]);
+    }
+  };
+  [[maybe_unused]] auto drop = [&](int i) {
+    T* tile = ring + i % kStages * kStage + piece_row() * kTilePitch + piece_column();
+#pragma unroll
+    for (int p = 0; p < kPieces; ++p) {
+      auto* piece = reinterpret_cast<Eight*>(tile + p * (kThreads / kTileChunks) * kTilePitch);
       Eight values = *piece;
-      if constexpr (kDrops) drop_eight(values, draws, token + row, channel0 + piece_column());
+      if constexpr (kDrops) drop_eight(values, draws, words[p]);
       piece->all = values.all;
     }
   };
@@ -97,6 +107,7 @@ __global__ void __launch_bounds__(kThreads, 2) apt_token_sums(const __grid_const
   }
   float sum[2][4] = {};  // [16 channels of this warp][R]
   for (int i = 0; i < count; ++i) {
+    if constexpr (kDrops) draw(i);
     wait_copies<kStages - 2>();
     if constexpr (kDrops) drop(i);
     __syncthreads();

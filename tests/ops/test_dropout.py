@@ -437,10 +437,10 @@ on_cuda = pytest.mark.parametrize("where", [pytest.param("cuda", marks=cuda)])
 def test_a_replay_draws_anew_unless_rng_is_given(where, compute):
     problem = Problem((300,), 136, 264, 8, torch.bfloat16, where, "hard")
     kept, masks = operands(problem.weight, problem.mask_in, problem.mask_out, 136, 264, where)
-    x = problem.x.requires_grad_()
     factors = problem.lora_A, problem.lora_B
 
     def step(rng):
+        x = problem.x.detach().requires_grad_()  # a leaf of this stream
         if compute is ops.apt_linear:
             y = ops.apt_linear(x, problem.weight, None, *factors, *masks, 1.0, 0.5, rng)
         else:
