@@ -163,8 +163,9 @@ def test_what_is_no_module():
 
 def test_what_a_plan_refuses():
     for bad in NO_INT:
-        with refused("batch", TypeError):
-            apt_ext.plan(model(), APTConfig(), batch=bad)
+        if bad is not None:  # not given
+            with refused("batch", TypeError):
+                apt_ext.plan(model(), APTConfig(), batch=bad)
         with refused("length", TypeError):
             apt_ext.plan(model(), APTConfig(), length=bad)
     for bad in (0, -1):
