@@ -144,11 +144,9 @@ def encode(tokenizer: Any, reviews: Sequence[Review], max_length: int = 64) -> l
 def batch_of(examples: Sequence[Example], pad: int, least: int = 0) -> Batch:
     """input_ids and attention_mask [batch, length], labels [batch]; padded to the longest of the batch, and to `least` tokens."""
     length = max(least, *(len(example.ids) for example in examples))
-    ids = torch.full((len(examples), length), pad)
-    tokens = torch.zeros(len(examples), length, dtype=torch.long)
-    for row, example in enumerate(examples):
-        ids[row, : len(example.ids)] = torch.tensor(example.ids)
-        tokens[row, : len(example.ids)] = 1
+    ids = torch.tensor([[*example.ids, *[pad] * (length - len(example.ids))] for example in examples])
+    ends = torch.tensor([len(example.ids) for example in examples])
+    tokens = (torch.arange(length) < ends.unsqueeze(1)).long()
     return {"input_ids": ids, "attention_mask": tokens, "labels": torch.tensor([example.label for example in examples])}
 
 

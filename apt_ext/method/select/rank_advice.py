@@ -50,10 +50,8 @@ class Advice:
 
     def of_growth(self, model: nn.Module, growing: Iterable[str]) -> None:
         """Say that a compiled `model` compiles again whenever one of `growing` without max_rank grows."""
-        if "growth" in self._said or not is_compiled(model):
-            return
         moving = [name for name in growing if self.adapters[name].max_rank is None]
-        if moving:
+        if moving and "growth" not in self._said and is_compiled(model):
             self._said.add("growth")
             logger.warning(
                 "Controller: the model is compiled, and ranks grow in %d adapters without max_rank, %s "
