@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
 
@@ -77,9 +77,7 @@ class ReplayedLoss:
         mu, rest = self._weights.unbind()
         return _scaled(taught, mu) + _scaled(task, rest)
 
-    def drawn(
-        self, encoder: bool, ours: Sequence[Tensor], theirs: Sequence[Tensor], buffer: Tensor
-    ) -> Iterator[tuple[list[Tensor], Tensor]]:
+    def drawn(self, encoder: bool, ours: Sequence[Tensor], theirs: Sequence[Tensor], buffer: Tensor) -> list[tuple[list[Tensor], Tensor]]:
         """Of each drawn layer the student's state, alone in a list, and the teacher's; `buffer` says which they are."""
         self.stacks.append((encoder, len(ours)))
         self._drawn.append(buffer)
@@ -87,7 +85,7 @@ class ReplayedLoss:
             if len({(one.dtype, one.shape) for one in states}) > 1:
                 raise RuntimeError(f"loss: a Distiller in a CUDA graph needs hidden states of one dtype and shape, the {name}'s differ")
         mine, taught = (torch.stack(list(states)).index_select(0, buffer).unbind() for states in (ours, theirs))
-        return (([one], other) for one, other in zip(mine, taught, strict=True))
+        return [([one], other) for one, other in zip(mine, taught, strict=True)]
 
 
 def _scaled(value: Tensor, weight: Tensor) -> Tensor:

@@ -45,6 +45,8 @@ and widths. Do not edit.
   names.
 - Times are of cells that ran alone on their machine, n of them, after the same row had run in a few steps on a model that was thrown
   away, so that they do not hold the first use of each kernel ("warmed" in the cell; a line below the times names the rows with others).
+  Where a machine is said to have APT's steps as CUDA graphs, rows with a Controller ran through `GraphedStep`, on batches padded to the
+  longest text, and all others eagerly.
   Where a machine is said to have cuDNN's attention they hold its preparation, which takes longer than a step for every new length and
   number of heads, and a cut makes new numbers of heads. Peak memory is the allocator's on a GPU, model and data included; a process on a
   CPU has no count of its own tensors.

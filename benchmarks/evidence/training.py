@@ -224,8 +224,7 @@ def _fit(
         if taught and not distilled and distiller is not None and distiller.own:
             distiller.refresh()  # what has been learned before pruning started
         distilled = distilled or taught
-        given: dict[str, Any] = next(batches)
-        forward_and_backward(**given, taught=taught)
+        forward_and_backward({**next(batches), "taught": taught})
         update(optimizer, schedule, MOST_NORM, controller)
         clock.stepped(model)
 

@@ -65,8 +65,8 @@ def test_padding_changes_no_loss_and_no_choice(pack, row, monkeypatch):
         def noted(*args, losses=losses, step=step, **more):
             made = step(*args, **more)
 
-            def call(**batch):
-                losses.append(made(**batch))
+            def call(batch):
+                losses.append(made(batch))
 
             return call
 
