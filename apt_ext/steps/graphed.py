@@ -34,7 +34,7 @@ class GraphedStep:
 
     A gradient that a replay leaves in `.grad` is a buffer of the graph: it holds until the next call, unless it is not set to None before
     it. Python code runs at the capture only: what a `loss` of your own reads beside the model and the batch is as it was then, so hand
-    over what changes as a tensor of the batch.
+    over what changes as a tensor of the batch. A Distiller's loss is followed where its progress is a function.
 
     Where a step cannot be captured (on the CPU, under DDP and FSDP, a model that waits for the device, hooks of others) the same lines
     run eagerly; the logger says why, once, and so does `reason`.
