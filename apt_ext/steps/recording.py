@@ -12,24 +12,11 @@ from torch import Tensor
 from .. import _C
 from ..common import own_capture
 from .batches import signature, with_tensors
+from .capture import capture
 from .obstacles import obstacle
 from .standing import Standing
 
-_HELD = "legacy stream"  # in CUDA's words where a node of an earlier forward joins the capture
-
 Lines = Callable[[Any], Any]  # of a batch: forward and backward; what comes back is detached
-
-
-class CaptureFailed(Exception):
-    """Why, in words. The pool that it used is not to be used again."""
-
-
-def _leave_capture() -> None:
-    """After a capture that the device has ended: torch leaves its generators in it, until the end of a capture that succeeds."""
-    place = torch.zeros(1, device="cuda")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        place.add_(1)
 
 
 class Recording:
@@ -65,7 +52,7 @@ class Recording:
             for listener in listeners:
                 listener.forget()
             torch.clear_autocast_cache()
-            self._capture(lines, pool, around)
+            self._capture(lines, pool, around, device)
             self._beside = [(module, Standing(module, frozenset())) for module in self._host.modules]
             self.gradients = {one: one.grad for one in parameters if one.grad is not None}
         finally:
@@ -77,34 +64,19 @@ class Recording:
                 if found:
                     listener.add(found)
 
-    def _capture(self, lines: Lines, pool: Any, around: AbstractContextManager[None]) -> None:
-        cause: list[Exception] = []
-        try:
-            # Other threads may allocate meanwhile: a DataLoader pins memory.
-            captured = torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local")
-            with around, own_capture.recording() as self._host, captured:
-                try:
-                    self._output = lines(self._batch)
-                    for module in self._host.modules:
-                        if (why := obstacle(module)) is not None:
-                            raise RuntimeError(why)
-                    sums = [listener.sums() for listener in self._listeners]
-                    self._sizes = [[len(one) for one in found] for found in sums]
-                    flat = [one for found in sums for one in found]
-                    self._sums = torch.cat(flat) if flat else None
-                except Exception as error:
-                    cause.append(error)
-                    raise
-        except BaseException as error:
-            del self._graph
-            _leave_capture()
-            if not isinstance(error, Exception):
-                raise
-            first = cause[0] if cause else error
-            words = str(first).strip().split("\n", 1)[0]
-            if _HELD in words:
-                words += "; a loss or outputs of an earlier forward still hold its graph of autograd: detach them, or let go of them"
-            raise CaptureFailed(f"capturing it failed with {type(first).__name__}: {words}") from first
+    def _capture(self, lines: Lines, pool: Any, around: AbstractContextManager[None], device: torch.device) -> None:
+        with around, own_capture.recording() as self._host:
+            capture(self._graph, lambda: self._run(lines), pool, device)
+
+    def _run(self, lines: Lines) -> None:
+        self._output = lines(self._batch)
+        for module in self._host.modules:
+            if (why := obstacle(module)) is not None:
+                raise RuntimeError(why)
+        sums = [listener.sums() for listener in self._listeners]
+        self._sizes = [[len(one) for one in found] for found in sums]
+        flat = [one for found in sums for one in found]
+        self._sums = torch.cat(flat) if flat else None
 
     def outdated(self) -> str | None:
         """Return why this graph is not to be replayed any more, as far as the lines themselves know it; None where it may be."""
@@ -119,7 +91,8 @@ class Recording:
             update()
         for mine, given in zip(self._inputs, signature(batch, device)[1], strict=True):
             mine.copy_(given, non_blocking=True)
-        self._graph.replay()
+        with torch.cuda.device(device):
+            self._graph.replay()
         if self._sums is not None:
             parts = iter(torch.split(self._sums.clone(), [size for sizes in self._sizes for size in sizes]))
             for listener, sizes in zip(self._listeners, self._sizes, strict=True):

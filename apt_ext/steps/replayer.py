@@ -13,14 +13,15 @@ from ..common import own_capture
 from ..method.score.salience import listeners_in
 from .attention import MaskWatch
 from .batches import Ungraphable, is_padded, signature
+from .capture import CaptureFailed
 from .obstacles import obstacle
-from .recording import CaptureFailed, Recording, let_go, reserved, take_over
+from .recording import Recording, let_go, reserved, take_over
 from .standing import Standing
 
 logger = logging.getLogger("apt_ext")
 
 _SEEN = 256  # shapes that came once and are remembered
-_TRIES = 2  # failed captures after which a shape runs eagerly
+_TRIES = 3  # failed captures after which a shape runs eagerly, where what was in the way may have gone
 _FAILURES = 4  # failed captures in a row after which none is tried any more
 _RESTLESS = 10  # calls in a row that each found another model
 
@@ -187,9 +188,10 @@ class Replayer:
             self._failures += 1
             self._tries[key] = self._tries.get(key, 0) + 1
             self._failure = str(error)
-            if self._tries[key] == _TRIES:
+            if self._tries[key] == _TRIES or not error.passing:
                 self._unfit[key] = self._failure
             self._pool = None
+            torch.cuda.empty_cache()
             self._tell(self._failure)
             return None
         self._failures = 0

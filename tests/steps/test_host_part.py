@@ -13,7 +13,7 @@ from apt_ext import GraphedStep
 from apt_ext.common import own_capture
 from apt_ext.method import Distiller
 from apt_ext.steps import replayer as replaying
-from apt_ext.steps.recording import CaptureFailed
+from apt_ext.steps.capture import CaptureFailed
 from apt_ext.steps.standing import Standing
 
 
