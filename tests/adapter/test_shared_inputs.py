@@ -221,11 +221,15 @@ def changes():
     }
 
 
+ALONE = ("a mask on the input", "merged", "disabled", "compacted", "parametrized", "a moved mask")
+
+
 @pytest.mark.parametrize("when", ["before", "between"])
-@pytest.mark.parametrize("change", changes().values(), ids=changes())
+@pytest.mark.parametrize("name", changes())
 @pytest.mark.filterwarnings("ignore:this APTAdapter is merged")
-def test_a_member_in_another_state(change, when):
-    """Before the first call, or after it computed what is not right any more."""
+def test_a_member_in_another_state(calls, name, when):
+    """Before the first call, where nothing is computed in vain for it, or after that computed what is not right any more."""
+    change = changes()[name]
 
     def run(group, x):
         if when == "before":
@@ -235,10 +239,8 @@ def test_a_member_in_another_state(change, when):
             change(group)
         ((y**2).sum() + loss_of(group, x, "kv")).backward()
 
-    group = attention()
-    if change is changes()["masks"]:
-        group["k"].set_masks(mask_out=torch.ones(6))
-    assert_alike(both(run, group))
+    assert_alike(both(run, attention()))
+    assert calls[0] == (2 if name in ALONE and when == "before" else 3)
 
 
 @pytest.mark.parametrize("mask", ["mask_in", "mask_out"])
@@ -351,6 +353,15 @@ def test_compiled(calls):
     assert calls == [3]
 
 
+@pytest.mark.parametrize("mode", ["auto", "never"])
+def test_a_mode_that_shares_nothing_here(calls, mode):
+    with sharing(mode):
+        assert_alike(both(lambda group, x: loss_of(group, x).backward(), attention()))
+        calls.clear()
+        loss_of(attention(), an_x())
+    assert not calls
+
+
 # -- memory ----------------------------------------------------------------------------------------------------------
 
 
@@ -452,3 +463,16 @@ def test_recomputation_while_a_group_parts(calls, reentrant):
         dx, dother = torch.autograd.grad(5 * layer(x, other), (x, other))
     torch.testing.assert_close(x.grad, dx)
     torch.testing.assert_close(other.grad, dother)
+
+
+def test_a_recomputation_that_stops_early_parts_nobody(calls):
+    """It needs what q saved, and ends before the others are called."""
+    group, x = attention(), an_x(requires_grad=True)
+    for _ in range(4):
+
+        def layer(x):
+            return (group["q"](x) ** 2).sum() + group["k"](x).sum() + group["v"](x).sum()
+
+        calls.clear()
+        checkpoint(layer, x, use_reentrant=False).backward()
+        assert calls == [3, 3]
