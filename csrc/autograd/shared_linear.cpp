@@ -224,8 +224,8 @@ CallState CallState::of(const Tensor& x) {
 }
 
 SharedOutputs::SharedOutputs(const Tensor& x, const std::vector<SharedLayer>& layers,
-                             const std::vector<size_t>& taken)
-    : x_(x), state_(CallState::of(x)) {
+                             const std::vector<size_t>& taken, const CallState& state)
+    : x_(x), state_(state) {
   for (const size_t i : taken) {
     const SharedLayer& layer = layers[i];
     outputs_.push_back({i,
@@ -261,7 +261,7 @@ std::shared_ptr<SharedOutputs> SharedOutputs::compute(const Tensor& x, const std
     return is_left;
   });
   if (taken.size() < 2) return nullptr;
-  std::shared_ptr<SharedOutputs> out(new SharedOutputs(x, layers, taken));
+  std::shared_ptr<SharedOutputs> out(new SharedOutputs(x, layers, taken, state));
   variable_list outputs = shared_outputs(input, used, given);
   NodePointer node = outputs[0].grad_fn();
   size_t place = 1;

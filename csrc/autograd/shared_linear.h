@@ -72,7 +72,9 @@ class SharedOutputs {
     size_t first_input;                        // the first of them among the node's
   };
 
-  SharedOutputs(const Tensor& x, const std::vector<SharedLayer>& layers, const std::vector<size_t>& taken);
+  // state: of the call, before autocast is excluded from what it computes.
+  SharedOutputs(const Tensor& x, const std::vector<SharedLayer>& layers, const std::vector<size_t>& taken,
+                const CallState& state);
 
   SeenTensor x_;
   CallState state_;

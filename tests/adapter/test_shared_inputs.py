@@ -101,7 +101,7 @@ def test_only_what_is_asked_for_gets_a_gradient(frozen):
     assert sum(gradient is None for gradient in found[0]) == (1 if frozen == "x" else 0)
 
 
-def test_trained_biases_and_autocast():
+def test_trained_biases_and_autocast(calls):
     def run(group, x):
         for adapter in group.values():
             adapter.base_layer.bias.requires_grad_(True)
@@ -116,6 +116,7 @@ def test_trained_biases_and_autocast():
         with sharing(mode):
             run(other, x)
         found.append(gradients(other, x))
+    assert calls == [3]
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found[0][1:], found[1][1:], strict=True))  # dx is added in bfloat16
