@@ -297,7 +297,7 @@ class Distiller:
         own = {name: block.layer for name, block in blocks.items() if not two or in_encoder(model, block) == encoder}
         names: list[list[str]] = [[] for _ in range(count)]
         for name, layer in own.items():
-            if layer is not None and layer < count:
+            if 0 <= layer < count:  # hidden dimensions are of none
                 names[layer].append(name)
         left = {name: bool((host_mask(model, blocks[name]) != 0).any()) for layer in names for name in layer}
         whole = [all(left[name] for name in layer) for layer in names]

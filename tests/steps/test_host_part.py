@@ -12,6 +12,7 @@ from training import batch_for, built
 from apt_ext import GraphedStep
 from apt_ext.common import own_capture
 from apt_ext.method import Distiller
+from apt_ext.pruning.wrappers import StreamCarrier
 from apt_ext.steps import replayer as replaying
 from apt_ext.steps.capture import CaptureFailed
 from apt_ext.steps.standing import Standing
@@ -221,3 +222,22 @@ def test_a_graph_of_another_teacher_or_of_other_settings_is_outdated(stand_ins):
     with pytest.raises(RuntimeError, match="was written since the last refresh"):
         step(**batch_for(FAMILIES["bert"], 0))
     assert len(ran) == before
+
+
+def test_a_loss_asks_no_device_for_the_mask_of_hidden_dimensions(stand_ins, monkeypatch):
+    """It is read from the device each time, which no capture may, and belongs to no layer."""
+    model, optimizer = built(FAMILIES["llama"], sizes={"num_hidden_layers": 4})
+    distiller = Distiller(model, "self")
+    kept = torch.ones(model.blocks["hidden"].count)
+    kept[1::3] = 0
+    model.set_block_mask("hidden", kept)
+    model.cut(optimizer)
+
+    def asked(carrier, name):
+        raise AssertionError(name)
+
+    monkeypatch.setattr(StreamCarrier, "host_mask", asked)
+    step = GraphedStep(model, lambda model, batch: distiller.loss(batch, model(**batch, **distiller.asks), lambda: 0.5))
+    for _ in range(4):
+        step(**batch_for(FAMILIES["llama"], 0))
+    assert step.captures == 1 and step.reason is None
