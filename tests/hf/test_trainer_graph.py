@@ -104,7 +104,7 @@ def test_a_graphed_run_with_a_teacher_is_the_eager_run(tmp_path, options):
     for graph in (False, "auto"):
         with exact():
             torch.manual_seed(0)
-            model = built("bert", sizes={"num_hidden_layers": 4})
+            model = built("bert", sizes={"num_hidden_layers": 4}).cuda()  # Tr is made where the model is
             distiller = Distiller(model, "self", quarters=2)
             schedule = Schedule(start=3, warm_up=1, end=20, events=2)
             more = {"graph": graph, "distiller": distiller}
