@@ -64,14 +64,14 @@ def test_all_that_was_to_be_met_is_met():
 @pytest.mark.parametrize("half", [False, True], ids=["dense", "half"])
 def test_a_later_run_is_met_too(beyond, half):
     """Of another commit, by benchmarks/steps.py; no rate is taken from it."""
-    run = kept("steps-h200-llama.json")
+    run = kept("steps-h200.json")["parts"]["llama-events"]
     part = run["runs"]["apt_ext, default shrink"]["after" if half else "before"]
     row = {
         "kind": "Llama",
         "checkpointing": False,
         "sizes": run["sizes"],
         "batch": run["batch"],
-        "liger": bool(run["liger_kernel"]),
+        "liger": bool(run["liger_kernel"]["version"]),
         "half": half,
         "mode": "eager",
     }
@@ -144,7 +144,8 @@ def measured(beyond, name):
         one, two = (beyond.steps(sizes, *batch, "Qwen2", checkpointing=yes).dense.kernels for yes in (False, True))
         return (again["seconds"] - plain["seconds"] / one * two) / sizes["num_hidden_layers"]
     assert name == "launch"
-    roberta = kept("steps-h200-roberta.json")["runs"]["apt_ext"]["steps"]["seconds"]["median"]
+    (run,) = [row for row in kept("steps-h200.json")["parts"]["roberta-events"]["rows"] if row["kind"] == "apt_ext"]
+    roberta = run["seconds"]["median"]
     row = next(row for row in STEPS if row["model"].startswith("RoBERTa") and row["mode"] == "eager")
     kernels = beyond.steps(row["sizes"], *row["batch"], row["kind"]).dense.kernels
     other = next(row for row in OTHERS if row["model"] == "RoBERTa-base" and not row["half"])
