@@ -92,16 +92,20 @@ def in_a_process(name, smoke, path):
     return words if done.returncode else None
 
 
-def part_of(name, options, path, start):
-    """Measure one part; return what it kept. Until it has ended, that lies in a file beside `path`."""
+def part_of(name, smoke, path, start):
+    """Measure one part; return what it kept (beside `path`, until then) and whether a signal ended it."""
     beside = path.with_name(f"{path.name}.{name}")
     beside.unlink(missing_ok=True)
-    words = start(name, options.smoke, beside)
+    stopped = False
+    try:
+        words = start(name, smoke, beside)
+    except (SystemExit, KeyboardInterrupt):
+        stopped, words = True, "ended by a signal"
     found = json.loads(beside.read_text()) if beside.exists() else {"rows": [], "failed": []}
     beside.unlink(missing_ok=True)
     if words:
         found["failed"].append({"group": "", "what": "the whole part", "error": words})
-    return found
+    return found, stopped
 
 
 def measure(options, start):
@@ -113,7 +117,7 @@ def measure(options, start):
         if not {case, name} & set(options.only):
             continue
         print(name, flush=True)
-        part = part_of(name, options, path, start)
+        part, stopped = part_of(name, options.smoke, path, start)
         part["command"] = f"python benchmarks/steps.py --only {case}" + " --smoke" * options.smoke
         kept = read(path)
         kept["parts"][name] = part
@@ -123,6 +127,8 @@ def measure(options, start):
             print(origin.words(part))
         print(tables.printed(part), flush=True)
         failed += [f"{name}, {each['what']} failed: {each['error']}" for each in part["failed"]]
+        if stopped:
+            break
     print(reach.printed(read(path)["parts"]))
     return failed
 

@@ -45,71 +45,75 @@ class Part:
     merges: bool = False
 
 
-def dropped(*peft):
-    """Return the contenders that train with dropout, and ours without it."""
-    peers = [Contender("PEFT", way, dropout=DROPOUT) for way in peft]
-    graphed = ours("GraphedStep", "dense", "cut", dropout=DROPOUT)
-    return [APT, *ours("eager", "dense", "cut", dropout=DROPOUT), *graphed, *peers]
+def beside(peer, *forms, **changes):
+    """Return groups of this peer and one GraphedStep each, so that its graph alone is in memory."""
+    return {f"graphed, {form}": [peer, *ours("GraphedStep", form, **changes)] for form in forms}
 
 
+DROPPED = {"dropout": DROPOUT}
 SEEN_AGAIN = {"checkpointing": True}
 PARTS = {
     "roberta": {
         "roberta": Part(
             "roberta",
             {
-                "steps": [
-                    FULL,
-                    PEFT,
-                    *ours("eager", "dense", *HALVES),
-                    *ours("GraphedStep", "dense", *HALVES),
-                    REDUCED,
-                ],
+                "eager": [FULL, PEFT, *ours("eager", "dense", *HALVES)],
+                "graphed": ours("GraphedStep", "dense", *HALVES),
             },
+        ),
+        "roberta-compiled": Part(
+            "roberta",
+            {"one graph": [*ours("GraphedStep", "dense", "cut"), REDUCED]},
         ),
     },
     "llama": {
         "llama": Part(
             "llama",
-            {
-                "eager": [FULL, PEFT, *ours("eager", "dense", *HALVES)],
-                "graphed": [PEFT, *ours("GraphedStep", "dense", *HALVES)],
-            },
+            {"eager": [FULL, PEFT, *ours("eager", "dense", *HALVES)]},
             liger=True,
             merges=True,
         ),
+        "llama-graphed": Part("llama", beside(PEFT, "dense"), liger=True),
+        "llama-cut-graphed": Part("llama", beside(PEFT, "cut"), liger=True),
     },
     "7b": {
-        "7b": Part(
-            "7b",
-            {
-                "eager": [PEFT, *ours("eager", "dense", "cut")],
-                "graphed": [PEFT, *ours("GraphedStep", "dense", "cut")],
-            },
-            liger=True,
-            merges=True,
-        ),
+        "7b": Part("7b", {"eager": [PEFT, *ours("eager", "dense", "cut")]}, liger=True, merges=True),
+        "7b-graphed": Part("7b", beside(PEFT, "dense"), liger=True),
+        "7b-cut-graphed": Part("7b", beside(PEFT, "cut"), liger=True),
     },
     "dropout": {
-        "roberta-dropout": Part("roberta", {"dropout": dropped("eager", "reduce-overhead")}),
-        "llama-dropout": Part("llama", {"dropout": dropped("eager")}, liger=True),
+        "roberta-dropout": Part(
+            "roberta",
+            {"eager": [APT, *ours("eager", "dense", "cut", **DROPPED), replace(PEFT, **DROPPED)]},
+        ),
+        "roberta-dropout-compiled": Part(
+            "roberta",
+            {"one graph": [*ours("GraphedStep", "dense", "cut", **DROPPED), replace(REDUCED, **DROPPED)]},
+        ),
+        "llama-dropout": Part(
+            "llama",
+            {"eager": [APT, *ours("eager", "dense", "cut", **DROPPED), replace(PEFT, **DROPPED)]},
+            liger=True,
+        ),
     },
     "friends": {
         "compile": Part("roberta", stages=True, layers=6),
         "checkpointing": Part(
             "llama",
             {
-                "checkpointing": [
+                "eager": [
                     PEFT,
-                    Contender("PEFT", **SEEN_AGAIN),
+                    replace(PEFT, **SEEN_AGAIN),
                     APT,
                     *ours("eager", "dense", "cut", **SEEN_AGAIN),
-                    *ours("GraphedStep", "dense", "cut", **SEEN_AGAIN),
                 ],
             },
             liger=True,
         ),
-        "without-liger": Part("llama", {"eager": [PEFT, *ours("eager", "dense", "cut")]}),
+        "without-liger": Part(
+            "llama",
+            {"eager": [PEFT, *ours("eager", "dense", "cut")], **beside(PEFT, "dense", "cut")},
+        ),
     },
     "events": {
         "roberta-events": Part("roberta", {"eager": [PEFT, APT]}, events=True),

@@ -7,8 +7,9 @@ from dataclasses import asdict
 from . import reach
 from .events import PARTS as BETWEEN_EVENTS
 from .parts import ALL
+from .reach import EAGERLY, MISSING, SUBJECTS
+from .works import WORKS
 
-MISSING = "not measured"
 NAMES = {
     ("full", "dense"): "full fine-tuning",
     ("PEFT", "dense"): "PEFT",
@@ -45,28 +46,31 @@ def planned(name):
     return [contender for group in ALL[name].groups.values() for contender in group]
 
 
-def cell(part, name, ways, write, **fields):
-    """Write what was measured of the contender with these fields; "" where none is planned."""
-    plans = [asdict(one) for one in planned(name)]
+def cell(parts, names, ways, write, **fields):
+    """Write what some parts have measured of the contender with these fields; "" where none is planned."""
+    plans = [asdict(one) for name in names for one in planned(name)]
     if not any(plan["way"] in ways and fields.items() <= plan.items() for plan in plans):
         return ""
-    found = [row for row in reach.rows_of(part, **fields) if row["way"] in ways]
-    return write(found[0]) if found else MISSING
+    rows = [row for name in names for row in reach.rows_of(parts.get(name), **fields) if row["way"] in ways]
+    graphs = [row for row in rows if not reach.is_eager(row)]
+    return write(graphs[0]) if graphs else EAGERLY if rows else MISSING
 
 
-def steps(name, dropout=0.0):
-    """Return the table of a part: eager steps and steps in one graph, time and memory."""
+def steps(subject, dropout=0.0):
+    """Return the table of a model: eager steps and steps in one graph, time and memory."""
+    names = SUBJECTS[subject]
 
     def of(parts):
-        part, lines = parts.get(name), []
+        lines = []
         for (kind, form), title in NAMES.items():
             fields = {"kind": kind, "form": form, "dropout": dropout, "checkpointing": False}
             both = [(write, ways) for write in (milliseconds, gibibytes) for ways in (("eager",), ONE_GRAPH)]
-            cells = [cell(part, name, ways, write, **fields) for write, ways in both]
+            cells = [cell(parts, names, ways, write, **fields) for write, ways in both]
             if any(cells):
                 lines.append([title, *cells])
-        head = ["", "eager, ms", "one graph, ms", "eager, GiB", "one graph, GiB"]
-        return markdown([part["model"] if part and "model" in part else name, *head[1:]], lines)
+        model = WORKS[ALL[names[0]].work].name
+        head = [model, "eager, ms", "one graph, ms", "eager, GiB", "one graph, GiB"]
+        return markdown(head, lines)
 
     return of
 
@@ -79,7 +83,7 @@ def goals(parts):
             aims = f"({line['wanted']:.2f})"
         else:
             aims = f"({line['wanted']:.2f}; {line['aimed']:.2f})"
-        measured = MISSING if line["measured"] is None else f"{line['measured']:.2f}"
+        measured = line["why"] if line["measured"] is None else f"{line['measured']:.3f}"
         rows.setdefault(line["what"], {})[line["column"]] = f"{measured} {aims}"
     lines = [[what, *(cells.get(column, "") for column in reach.COLUMNS)] for what, cells in rows.items()]
     return markdown(["ratio of", *reach.COLUMNS], lines)
@@ -102,30 +106,34 @@ def compiled(parts):
 
 def checkpointing(parts):
     """Return the table of gradient checkpointing."""
-    part, name, lines = parts.get("checkpointing"), "checkpointing", []
+    lines = []
     for kind, form in (("PEFT", "dense"), ("apt_ext", "dense"), ("apt_ext", "cut")):
-        for way in ("eager", "GraphedStep"):
-            for seen_again in (False, True):
-                fields = {"kind": kind, "form": form, "checkpointing": seen_again}
-                cells = [cell(part, name, (way,), write, **fields) for write in (milliseconds, gibibytes)]
-                if any(cells):
-                    title = NAMES[kind, form] + ("" if way == "eager" else ", one graph")
-                    lines.append([title, "yes" if seen_again else "no", *cells])
+        for seen_again in (False, True):
+            fields = {"kind": kind, "form": form, "checkpointing": seen_again}
+            ways = (milliseconds, gibibytes)
+            cells = [cell(parts, ["checkpointing"], ("eager",), write, **fields) for write in ways]
+            if any(cells):
+                lines.append([NAMES[kind, form], "yes" if seen_again else "no", *cells])
     return markdown(["LLaMA-1.1B", "checkpointing", "ms a step", "peak, GiB"], lines)
 
 
 def liger(parts):
-    """Return the table of LLaMA with Liger's kernels and without them."""
+    """Return the table of LLaMA with Liger's kernels, and without them: eager and in one graph."""
     lines = []
     for kind, form in (("PEFT", "dense"), ("apt_ext", "dense"), ("apt_ext", "cut")):
-        fields = {"kind": kind, "form": form}
         cells = [
-            cell(parts.get(name), name, ("eager",), write, **fields)
+            cell(parts, SUBJECTS[subject], (way,), write, kind=kind, form=form)
             for write in (milliseconds, gibibytes)
-            for name in ("llama", "without-liger")
+            for subject, way in (
+                ("llama", "eager"),
+                ("without-liger", "eager"),
+                ("without-liger", "GraphedStep"),
+            )
         ]
         lines.append([NAMES[kind, form], *cells])
-    return markdown(["LLaMA-1.1B, eager", "Liger, ms", "without, ms", "Liger, GiB", "without, GiB"], lines)
+    columns = ("Liger", "without", "without, one graph")
+    head = [f"{column}, {unit}" for unit in ("ms", "GiB") for column in columns]
+    return markdown(["LLaMA-1.1B", *head], lines)
 
 
 def events(name):
@@ -156,29 +164,33 @@ def merges(parts):
 
 
 def origin(parts):
-    """Say where the figures come from, one line for each part that was measured."""
+    """Say where the figures come from, a line a part; a commit with + had changes that were not committed."""
     lines = []
     for name, part in parts.items():
         if "model" in part:
             liger_version = part["liger_kernel"]["version"]
             with_liger = {**part["versions"], "Liger": liger_version}
             versions = ", ".join(f"{library} {version}" for library, version in with_liger.items() if version)
-            lines.append([name, part["device"], versions, part["commit"][:7], f"`{part['command']}`"])
+            commit = part["commit"][:7] + "+" * part["commit"].endswith("+")
+            lines.append([name, part["device"], versions, commit, f"`{part['command']}`"])
     return markdown(["part", "on", "with", "commit", "command"], lines or [[MISSING] * 5])
 
 
 def speed(parts):
     """Return the README's words: what a step takes beside PEFT's."""
-    llama, roberta = parts.get("llama"), parts.get("roberta")
-    dense = reach.ratio(llama, reach.EAGER | {"form": "dense"}, reach.PEFT)
-    half = reach.ratio(llama, reach.EAGER | {"form": "cut"}, reach.PEFT)
-    memory = reach.ratio(llama, reach.EAGER | {"form": "cut"}, reach.PEFT, "peak")
-    small = reach.ratio(roberta, reach.GRAPHED | {"form": "dense"}, reach.REDUCED)
-    small_half = reach.ratio(roberta, reach.GRAPHED | {"form": "cut"}, reach.REDUCED)
+
+    def over(subject, ours, peer, form, what="seconds"):
+        return reach.ratio(parts, subject, {**ours, "form": form}, peer, what)
+
+    dense = over("llama", reach.EAGER, reach.PEFT, "dense")
+    half = over("llama", reach.EAGER, reach.PEFT, "cut")
+    memory = over("llama", reach.EAGER, reach.PEFT, "cut", "peak")
+    small = over("roberta", reach.GRAPHED, reach.REDUCED, "dense")
+    small_half = over("roberta", reach.GRAPHED, reach.REDUCED, "cut")
     words = []
     if None not in (dense, half, memory):
         words.append(
-            f"On an {llama['device']}, a training step of a LLaMA with 1.1 billion weights takes\n"
+            f"On an {parts['llama']['device']}, a training step of a LLaMA with 1.1 billion weights takes\n"
             f"{dense:.2f} of the time of PEFT's LoRA. Once half of the heads and neurons are cut away it\n"
             f"takes {half:.2f} of that time and {memory:.2f} of the memory."
         )

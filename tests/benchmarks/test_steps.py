@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,14 @@ import apt_ext
 
 ROOT = Path(__file__).resolve().parents[2]
 CASES = {
-    "roberta": ["roberta"],
-    "llama": ["llama"],
-    "7b": ["7b"],
-    "dropout": ["roberta-dropout", "llama-dropout"],
+    "roberta": ["roberta", "roberta-compiled"],
+    "llama": ["llama", "llama-graphed", "llama-cut-graphed"],
+    "7b": ["7b", "7b-graphed", "7b-cut-graphed"],
+    "dropout": ["roberta-dropout", "roberta-dropout-compiled", "llama-dropout"],
     "friends": ["compile", "checkpointing", "without-liger"],
     "events": ["roberta-events", "llama-events"],
 }
+GOALS = ("| LLaMA-1.1B, GraphedStep over PEFT", "| LLaMA-1.1B over PEFT, both eager")
 PARTS = [part for parts in CASES.values() for part in parts]
 
 
@@ -94,6 +96,23 @@ def test_forms_are_what_they_are_called(steps, name):
     assert models.build("apt_ext", work, device, "cut")[0].blocks["0.neurons"].count == 32
 
 
+def test_every_goal_is_of_parts_that_measure_it(steps):
+    """Where all is measured nothing is missing."""
+    parts = {}
+    for name, part in steps.ALL.items():
+        rows = [
+            {**asdict(one), "group": group, "seconds": {"median": 2.0}, "peak": 4, "graph": None}
+            for group, ones in part.groups.items()
+            for one in ones
+        ]
+        merges = {kind: {"median": 1.0} for kind in ("PEFT", "apt_ext")} if part.merges else {}
+        parts[name] = {"rows": rows, "failed": [], "merge_and_unload": merges}
+    assert {goal["measured"] for goal in steps.reach.reached(parts)} == {1.0}
+    for name, table in steps.tables.TABLES.items():
+        if name not in ("steps-compiled", "steps-origin", "steps-speed"):
+            assert "not measured" not in table(parts), name
+
+
 def test_what_fails_costs_nothing_else_and_is_said(steps, monkeypatch, tmp_path, capsys):
     """One that cannot be built, and one that fails when its turn comes."""
     from whole import contenders
@@ -101,7 +120,7 @@ def test_what_fails_costs_nothing_else_and_is_said(steps, monkeypatch, tmp_path,
     build, turns = contenders.models.build, []
 
     def broken(kind, work, device, form="dense", *more):
-        if form == "cut":
+        if form == "chain":
             raise torch.OutOfMemoryError("no room")
         return build(kind, work, device, form, *more)
 
@@ -113,19 +132,39 @@ def test_what_fails_costs_nothing_else_and_is_said(steps, monkeypatch, tmp_path,
     monkeypatch.setattr(contenders.models, "build", broken)
     monkeypatch.setattr(contenders, "Guarded", Failing)
     path = tmp_path / "steps.json"
-    words = "(?s)half: cut failed: OutOfMemoryError: no room.*apt_ext failed: ZeroDivisionError"
+    words = "(?s)half: chain failed: OutOfMemoryError: no room.*PEFT failed: ZeroDivisionError"
     with pytest.raises(SystemExit, match=words):
-        run(steps, monkeypatch, "--smoke", "--only", "7b", "--json", path, start=steps.run_part)
-    part = kept(path)["parts"]["7b"]
-    assert {(each["group"], each["what"]) for each in part["failed"]} == {
-        ("eager", "apt_ext, half: cut"),
-        ("eager", "apt_ext"),
-        ("graphed", "apt_ext, half: cut, GraphedStep"),
+        run(steps, monkeypatch, "--smoke", "--only", "roberta", "--json", path, start=steps.run_part)
+    parts = kept(path)["parts"]
+    assert {(each["group"], each["what"]) for each in parts["roberta"]["failed"]} == {
+        ("eager", "apt_ext, half: chain"),
+        ("eager", "PEFT"),
+        ("graphed", "apt_ext, half: chain, GraphedStep"),
     }
-    found = [(row["group"], row["kind"]) for row in part["rows"] if row["form"] == "dense"]
-    assert found == [("eager", "PEFT"), ("graphed", "PEFT"), ("graphed", "apt_ext")]
-    assert len(part["rows"]) == 3
+    found = [(row["group"], row["kind"], row["form"]) for row in parts["roberta"]["rows"]]
+    ours = [("apt_ext", form) for form in ("dense", "compact", "cut")]
+    eager = [("eager", *each) for each in [("full", "dense"), *ours]]
+    assert found == eager + [("graphed", *each) for each in ours]
+    assert len(parts["roberta-compiled"]["rows"]) == 3 and parts["roberta-compiled"]["failed"] == []
     assert "no room" in capsys.readouterr().out
+
+
+def test_a_signal_ends_it_and_what_was_measured_stays(steps, monkeypatch, tmp_path):
+    path, begun = tmp_path / "steps.json", []
+
+    def ended(name, smoke, beside):
+        begun.append(name)
+        if name == "llama-graphed":
+            beside.write_text(json.dumps({"rows": [], "failed": [], "kept": "before the end"}))
+            raise SystemExit("a signal")
+        steps.run_part(name, smoke, beside)
+
+    with pytest.raises(SystemExit, match="llama-graphed, the whole part failed: ended by a signal"):
+        run(steps, monkeypatch, "--smoke", "--only", "llama", "--json", path, start=ended)
+    parts = kept(path)["parts"]
+    assert begun == ["llama", "llama-graphed"] and len(parts["llama"]["rows"]) == 6
+    assert parts["llama-graphed"]["kept"] == "before the end"
+    assert parts["llama-graphed"]["failed"][0]["error"] == "ended by a signal"
 
 
 def test_other_parts_stay_in_the_file_and_ratios_are_of_one_group(steps, monkeypatch, tmp_path):
@@ -133,17 +172,20 @@ def test_other_parts_stay_in_the_file_and_ratios_are_of_one_group(steps, monkeyp
     path.write_text(json.dumps({"parts": {"roberta": {"rows": [], "failed": []}}}))
     run(steps, monkeypatch, "--smoke", "--only", "7b", "--json", path, start=steps.run_part)
     content = kept(path)
-    assert content["parts"].keys() == {"roberta", "7b"}
+    assert content["parts"].keys() == {"roberta", "7b", "7b-graphed", "7b-cut-graphed"}
     assert content["parts"]["7b"]["command"] == "python benchmarks/steps.py --only 7b --smoke"
     rows = content["parts"]["7b"]["rows"]
-    seconds = {(row["group"], row["kind"], row["form"]): row["seconds"]["median"] for row in rows}
+    seconds = {(row["kind"], row["form"]): row["seconds"]["median"] for row in rows}
     goals = {(goal["what"], goal["column"]): goal for goal in content["reach"]}
-    half = goals["LLaMA-2-7B, GraphedStep over PEFT", "half of heads and neurons"]
-    assert half["measured"] == seconds["graphed", "apt_ext", "cut"] / seconds["graphed", "PEFT", "dense"]
     dense = goals["LLaMA-2-7B over PEFT, both eager", "dense"]
-    assert dense["measured"] == seconds["eager", "apt_ext", "dense"] / seconds["eager", "PEFT", "dense"]
+    assert dense["measured"] == seconds["apt_ext", "dense"] / seconds["PEFT", "dense"]
+    half = goals["LLaMA-2-7B over PEFT, both eager", "half of heads and neurons"]
+    assert half["measured"] == seconds["apt_ext", "cut"] / seconds["PEFT", "dense"]
     assert (half["wanted"], half["aimed"], dense["wanted"], dense["aimed"]) == (0.51, 0.48, 0.90, 0.86)
-    assert all(goal["measured"] is None for (what, _), goal in goals.items() if "7B" not in what)
+    graphed = goals["LLaMA-2-7B, GraphedStep over PEFT", "dense"]
+    assert graphed["measured"] is None and graphed["why"] == "ran eagerly"  # there is no GPU
+    others = [goal for (what, _), goal in goals.items() if "7B" not in what]
+    assert others and all(goal["measured"] is None and goal["why"] == "not measured" for goal in others)
 
 
 def test_a_part_has_a_process_of_its_own(steps, monkeypatch, tmp_path):
@@ -151,26 +193,33 @@ def test_a_part_has_a_process_of_its_own(steps, monkeypatch, tmp_path):
     path = tmp_path / "steps.json"
     run(steps, monkeypatch, "--smoke", "--only", "without-liger", "--json", path)
     part = kept(path)["parts"]["without-liger"]
-    assert part["failed"] == [] and [row["kind"] for row in part["rows"]] == ["PEFT", "apt_ext", "apt_ext"]
+    assert part["failed"] == [] and len(part["rows"]) == 7
     monkeypatch.setattr(steps.sys, "executable", "/bin/false")
     with pytest.raises(SystemExit, match="the whole part failed: the process ended with 1"):
         run(steps, monkeypatch, "--smoke", "--only", "without-liger", "--json", path)
     assert [file.name for file in tmp_path.iterdir()] == ["steps.json"]
 
 
-def row(kind, form, seconds, peak, way="eager", group="eager"):
-    fields = {"group": group, "kind": kind, "way": way, "form": form, "dropout": 0.0, "checkpointing": False}
-    return {**fields, "seconds": {"median": seconds}, "peak": peak}
+def row(kind, form, seconds, peak, way="eager", group="eager", graph=None):
+    from whole.contenders import Contender
+
+    fields = asdict(Contender(kind, way, form))
+    return {"group": group, **fields, "seconds": {"median": seconds}, "peak": peak, "graph": graph}
 
 
 @pytest.fixture
-def measured(tmp_path):
+def measured(steps, tmp_path):
     """A file in which LLaMA was measured, and of RoBERTa one row."""
     llama = [row("PEFT", "dense", 1.0, 100 << 28), row("apt_ext", "dense", 0.85, 99 << 28)]
-    llama += [row("apt_ext", "cut", 0.47, 63 << 28), row("PEFT", "dense", 9.0, 1, group="graphed")]
+    llama += [row("apt_ext", "cut", 0.47, 63 << 28)]
+    eager = {"graphed": False, "reason": "a host that waits"}
+    graphed = [row("PEFT", "dense", 1.5, 1), row("apt_ext", "dense", 1.2, 1, "GraphedStep", graph=eager)]
+    graph = {"graphed": True, "reason": None}
+    half = [row("PEFT", "dense", 0.9, 1), row("apt_ext", "cut", 0.45, 1, "GraphedStep", graph=graph)]
     roberta = [row("PEFT", "dense", 0.01, 1 << 29, "reduce-overhead")]
     parts = {"llama": {"rows": llama, "failed": [], "device": "H200", "model": "LLaMA-1.1B"}}
-    parts["roberta"] = {"rows": roberta, "failed": [], "device": "H200", "model": "RoBERTa-base"}
+    parts["roberta-compiled"] = {"rows": roberta, "failed": [], "device": "H200", "model": "RoBERTa-base"}
+    parts |= {"llama-graphed": {"rows": graphed}, "llama-cut-graphed": {"rows": half}}
     path = tmp_path / "steps.json"
     path.write_text(json.dumps({"parts": parts}))
     return path
@@ -191,15 +240,18 @@ def test_the_report_says_what_was_reached(steps, monkeypatch, measured, capsys):
 @pytest.mark.parametrize(
     ("part", "line"),
     [
-        ("steps-llama", "| apt_ext | 850 | not measured | 24.8 | not measured |"),
+        ("steps-llama", "| apt_ext | 850 | ran eagerly | 24.8 | ran eagerly |"),
+        ("steps-llama", "| half: `cut()` | 470 | 450 | 15.8 | 0.00 |"),
+        ("steps-llama", "| half: `compact()` | not measured |  | not measured |  |"),
         ("steps-llama", "| PEFT | 1000 |  | 25.0 |  |"),
         ("steps-roberta", "| PEFT | not measured | 10.0 | not measured | 0.50 |"),
         ("steps-7b", "| PEFT | not measured |  | not measured |  |"),
-        ("steps-liger", "| half: `cut()` | 470 | not measured | 15.8 | not measured |"),
         (
-            "steps-goals",
-            "| LLaMA-1.1B over PEFT, both eager | 0.85 (0.87; 0.83) | 0.47 (0.53; 0.48) | 0.63 (0.62; 0.58) |",
+            "steps-liger",
+            "| half: `cut()` | 470 | not measured | not measured | 15.8 | not measured | not measured |",
         ),
+        ("steps-goals", GOALS[0] + " | ran eagerly (0.87; 0.83) | 0.500 (0.53; 0.48) | 1.000 (0.62; 0.58) |"),
+        ("steps-goals", GOALS[1] + " | 0.850 (0.87; 0.83) | 0.470 (0.53; 0.48) | 0.630 (0.62; 0.58) |"),
     ],
 )
 def test_tables_are_of_the_file_and_say_what_is_missing(steps, monkeypatch, measured, part, line):
@@ -221,5 +273,5 @@ def test_unknown_cases_are_refused(steps, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(steps, monkeypatch, "--smoke", "--only", "7b", "lora")
     said = capsys.readouterr().err
-    assert "--only: expected some of roberta, llama, 7b, dropout, friends, events, roberta-dropout," in said
+    assert "--only: expected some of roberta, llama, 7b, dropout, friends, events, roberta-compiled," in said
     assert "got lora" in said
