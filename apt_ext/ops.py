@@ -136,7 +136,7 @@ def merge_(
 ) -> Tensor:
     """W <- diag(mask_out) (W + s B A) diag(mask_in) in place; returns ``weight``.
 
-    Accumulated in float32 (float64 for float64) and rounded once. Scratch: 4 bytes on CUDA, a block of rows on the CPU,
+    Accumulated in float32 (float64 for float64) and rounded once. Scratch: 4 bytes on CUDA, a block of rows a thread on the CPU,
     never W's size. Pruned rows and columns become 0 whatever they held.
 
     Args:

@@ -114,24 +114,27 @@ at::ScalarType scalar_type_of(DType dtype) {
   }
 }
 
-// What merge works in, in one piece of memory: it allocates nothing itself.
+// What merge works in, in one piece of memory: it allocates nothing itself. Blocks of rows are shared out to
+// lanes, a thread each at most, so that threads wait for each other once a weight.
 template <class T>
 struct Scratch {
-  static constexpr int64_t kBlockElements = int64_t{1}
-                                            << 18;  // 1 MiB of float32 stays in cache until it is used
-  Wide<T>*A, *B, *delta, *mask_in, *mask_out;
-  int64_t rows;  // of W whose part of s B A fits into delta
+  static constexpr int64_t kBlockElements = int64_t{1} << 16;  // 256 KiB of float32 stay in cache until used
+
+  int64_t rows, blocks, lanes;  // of W in a block, blocks in all, how many have a part of delta
+  Wide<T>*A, *B, *delta, *mask_in, *mask_out;  // delta: s B A of a block, one a lane
   size_t bytes = 0;
 
   Scratch(const MergeArgs& args, void* memory)
-      : rows(std::clamp<int64_t>(kBlockElements / args.K, 1, args.N)) {
+      : rows(std::clamp<int64_t>(kBlockElements / args.K, 1, args.N)),
+        blocks((args.N + rows - 1) / rows),
+        lanes(std::clamp<int64_t>(blocks / 4, 1, at::get_num_threads())) {
     auto take = [&](int64_t count) {
       auto* begin =
           memory == nullptr ? nullptr : reinterpret_cast<Wide<T>*>(static_cast<char*>(memory) + bytes);
       bytes += (static_cast<size_t>(count) * sizeof(Wide<T>) + 63) / 64 * 64;
       return begin;
     };
-    A = take(args.R * args.K), B = take(args.N * args.R), delta = take(rows * args.K);
+    A = take(args.R * args.K), B = take(args.N * args.R), delta = take(lanes * rows * args.K);
     mask_in = take(args.K), mask_out = take(args.N);
   }
 };
@@ -192,20 +195,23 @@ void merge(const MergeArgs& args, Stream) {
     for (int64_t i = 0; i < args.N * args.R; ++i) scratch.B[i] *= static_cast<Wide<T>>(args.scaling);
     if (args.not_finite != nullptr && is_surely_finite<T>(args, scratch)) return;
     std::atomic<bool> finite{true};
-    for (int64_t start = 0; start < args.N; start += scratch.rows) {
-      const int64_t count = std::min(scratch.rows, args.N - start);
-      at::Tensor block = matrix(scratch.delta, count, args.K);
-      at::mm_out(block, B.narrow(0, start, count), A);
-      T* weight = static_cast<T*>(args.weight) + start * args.stride[0];
-      at::parallel_for(0, count, rows_a_task(args.K), [&](int64_t begin, int64_t end) {
-        for (int64_t n = begin; n < end; ++n) {
-          const bool row_finite =
-              merge_row(weight + n * args.stride[0], scratch.delta + n * args.K, scratch.mask_in,
-                        scratch.mask_out[start + n], args.K, args.stride[1], args.not_finite == nullptr);
-          if (!row_finite) finite = false;
+    at::parallel_for(0, scratch.lanes, 1, [&](int64_t first, int64_t last) {
+      for (int64_t lane = first; lane < last; ++lane) {
+        Wide<T>* delta = scratch.delta + lane * scratch.rows * args.K;
+        for (int64_t start = lane * scratch.rows; start < args.N; start += scratch.lanes * scratch.rows) {
+          const int64_t count = std::min(scratch.rows, args.N - start);
+          at::Tensor block = matrix(delta, count, args.K);
+          at::mm_out(block, B.narrow(0, start, count), A);
+          for (int64_t n = 0; n < count; ++n) {
+            T* row = static_cast<T*>(args.weight) + (start + n) * args.stride[0];
+            const bool row_finite =
+                merge_row(row, delta + n * args.K, scratch.mask_in, scratch.mask_out[start + n], args.K,
+                          args.stride[1], args.not_finite == nullptr);
+            if (!row_finite) finite = false;
+          }
         }
-      });
-    }
+      }
+    });
     if (args.not_finite != nullptr && !finite) *args.not_finite = 1;
   });
 }

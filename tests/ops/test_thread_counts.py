@@ -59,9 +59,10 @@ def test_compacted(with_threads, dtype):
             assert_accurate(value, expected[name], magnitude[name], dtype, f"{name} with {count} threads")
 
 
+@pytest.mark.parametrize("size", [(300, 140), (1100, 1040)], ids=["one thread", "a block of rows a thread"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_merge(with_threads, dtype):
-    problem = Problem((1,), 300, 140, 9, dtype, masks="soft")
+def test_merge(with_threads, dtype, size):
+    problem = Problem((1,), *size, 9, dtype, masks="soft")
     given = (problem.lora_A, problem.lora_B, problem.scaling, problem.mask_in, problem.mask_out)
     doubles = [value.double() if isinstance(value, torch.Tensor) else value for value in given]
     expected = reference.merge_(problem.weight.double().clone(), *doubles)
