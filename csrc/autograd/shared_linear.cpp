@@ -4,6 +4,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/csrc/autograd/variable.h>
 
+#include <algorithm>
+#include <functional>
+
 #include "../device.h"
 #include "common.h"
 
@@ -207,12 +210,15 @@ variable_list shared_outputs(const Tensor& x, const std::vector<SharedLayer>& la
 SeenTensor::SeenTensor(const OptTensor& tensor)
     : is_there_(tensor.has_value()),
       tensor_(is_there_ ? tensor->getIntrusivePtr() : Tensor().getIntrusivePtr()) {
-  if (is_there_) version_ = version_of(*tensor), requires_grad_ = tensor->requires_grad();
+  if (!is_there_) return;
+  data_ = tensor->const_data_ptr(), count_ = tensor->numel();
+  version_ = version_of(*tensor), requires_grad_ = tensor->requires_grad();
 }
 
 bool SeenTensor::is_still(const OptTensor& tensor) const {
   if (tensor.has_value() != is_there_) return false;
   return !is_there_ || (!tensor_.expired() && tensor_._unsafe_get_target() == tensor->unsafeGetTensorImpl() &&
+                        tensor->const_data_ptr() == data_ && tensor->numel() == count_ &&
                         version_of(*tensor) == version_ && tensor->requires_grad() == requires_grad_);
 }
 
@@ -250,6 +256,11 @@ std::shared_ptr<SharedOutputs> SharedOutputs::compute(const Tensor& x, const std
     if (needs_own_op(layer) || any_wants_grad(layer.weight, layer.mask_out)) continue;
     if (always || is_worth_sharing(x, layer, dtype)) taken.push_back(i);
   }
+  // One node would make the output of a frozen layer require a gradient as well.
+  auto learns = [&](size_t i) {
+    return any_wants_grad(x, layers[i].lora_A, layers[i].lora_B, layers[i].bias);
+  };
+  if (std::any_of(taken.begin(), taken.end(), learns)) std::erase_if(taken, std::not_fn(learns));
   if (taken.size() < 2) return nullptr;
   const Tensor input = casts ? cast_x(x, dtype) : x;
   std::vector<SharedLayer> used, given;

@@ -36,6 +36,8 @@ class SeenTensor {
  private:
   bool is_there_;
   c10::weak_intrusive_ptr<at::TensorImpl> tensor_;
+  const void* data_ = nullptr;  // which an assignment to .data changes, and no counter
+  int64_t count_ = 0;
   uint32_t version_ = 0;
   bool requires_grad_ = false;
 };
