@@ -123,7 +123,7 @@ def loaded_here(monkeypatch):
                 reload.main(str(directory), loader, str(exchange))
             except (ValueError, RuntimeError, ZeroDivisionError, TypeError) as error:
                 return {"error": f"{type(error).__name__}: {error}"}
-        return json.loads(lines[0])
+        return json.loads(lines[0].removeprefix(reload.MARK))
 
     for module in (directories, peft_directories):
         monkeypatch.setattr(module, "started", lambda kind: nullcontext(reloaded))

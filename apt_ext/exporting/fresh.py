@@ -35,9 +35,19 @@ def started(kind: str) -> Iterator[Reloaded]:
         process = waiting[-1]
         said, errors = process.communicate(json.dumps([str(directory), loader, str(exchange)]))
         waiting.remove(process)
+        if process.returncode < 0:
+            raise RuntimeError(
+                f"export: expected the process that loads what was written to end, but signal {-process.returncode} ended it "
+                "(9: often for lack of memory); nothing was replaced, so export again"
+            )
+        if not directory.is_dir():
+            raise RuntimeError(f"export: expected {directory} to stay until it is checked, but somebody has removed it")
         if process.returncode:
             return {"error": _reported(errors) or f"exit status {process.returncode}"}
-        answer: dict[str, Any] = json.loads(said.splitlines()[-1])
+        line = next((line for line in said.splitlines() if line.startswith(reload.MARK)), None)
+        if line is None:
+            raise RuntimeError(f"export: expected an answer of the process that loads what was written, got none: {_reported(errors)}")
+        answer: dict[str, Any] = json.loads(line.removeprefix(reload.MARK))
         return answer
 
     try:

@@ -1,7 +1,8 @@
 """Run as a script (`export` imports what both need): load a directory with stock transformers alone, and say what came.
 
 reload.py KIND imports torch, transformers and its class KIND, and waits for a line of JSON, [DIRECTORY, CLASS, EXCHANGE]; without one it
-ends. It prints a line of JSON: {"tensors": {name: [dtype, shape, SHA-256]}, "class": its full name, "seconds": {what: how long}}. Where
+ends. It prints MARK and then, in the same line,
+{"tensors": {name: [dtype, shape, SHA-256]}, "class": its full name, "seconds": {what: how long}}. Where
 the file EXCHANGE (safetensors) holds inputs, the first output of the model for them takes their place. CLASS is a class of
 transformers, an auto class, with which the code in the directory runs, or "apt_ext" for `apt_ext.load_export`.
 """
@@ -18,6 +19,8 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+
+MARK = "apt_ext has loaded: "  # begins the line of the answer: others may print in this process, too
 
 
 def digests(model: Any) -> dict[str, list[Any]]:
@@ -80,7 +83,7 @@ def main(directory: str, kind: str, exchange: str) -> None:
     found: dict[str, Any] = {"tensors": digests(model), "class": f"{type(model).__module__}.{type(model).__qualname__}"}
     times.append(time.perf_counter())
     seconds = [end - start for start, end in pairwise(times)]
-    print(json.dumps({**found, "seconds": dict(zip(("load", "output", "hash"), seconds, strict=True))}))
+    print(MARK + json.dumps({**found, "seconds": dict(zip(("load", "output", "hash"), seconds, strict=True))}))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,11 @@ if line := sys.stdin.readline():
         raise ValueError("no such tensor")
     print("noise")
     said = {"threads": os.environ["OMP_NUM_THREADS"], "modules": os.environ.get("HF_MODULES_CACHE")}
-    print(json.dumps({"kind": kind, "loader": loader, **said}))
+    if loader == "killed":
+        os.kill(os.getpid(), 9)
+    if loader != "silent":
+        print("apt_ext has loaded: " + json.dumps({"kind": kind, "loader": loader, **said}))
+    print("noise of what ends with the process")
 """
 
 
@@ -61,8 +65,18 @@ def test_code_of_a_directory_leaves_the_waiting_process_to_the_others(processes,
 
 
 def test_what_it_raised_is_the_answer(processes, tmp_path):
+    (tmp_path / "bad").mkdir()
     with fresh.started("LlamaForCausalLM") as reloaded:
         assert reloaded(tmp_path / "bad", "one", tmp_path / "exchange") == {"error": "ValueError: no such tensor\na warning"}
+
+
+def test_what_is_not_the_fault_of_the_model_is_said_so(processes, tmp_path):
+    with fresh.started("LlamaForCausalLM") as reloaded:
+        for loader, words in (("killed", "signal 9 ended it"), ("silent", "got none")):
+            with pytest.raises(RuntimeError, match=words):
+                reloaded(tmp_path, loader, tmp_path / "exchange")
+        with pytest.raises(RuntimeError, match="somebody has removed it"):
+            reloaded(tmp_path / "gone", "one", tmp_path / "exchange")
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
