@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.checks import checked_choice, checked_int, checked_number
+from ..common.checks import checked_int, checked_number
 from .batches import with_tensors
 from .replayer import Replayer
 
@@ -73,11 +73,11 @@ class GraphedStep:
             raise TypeError(f"autocast: expected torch.bfloat16, torch.float16 or None, got {autocast!r}")
         if scaler is not None and not callable(getattr(scaler, "scale", None)):
             raise TypeError(f"scaler: expected a GradScaler or None, got {type(scaler).__name__}")
-        if not isinstance(enabled, bool):
-            checked_choice("enabled", enabled, ("auto",))
-        self.model, self.loss, self.autocast, self.scaler, self.enabled = model, loss, autocast, scaler, enabled
-        self.accumulate, self.shapes = checked_int("accumulate", accumulate, 1), checked_int("shapes", shapes, 1)
-        self._replayer = Replayer(model, self.shapes, enabled)
+        if enabled != "auto" and not isinstance(enabled, bool):
+            raise ValueError(f'enabled: expected "auto", True or False, got {enabled!r}')
+        self._model, self._loss, self._autocast, self._scaler = model, loss, autocast, scaler
+        self._accumulate = checked_int("accumulate", accumulate, 1)
+        self._replayer = Replayer(model, checked_int("shapes", shapes, 1), enabled)
 
     # -- what it tells ---------------------------------------------------------------------------------------------------
 
@@ -112,13 +112,13 @@ class GraphedStep:
 
     # -- a step ----------------------------------------------------------------------------------------------------------
 
-    def __call__(self, *inputs: Any, _divide: float | None = None, **batch: Any) -> Any:
+    def __call__(self, /, *inputs: Any, _divide: float | None = None, **batch: Any) -> Any:
         """Run forward and backward of one batch.
 
         `_divide` takes the place of `accumulate` this once. Returns what the model gives (loss=None), or what `loss` gives: detached
         tensors, which are yours.
         """
-        divide = self.accumulate if _divide is None else checked_number("_divide", _divide)
+        divide = self._accumulate if _divide is None else checked_number("_divide", _divide)
         if not divide > 0:
             raise ValueError(f"_divide: expected a number above 0, got {_divide!r}")
         return self._replayer.run(self._lines, inputs, batch, divide)
@@ -128,26 +128,26 @@ class GraphedStep:
     def _lines(self, inputs: tuple[Any, ...], batch: dict[str, Any], divide: float, leaves: list[Tensor] | None) -> Any:
         """Forward and backward, as a loop has them."""
         with self._precision():
-            if self.loss is None:
-                found = self.model(*inputs, **batch)
+            if self._loss is None:
+                found = self._model(*inputs, **batch)
                 loss = _own_loss(found)
             else:
-                found = self.loss(self.model, _one_batch(inputs, batch))
-                loss = found[0] if isinstance(found, tuple) else found
+                found = self._loss(self._model, _one_batch(inputs, batch))
+                loss = found[0] if isinstance(found, tuple) and found else found
         _check_loss(loss)
         scaled = loss if divide == 1 else loss / divide
-        if self.scaler is not None:
-            scaled = self.scaler.scale(scaled)
+        if self._scaler is not None:
+            scaled = self._scaler.scale(scaled)
         if leaves is not None:
             leaves.extend(_leaves(scaled))
         scaled.backward()
         return with_tensors(found, Tensor.detach)
 
     def _precision(self) -> AbstractContextManager[Any]:
-        if self.autocast is None:
+        if self._autocast is None:
             return nullcontext()
-        kind = next((one.device.type for one in self.model.parameters()), "cpu")
-        return torch.autocast(kind, self.autocast)
+        kind = next((one.device.type for one in self._model.parameters()), "cpu")
+        return torch.autocast(kind, self._autocast)
 
 
 def _own_loss(found: Any) -> Any:
@@ -174,6 +174,11 @@ def _check_loss(loss: Any) -> None:
         raise TypeError(f"loss: expected a scalar tensor, or (scalar, outputs), got {type(loss).__name__}")
     if loss.numel() != 1:
         raise ValueError(f"loss: expected one value, got a tensor of shape {list(loss.shape)}")
+    if not loss.requires_grad:
+        raise ValueError(
+            "loss: expected one with a gradient, got a constant: grad mode is off, nothing that it was made of requires a gradient, or it "
+            "was detached, as what GraphedStep returns is, because it has run the backward already"
+        )
 
 
 def _leaves(loss: Tensor) -> list[Tensor]:

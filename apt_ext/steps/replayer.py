@@ -95,7 +95,10 @@ class Replayer:
         place = self._place()
         if place is not None:
             return self._tell(place)
-        standing = Standing(self.model, self._volatile)
+        try:
+            standing = Standing(self.model, self._volatile)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:  # a scripted or lazy module, a sparse buffer
+            return self._tell(f"the model has a part that cannot be followed: {type(error).__name__}: {error}")
         if self._standing is None or standing != self._standing:
             self._restless += self._standing is not None
             self._begin(standing)

@@ -10,11 +10,13 @@ from torch import Tensor, nn
 from ..adapter.carrier import MaskCarrier
 from ..adapter.layer import APTAdapter
 
-_PLAIN = frozenset((bool, int, float, str, type(None)))
+_PLAIN = frozenset((bool, int, float, str, type(None), torch.dtype, torch.device))
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
-_QUIET = (APTAdapter, nn.Linear, nn.Embedding)  # their forward reads no plain value that users change
-_TORCHS = set(vars(nn.Module())) - {"training"}  # registries and flags of nn.Module itself
+_QUIET = (APTAdapter, nn.Linear, nn.Embedding)  # their forward reads no attribute that users change
+_LONGEST = 64  # entries of a list or a dict that are looked at
+_TORCHS = frozenset(vars(nn.Module())) - {"training"}  # registries and flags of nn.Module itself
+_OWN = frozenset(("training", "placed", "history", "controller_state", "target"))  # looked at above, or of no matter to a step
 
 
 class Standing:
@@ -22,8 +24,9 @@ class Standing:
 
     memory  the modules and tensors of the model, by identity and place: a graph reads and writes there
     mode    plain values: training or not, which masks take part, settings, hooks
-    names   of the last part of them, the plain attributes of modules and of their config: (identity of their owner, name)
-    values  theirs
+    names   of attributes of modules and of their config: (identity of their owner, name)
+    values  theirs: a plain value itself, a list, tuple or dict entry by entry, another object by its identity. What changes inside such
+            an object is not seen.
     """
 
     def __init__(self, model: nn.Module, volatile: frozenset[tuple[int, str]]) -> None:
@@ -52,17 +55,16 @@ class Standing:
             if "placed" in own:
                 _look_at_carrier(module, mode, memory, held)
             if isinstance(module, _QUIET):
+                if "forward" in own:
+                    held.append(own["forward"])
+                    memory.append(id(own["forward"]))
                 continue
             for name, value in own.items():
-                kind = type(value)
-                if kind in _PLAIN:
-                    if name not in _TORCHS:
-                        names.append((number, name))
-                        values.append(value)
-                elif kind is Tensor:
-                    held.append(value)
-                    memory += (id(value), value.data_ptr(), value.numel())
-                elif name == "config":
+                if name in _TORCHS or name in _OWN:
+                    continue
+                names.append((number, name))
+                values.append(value if type(value) in _PLAIN else _seen(value, held))
+                if name == "config":
                     configs[id(value)] = value
         for number, config in configs.items():
             held.append(config)
@@ -93,6 +95,19 @@ class Standing:
         """Return the plain values that are others than `before`, of modules that were there."""
         old = dict(zip(before.names, before.values, strict=True))
         return frozenset(name for name, value in zip(self.names, self.values, strict=True) if name in old and old[name] != value)
+
+
+def _seen(value: Any, held: list[Any], depth: int = 2) -> Any:
+    """What is compared of an attribute; whatever is compared by identity is added to `held`."""
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if depth and kind in (list, tuple) and len(value) <= _LONGEST:
+        return [_seen(one, held, depth - 1) for one in value]
+    if depth and kind is dict and len(value) <= _LONGEST:
+        return [(key if type(key) in _PLAIN else id(key), _seen(one, held, depth - 1)) for key, one in value.items()]
+    held.append(value)
+    return (id(value), value.data_ptr(), value.numel()) if isinstance(value, Tensor) else id(value)
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:

@@ -72,7 +72,7 @@ def test_a_batch_by_position():
         ({"autocast": "bf16"}, TypeError, "autocast: expected torch.bfloat16"),
         ({"scaler": 3}, TypeError, "scaler: expected a GradScaler"),
         ({"shapes": 0}, ValueError, "shapes must be at least 1"),
-        ({"enabled": "yes"}, ValueError, "enabled must be 'auto'"),
+        ({"enabled": "yes"}, ValueError, 'enabled: expected "auto", True or False'),
     ],
     ids=lambda value: None if isinstance(value, type) else str(value)[:24],
 )
@@ -87,6 +87,13 @@ def test_wrong_losses():
         GraphedStep(model, lambda model, batch: 3.0)(x)
     with pytest.raises(ValueError, match=r"shape \[1, 2\]"):
         GraphedStep(model, lambda model, batch: model(batch))(x)
+    with pytest.raises(TypeError, match="got tuple"):
+        GraphedStep(model, lambda model, batch: ())(x)
+    with pytest.raises(ValueError, match="got a constant"):
+        GraphedStep(model, lambda model, batch: torch.zeros(()))(x)
+    with torch.no_grad(), pytest.raises(ValueError, match="grad mode is off"):
+        GraphedStep(model, lambda model, batch: model(batch).sum())(x)
+    assert GraphedStep(model, lambda model, batch: model(batch["self"]).sum())(self=x).shape == ()
     with pytest.raises(ValueError, match="put labels into the batch"):
         GraphedStep(built(FAMILIES["bert"])[0])(input_ids=torch.ones(1, 4, dtype=torch.long))
     for wrong in (0, -1, float("nan")):
@@ -165,6 +172,13 @@ def changes(model):
     yield "disabled", lambda: adapter.set_disabled(True)
     yield "config", lambda: setattr(model.config, "hidden_dropout_prob", 0.3)
     yield "a value of a module", lambda: setattr(model.model.dropout, "p", 0.7)
+    yield "another forward", lambda: setattr(model.model.classifier, "forward", model.model.classifier.forward)
+    model.model.settings, model.model.others, model.model.kind = [1, {"a": torch.ones(1)}], (1, 2), torch.float32
+    yield "an entry of a list", lambda: model.model.settings.__setitem__(0, 2)
+    yield "a tensor in a dict in a list", lambda: model.model.settings[1].update(a=torch.ones(1))
+    yield "a tuple", lambda: setattr(model.model, "others", (1, 3))
+    yield "a dtype", lambda: setattr(model.model, "kind", torch.float16)
+    yield "a function", lambda: setattr(model.model, "kind", print)
     yield "precision", lambda: torch.set_float32_matmul_precision("high")
     yield "a hook", lambda: model.model.register_forward_hook(lambda *_: None)
 
@@ -180,6 +194,22 @@ def test_a_standing_notices_every_change():
             assert first != Standing(model, frozenset()), name
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def sparse():
+    module = nn.Linear(2, 2)
+    module.register_buffer("rows", torch.eye(2).to_sparse())
+    return module
+
+
+@pytest.mark.parametrize("part", [nn.LazyLinear, sparse])
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_a_part_that_cannot_be_followed_runs_eagerly(part, monkeypatch):
+    part = part(2) if part is nn.LazyLinear else part()
+    monkeypatch.setattr("apt_ext.steps.replayer.Replayer._place", lambda self: None)
+    model = nn.ModuleDict({"known": nn.Linear(2, 2), "part": part})
+    step = GraphedStep(model, lambda model, batch: model["known"](batch).sum())
+    assert step(torch.ones(1, 2)).shape == () and "cannot be followed" in step.reason
 
 
 def test_a_forward_and_a_step_of_the_optimizer_change_no_standing():
