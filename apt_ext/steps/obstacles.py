@@ -8,7 +8,7 @@ from torch.nn.modules import module as hooks_of_all
 from ..distributed.dtensor import is_sharded
 
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")  # torch's registries of a module
 _COLLECTING = "transformers.utils.output_capturing"
 _GLOBAL = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 
@@ -19,7 +19,7 @@ def obstacle(model: nn.Module) -> str | None:
         where = f"{name or 'the model'} ({type(module).__name__})"
         if type(module).__name__ in _WRAPPERS:
             return f"{where} exchanges gradients with other processes, which a graph would not do"
-        for hooks in (getattr(module, one) for one in _HOOKS):
+        for hooks in (getattr(module, one) for one in HOOKS):
             other = next((hook for hook in hooks.values() if not _is_own(hook)), None)
             if other is not None:
                 return f"{where} has the hook {_name_of(other)}, which a replay would not call"

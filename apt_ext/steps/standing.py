@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from ..adapter.carrier import MaskCarrier
 from ..adapter.layer import APTAdapter
+from .obstacles import HOOKS
 
 _PLAIN = frozenset((bool, int, float, str, type(None), torch.dtype, torch.device))
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
 _QUIET = (APTAdapter, nn.Linear, nn.Embedding)  # their forward reads no attribute that users change
 _LONGEST = 64  # entries of a list or a dict that are looked at
@@ -41,7 +41,7 @@ class Standing:
             own, number = module.__dict__, id(module)
             memory.append(number)
             mode.append(own["training"])
-            for registry in _HOOKS:
+            for registry in HOOKS:
                 if own[registry]:
                     mode.append((number, registry, *own[registry]))
             for tensor in own["_parameters"].values():
