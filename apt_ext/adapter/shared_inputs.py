@@ -151,9 +151,9 @@ class SharedInput:
     def _classes_then(self) -> list[tuple[int, ...]]:
         """Who was computed with whom in the forward that this backward recomputes."""
         thread, moment = _C.node_moment() or self._classes[-1][0]
-        bythis_thread = [(at, classes) for (who, at), classes in self._classes if who == thread]
-        before = [classes for at, classes in bythis_thread if at <= moment]
-        return before[-1] if before else (bythis_thread or self._classes[-1:])[0][1]
+        of_thread = [(at, classes) for (who, at), classes in self._classes if who == thread]
+        before = [classes for at, classes in of_thread if at <= moment]
+        return before[-1] if before else (of_thread or self._classes[-1:])[0][1]
 
     def _finish(self, held: Held) -> None:
         """Let outputs that nobody took go, and remember whose they were."""
