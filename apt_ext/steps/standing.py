@@ -16,7 +16,7 @@ _ATTENTION = ("flash", "mem_efficient", "math", "cudnn")
 _QUIET = (APTAdapter, nn.Linear, nn.Embedding)  # their forward reads no attribute that users change
 _LONGEST = 64  # entries of a list or a dict that are looked at
 _TORCHS = frozenset(vars(nn.Module())) - {"training"}  # registries and flags of nn.Module itself
-_OWN = frozenset(("training", "placed", "history", "controller_state", "target"))  # looked at above, or of no matter to a step
+_OWN = frozenset(("training", "placed", "history", "controller_state", "_target"))  # looked at above, or of no matter to a step
 
 
 class Standing:

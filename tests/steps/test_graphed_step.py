@@ -10,7 +10,7 @@ from torch import nn
 from training import batch_for, built
 
 import apt_ext
-from apt_ext import GraphedStep
+from apt_ext import Controller, GraphedStep
 from apt_ext.steps.attention import MaskWatch
 from apt_ext.steps.batches import Ungraphable, is_padded, signature, with_tensors
 from apt_ext.steps.obstacles import obstacle
@@ -221,6 +221,24 @@ def test_a_forward_and_a_step_of_the_optimizer_change_no_standing():
         optimizer.step()
         optimizer.zero_grad()
         assert first == Standing(model, frozenset())
+
+
+@pytest.mark.parametrize("shrink", ["cut", "compact", "none"])
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2", "t5"])
+def test_a_controller_changes_a_standing_at_its_windows_alone(name, shrink):
+    model, optimizer = built(FAMILIES[name])
+    schedule = {"start": 2, "end": 14, "events": 3}
+    controller = Controller(model, optimizer, 16, schedule=schedule, shrink=shrink)
+    found = []
+    for i in range(16):
+        model(**batch_for(FAMILIES[name], i)).loss.backward()
+        controller.observe()
+        optimizer.step()
+        optimizer.zero_grad()
+        controller.step()
+        found.append(Standing(model, frozenset()))
+    changed = sum(one != other for one, other in zip(found, found[1:], strict=False))
+    assert 3 <= changed <= 6, changed  # masks begin to move before an event, and stop at it
 
 
 def test_masks_of_the_host_are_watched():
