@@ -19,11 +19,13 @@ int rows_of(int64_t M, int64_t blocks_each, const DeviceLimits& device) {
   return divided(M, 32) * 4 >= device.multiprocessors * 3 * blocks_each ? 32 : 16;
 }
 
-// The rows of a block of the low-rank pass. 32 read the factor half as often, which counts where rows are
-// long. Two blocks that take turns with reading and writing count for more (docs/performance.md).
+// The rows of a block of the low-rank pass. 32 read the factor half as often, and have twice as much on its
+// way. Shorter rows want more blocks than the chip holds at once, which take turns with reading and writing
+// (docs/performance.md).
 int rows_of_pass(const LinearProblem& p, const DeviceLimits& device) {
-  constexpr int64_t kLong = 4096;
-  return std::max(p.N, p.K) >= kLong ? rows_of(p.M, 2, device) : 16;
+  constexpr int64_t kLong = 4096, kShort = 1024;
+  const int64_t width = std::max(p.N, p.K);
+  return width < kShort ? 16 : rows_of(p.M, width < kLong ? 4 : 2, device);
 }
 
 // Cut the columns of the up pass too, until there are two blocks for each multiprocessor.

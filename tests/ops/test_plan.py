@@ -67,6 +67,15 @@ def test_ranks_that_only_the_library_takes_are_padded():
     assert not launch_plan(8192, 4096, 4096, 37, "float32").padded and not launch_plan(8, 4096, 4096, 37).padded
 
 
+@pytest.mark.parametrize(
+    ("M", "width", "rows"),
+    [(8192, 4096, 32), (6000, 4096, 16), (16384, 2048, 32), (8192, 2048, 16), (16384, 768, 16), (16384, 1024, 32)],
+)
+def test_rows_of_a_block_by_what_the_chip_holds(M, width, rows):
+    for N, K in ((width, width), (256, width), (width, 256)):
+        assert f"passes, {rows} rows a block" in repr(launch_plan(M, N, K, 8))
+
+
 def test_a_plan_says_what_it_is():
     assert repr(launch_plan(8192, 4096, 4096, 16)).startswith("passes, 32 rows a block")
     assert repr(launch_plan(8192, 4097, 4096, 0)) == "library, padded to multiples of 8"
