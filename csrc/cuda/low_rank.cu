@@ -24,6 +24,9 @@ constexpr int kStep = 64;    // columns a warp does at a time: 128 bytes of a ro
 constexpr int kPieces = 12;  // of 16 bytes that a thread needs a step: at most 8 of x or out, 4 of the factor
 constexpr int kStages = 2;   // the step at work and the next
 
+// What `up` does beside out = scaling low up^T: a body each, since one for all waits for what is not there.
+enum class Adds { kNothing, kBias, kAll };
+
 // A block owns 16 * kTiles rows, each warp all of them, and its warps divide the columns. kDropX, kDropOut: a
 // kernel each, at most one of them, so that what does not draw keeps its registers.
 template <class T, int kTiles, bool kDropX, bool kDropOut>
@@ -190,15 +193,15 @@ struct Block : LowRows<T, kTiles> {
   }
 
   // Of each side of a step lane (g, q) holds columns 8q to 8q + 7: four products of 8 columns, the j-th with
-  // columns 8q + 2j and 8q + 2j + 1. Of the ranks it holds 4q to 4q + 3. kPlain: out = scaling low up^T and
-  // nothing else.
-  template <bool kPlain>
+  // columns 8q + 2j and 8q + 2j + 1. Of the ranks it holds 4q to 4q + 3.
+  template <Adds kAdds>
   __device__ __forceinline__ void up() {
+    constexpr bool kAll = kAdds == Adds::kAll, kShifts = kHasBias && kAdds != Adds::kNothing;
     [[maybe_unused]] const DrawsIf<kDropOut> draws(args.drop_out);
     T* out = static_cast<T*>(args.out);
     const T* factor = static_cast<const T*>(args.up.data);
     const T* bias = static_cast<const T*>(args.bias);
-    const bool by_channel = args.up.by_channel, accumulate = !kPlain && args.accumulate;
+    const bool by_channel = args.up.by_channel, accumulate = kAll && args.accumulate;
     uint32_t lhs[kTiles][4];
     float row_factor[kTiles][2], row_mask[kTiles][2];
 #pragma unroll
@@ -209,7 +212,7 @@ struct Block : LowRows<T, kTiles> {
         const int64_t row = row0 + row_of(t, half);
         row_factor[t][half] *= float(args.scaling);
         row_mask[t][half] =
-            kMerges && !kPlain && args.row_mask != nullptr && row < args.M ? args.row_mask[row] : 1.f;
+            kMerges && kAll && args.row_mask != nullptr && row < args.M ? args.row_mask[row] : 1.f;
       }
     }
     bool bad = false;
@@ -238,12 +241,13 @@ struct Block : LowRows<T, kTiles> {
       }
     };
     auto early = [&](int step) {
-      if constexpr (!kPlain) {
 #pragma unroll
-        for (int s = 0; s < 2; ++s) {
-          const int64_t column = column_of(step, s);
+      for (int s = 0; s < 2; ++s) {
+        const int64_t column = column_of(step, s);
+        if constexpr (kAll)
           mask[s].load(args.column_mask + column, args.column_mask != nullptr && column < args.E);
-          const bool has_bias = kHasBias && bias != nullptr && column < args.E;
+        if constexpr (kShifts) {
+          const bool has_bias = bias != nullptr && column < args.E;
           shift[s].all = has_bias ? *reinterpret_cast<const uint4*>(bias + column) : uint4{0, 0, 0, 0};
         }
       }
@@ -290,15 +294,15 @@ struct Block : LowRows<T, kTiles> {
               if constexpr (kDropOut) {
                 if (!draws.keeps(words, j)) value = 0.f;
               }
-              if constexpr (!kPlain) {
-                value += widen(reinterpret_cast<const T*>(shift[s].pair)[j]);
+              if constexpr (kShifts) value += widen(reinterpret_cast<const T*>(shift[s].pair)[j]);
+              if constexpr (kAll) {
                 if (accumulate) value += widen(reinterpret_cast<const T*>(old.pair)[j]);
                 const bool pruned = mask[s].at[j] == 0.f || row_mask[t][half] == 0.f;
                 value = pruned ? 0.f : value * mask[s].at[j] * row_mask[t][half];
               }
-              if (kMerges && !kPlain && args.not_finite != nullptr) bad |= !isfinite(widen(narrow<T>(value)));
+              if (kMerges && kAll && args.not_finite != nullptr) bad |= !isfinite(widen(narrow<T>(value)));
             }
-            if (column < args.E && row < args.M && (!kMerges || kPlain || args.not_finite == nullptr)) {
+            if (column < args.E && row < args.M && (!kMerges || !kAll || args.not_finite == nullptr)) {
               store_words(out + row * args.out_stride + column, two<T>(result[0], result[1]),
                           two<T>(result[2], result[3]), two<T>(result[4], result[5]),
                           two<T>(result[6], result[7]));
@@ -309,7 +313,7 @@ struct Block : LowRows<T, kTiles> {
     };
     queue.run(int(blockIdx.y) * kSplits + split, static_cast<int>((args.E + kStep - 1) / kStep),
               int(gridDim.y) * kSplits, fill, early, body);
-    if (kMerges && !kPlain && args.not_finite != nullptr && bad)
+    if (kMerges && kAll && args.not_finite != nullptr && bad)
       *args.not_finite = 1;  // every writer writes the same
   }
 
@@ -322,9 +326,15 @@ struct Block : LowRows<T, kTiles> {
       down<false>();
     }
     if (args.out == nullptr) return;
-    const bool plain =
-        !args.accumulate && args.bias == nullptr && args.column_mask == nullptr && args.row_mask == nullptr;
-    plain ? up<true>() : up<false>();
+    const bool all = args.accumulate || args.column_mask != nullptr || args.row_mask != nullptr ||
+                     args.not_finite != nullptr;
+    if (all) {
+      up<Adds::kAll>();
+    } else if (kHasBias && args.bias != nullptr) {
+      up<Adds::kBias>();
+    } else {
+      up<Adds::kNothing>();
+    }
   }
 };
 
