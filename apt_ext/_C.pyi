@@ -1,6 +1,6 @@
 """The compiled module: typed, positional doors to the dispatcher's ops, and build_info()."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -126,15 +126,15 @@ class Listener:
     def forget(self) -> None: ...
     def add(self, found: Sequence[Tensor]) -> None: ...
 
-# weight, bias, lora_A, lora_B, mask_out, scaling
-_Layer = tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None, float]
+# weight, bias, lora_A, lora_B, mask_out, scaling, dropout
+_Layer = tuple[Tensor | None, Tensor | None, Tensor, Tensor, Tensor | None, float, float]
 
 class SharedOutputs:
     """Outputs of layers that read one x, computed together and not handed out yet."""
 
     def take(self, i: int, x: Tensor, layer: _Layer) -> Tensor | None: ...
 
-def shared_linear(x: Tensor, layers: Sequence[_Layer], always: bool = False) -> SharedOutputs | None: ...
+def shared_linear(x: Tensor, layers: Sequence[_Layer], always: bool, rng: Callable[[Tensor], Tensor | None]) -> SharedOutputs | None: ...
 def next_moment() -> tuple[int, int]: ...
 def node_moment() -> tuple[int, int] | None: ...
 def all_ones(first: Tensor | None, second: Tensor | None) -> bool: ...

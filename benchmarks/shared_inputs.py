@@ -62,7 +62,7 @@ def graphed(run: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def layer_runs(tokens: int, K: int, widths: tuple[int, ...], rank: int, masked: bool) -> dict[str, Callable[[], None]]:
+def layer_runs(tokens: int, K: int, widths: tuple[int, ...], rank: int, masked: bool, dropout: float) -> dict[str, Callable[[], None]]:
     """Forward and backward of the layers, captured: the time of the device alone."""
 
     def draw(*size: int, grad: bool = False) -> torch.Tensor:
@@ -72,19 +72,19 @@ def layer_runs(tokens: int, K: int, widths: tuple[int, ...], rank: int, masked: 
     layers: list[Any] = []
     for N in widths:
         mask = torch.ones(N, device="cuda") if masked else None
-        layers.append((draw(N, K), None, draw(rank, K, grad=True), draw(N, rank, grad=True), mask, 2.0))
+        layers.append((draw(N, K), None, draw(rank, K, grad=True), draw(N, rank, grad=True), mask, 2.0, dropout))
     grads = [draw(tokens, N) for N in widths]
     leaves = [root, *(layer[i] for layer in layers for i in (2, 3))]
 
     def shared() -> None:
         x = root.view_as(root)
-        outputs = _C.shared_linear(x, layers)
+        outputs = _C.shared_linear(x, layers, False, ops.drawn_rng)
         assert outputs is not None
         torch.autograd.grad([outputs.take(i, x, layer) for i, layer in enumerate(layers)], leaves, grads)
 
     def alone() -> None:
         x = root.view_as(root)
-        y = [ops.apt_linear(x, W, b, A, B, None, mask, s) for W, b, A, B, mask, s in layers]
+        y = [ops.apt_linear(x, W, b, A, B, None, mask, s, p) for W, b, A, B, mask, s, p in layers]
         torch.autograd.grad(y, leaves, grads)
 
     return {"alone": graphed(alone), "shared": graphed(shared)}
@@ -92,10 +92,10 @@ def layer_runs(tokens: int, K: int, widths: tuple[int, ...], rank: int, masked: 
 
 def time_layers() -> None:
     for name, shape in LAYERS.items():
-        for masked in (False, True):
-            times = interleaved(layer_runs(*shape, masked), 15, 10)
+        for more, masked, dropout in (("", False, 0.0), (", mask_out", True, 0.0), (", dropout 0.05", False, 0.05)):
+            times = interleaved(layer_runs(*shape, masked, dropout), 15, 10)
             ratio = round(times["shared"] / times["alone"], 3)
-            say(name + ", mask_out" * masked, **times, ratio=ratio)
+            say(name + more, **times, ratio=ratio)
             torch.cuda.empty_cache()
 
 

@@ -146,6 +146,7 @@ struct RankTile {
   float* partial = nullptr;      // rows of the first of the token sums, [spans, low_stride, C]
   int64_t low_stride = 0;        // the layer's rank
   int count = 0;
+  Dropout dropout = {};  // down: of x; up: of low A; for token sums none
 };
 
 constexpr int kRankTiles = 4;  // that one launch takes
@@ -308,9 +309,9 @@ void low_rank(const LowRankArgs& args, Stream stream);
 void token_sums(const TokenSumArgs& args, Stream stream);
 void add_spans(const FactorGrads& grads, Stream stream);  // token_sums.cu
 void to_half(const ToHalfArgs& args, Stream stream);
-void shared_down(const SharedRanksArgs& args, Stream stream);        // shared_linear.cu
-void shared_up(const SharedRanksArgs& args, Stream stream);          // shared_linear.cu
-void shared_token_sums(const SharedRanksArgs& args, Stream stream);  // shared_linear.cu
+void shared_down(const SharedRanksArgs& args, Stream stream);  // shared_linear.cu
+void shared_up(const SharedRanksArgs& args, Stream stream);    // shared_linear.cu
+void shared_token_sums(const SharedRanksArgs& args, Stream stream);
 }  // namespace cuda
 
 }  // namespace apt

@@ -137,10 +137,11 @@ void bind_salience_hook(py::module& m) {
 }
 
 void bind_shared_linear(py::module& m) {
-  // weight, bias, lora_A, lora_B, mask_out, scaling
-  using Loose = std::tuple<OptTensor, OptTensor, Tensor, Tensor, OptTensor, double>;
+  // weight, bias, lora_A, lora_B, mask_out, scaling, dropout
+  using Loose = std::tuple<OptTensor, OptTensor, Tensor, Tensor, OptTensor, double, double>;
   static constexpr auto layer_of = [](Loose loose) {
-    return std::make_from_tuple<SharedLayer>(std::move(loose));
+    return std::make_from_tuple<SharedLayer>(
+        std::tuple_cat(std::move(loose), std::tuple<OptTensor>(std::nullopt)));
   };
   py::class_<SharedOutputs, std::shared_ptr<SharedOutputs>>(
       m, "SharedOutputs", "Outputs of layers that read one x, computed together and not handed out yet.")
@@ -153,14 +154,20 @@ void bind_shared_linear(py::module& m) {
           "The output of layer i, once; None where it was not computed, or not for what is given now.");
   m.def(
       "shared_linear",
-      [](const Tensor& x, std::vector<Loose> loose, bool always) {
+      [](const Tensor& x, std::vector<Loose> loose, bool always, const py::object& rng) {
         std::vector<SharedLayer> layers;
         for (Loose& layer : loose) layers.push_back(layer_of(std::move(layer)));
-        return SharedOutputs::compute(x, layers, always);
+        const auto draw = [&] {
+          py::gil_scoped_acquire gil;
+          return rng(x).cast<Tensor>();
+        };
+        py::gil_scoped_release no_gil;
+        return SharedOutputs::compute(x, std::move(layers), always, draw);
       },
-      py::arg("x"), py::arg("layers"), py::arg("always") = false, py::call_guard<py::gil_scoped_release>(),
-      "apt_linear of layers (weight, bias, lora_A, lora_B, mask_out, scaling) that read one x; None where each "
-      "is to be computed alone. always: also where sharing saves nothing.");
+      py::arg("x"), py::arg("layers"), py::arg("always"), py::arg("rng"),
+      "apt_linear of layers (weight, bias, lora_A, lora_B, mask_out, scaling, dropout) that read one x; None "
+      "where each is to be computed alone. always: also where sharing saves nothing. rng(x) is called for each "
+      "layer that drops.");
 }
 
 }  // namespace

@@ -137,9 +137,9 @@ def calls(monkeypatch):
     found = []
     real = apt_ext._C.shared_linear
 
-    def counted(x, layers, always):
+    def counted(x, layers, always, rng):
         found.append(len(layers))
-        return real(x, layers, always)
+        return real(x, layers, always, rng)
 
     monkeypatch.setattr(apt_ext._C, "shared_linear", counted)
     shared_inputs.this_thread.held = None

@@ -18,12 +18,13 @@ from torch import Tensor
 from torch._C import _is_torch_function_mode_enabled
 
 from .. import _C
+from ..ops import drawn_rng
 
 if TYPE_CHECKING:
     from .layer import APTAdapter
 
-# weight, bias, lora_A, lora_B, mask_out, scaling
-Operands = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, float]
+# weight, bias, lora_A, lora_B, mask_out, scaling, dropout
+Operands = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, float, float]
 Mode = Literal["auto", "always", "never"]
 
 _SIXTEEN = (torch.bfloat16, torch.float16)
@@ -127,7 +128,7 @@ class SharedInput:
                 layers.append(found)
         if len(members) < 2:
             return None
-        outputs = _C.shared_linear(x, layers, _mode == "always")
+        outputs = _C.shared_linear(x, layers, _mode == "always", drawn_rng)
         if outputs is None:
             return None
         held = Held(self, outputs, members, number, x)
@@ -181,12 +182,12 @@ def _ready(member: APTAdapter | None) -> Operands | None:
 
 
 def _operands(adapter: APTAdapter, mask_out: Tensor | None) -> Operands | None:
-    """The operands of an adapter whose layer is a plain one of its own; None where dropout acts as well."""
+    """The operands of an adapter whose layer is a plain one of its own, or None."""
     base = adapter._modules["base_layer"]
-    if base is None or adapter.is_transposed or (adapter.dropout > 0.0 and adapter.training):
+    if base is None or adapter.is_transposed:
         return None
     own, factors = base._parameters, adapter._parameters
     weight, A, B = own.get("weight"), factors.get("lora_A"), factors.get("lora_B")
     if weight is None or A is None or B is None or "bias" not in own:
         return None
-    return weight, own["bias"], A, B, mask_out, adapter.scaling
+    return weight, own["bias"], A, B, mask_out, adapter.scaling, adapter.dropout if adapter.training else 0.0

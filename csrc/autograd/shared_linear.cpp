@@ -52,7 +52,9 @@ SharedLayer cast_layer(const SharedLayer& layer, at::ScalarType to, const Tensor
           cast(layer.lora_A),
           cast(layer.lora_B),
           x.scalar_type() == to ? cast(layer.mask_out) : layer.mask_out,
-          layer.scaling};
+          layer.scaling,
+          layer.dropout,
+          layer.rng};
 }
 
 uint32_t version_of(const Tensor& tensor) { return tensor.is_inference() ? 0 : tensor._version(); }
@@ -61,7 +63,8 @@ uint32_t version_of(const Tensor& tensor) { return tensor.is_inference() ? 0 : t
 // where the layer has a part in the backward: it may change before its own call. What was made for the call
 // (casts) is saved as autograd saves.
 struct KeptLayers {
-  std::vector<Tensor> own;              // four a layer, undefined where there is none or it is saved
+  static constexpr size_t kEach = 5;
+  std::vector<Tensor> own;              // kEach a layer, undefined where there is none or it is saved
   std::vector<int64_t> version, saved;  // of own; the place among what is saved, or -1
   variable_list to_save;
 
@@ -97,12 +100,12 @@ struct SharedFunction : torch::autograd::Function<SharedFunction> {
     KeptLayers kept;
     kept.to_save.push_back(x);
     variable_list out;
-    std::vector<double> scalings;
+    std::vector<double> scalings, dropouts;
     std::vector<int64_t> flags;
     for (size_t i = 0; i < layers.size(); ++i) {
       const SharedLayer& layer = layers[i];
       kept.to_save.push_back(std::get<1>(outputs[i]));
-      scalings.push_back(layer.scaling);
+      scalings.push_back(layer.scaling), dropouts.push_back(layer.dropout);
       flags.push_back((wants(layer.lora_A) ? 1 : 0) | (wants(layer.lora_B) ? 2 : 0) |
                       (wants(layer.bias.value_or(Tensor())) ? 4 : 0) | (layer.bias.has_value() ? 8 : 0));
       out.push_back(std::get<0>(outputs[i]));
@@ -112,6 +115,7 @@ struct SharedFunction : torch::autograd::Function<SharedFunction> {
       kept.add(layers[i].lora_A, given[i].lora_A);
       kept.add(layers[i].lora_B, given[i].lora_B);
       kept.add(layers[i].mask_out, given[i].mask_out);
+      kept.add(layers[i].rng, given[i].rng);
     }
     ctx->save_for_backward(std::move(kept.to_save));
     ctx->set_materialize_grads(false);
@@ -119,6 +123,7 @@ struct SharedFunction : torch::autograd::Function<SharedFunction> {
     ctx->saved_data["version"] = kept.version;
     ctx->saved_data["saved"] = kept.saved;
     ctx->saved_data["scalings"] = scalings;
+    ctx->saved_data["dropouts"] = dropouts;
     ctx->saved_data["flags"] = flags;
     ctx->saved_data["need_x"] = x.requires_grad();
     return out;
@@ -130,7 +135,8 @@ struct SharedFunction : torch::autograd::Function<SharedFunction> {
                           ctx->saved_data["version"].toIntVector(),
                           ctx->saved_data["saved"].toIntVector(),
                           {}};
-    const auto scalings = ctx->saved_data["scalings"].toDoubleVector();
+    const auto scalings = ctx->saved_data["scalings"].toDoubleVector(),
+               dropouts = ctx->saved_data["dropouts"].toDoubleVector();
     const auto flags = ctx->saved_data["flags"].toIntVector();
     const bool need_x = ctx->saved_data["need_x"].toBool();
     const Tensor& x = saved[0];
@@ -142,9 +148,9 @@ struct SharedFunction : torch::autograd::Function<SharedFunction> {
       lows.push_back(saved[1 + i]);
       need.push_back({(flags[i] & 1) != 0, (flags[i] & 2) != 0, (flags[i] & 4) != 0});
       if (!grads[i].defined()) continue;
-      layers[i] = {or_none(kept_tensor(kept, 4 * i, saved)),     std::nullopt,
-                   kept_tensor(kept, 4 * i + 1, saved),          kept_tensor(kept, 4 * i + 2, saved),
-                   or_none(kept_tensor(kept, 4 * i + 3, saved)), scalings[i]};
+      auto of_layer = [&](size_t k) { return kept_tensor(kept, KeptLayers::kEach * i + k, saved); };
+      layers[i] = {or_none(of_layer(0)), std::nullopt, of_layer(1), of_layer(2),
+                   or_none(of_layer(3)), scalings[i],  dropouts[i], or_none(of_layer(4))};
       own_op = own_op || needs_own_op(grads[i]) || needs_own_op(layers[i]) ||
                any_wants_grad(grads[i], layers[i].lora_A, layers[i].lora_B);
     }
@@ -239,13 +245,14 @@ SharedOutputs::SharedOutputs(const Tensor& x, const std::vector<SharedLayer>& la
                         {SeenTensor(layer.weight), SeenTensor(layer.bias), SeenTensor(layer.lora_A),
                          SeenTensor(layer.lora_B), SeenTensor(layer.mask_out)},
                         layer.scaling,
+                        layer.dropout,
                         {},
                         0});
   }
 }
 
-std::shared_ptr<SharedOutputs> SharedOutputs::compute(const Tensor& x, const std::vector<SharedLayer>& layers,
-                                                      bool always) {
+std::shared_ptr<SharedOutputs> SharedOutputs::compute(const Tensor& x, std::vector<SharedLayer> layers,
+                                                      bool always, const std::function<Tensor()>& draw) {
   if (!is_plain_call(x)) return nullptr;
   const CallState state = CallState::of(x);
   const bool casts = state.autocast && x.scalar_type() != at::kDouble;
@@ -262,6 +269,8 @@ std::shared_ptr<SharedOutputs> SharedOutputs::compute(const Tensor& x, const std
   };
   if (std::any_of(taken.begin(), taken.end(), learns)) std::erase_if(taken, std::not_fn(learns));
   if (taken.size() < 2) return nullptr;
+  for (const size_t i : taken)
+    if (layers[i].dropout > 0.0) layers[i].rng = draw();
   const Tensor input = casts ? cast_x(x, dtype) : x;
   std::vector<SharedLayer> used, given;
   c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
@@ -296,7 +305,7 @@ OptTensor SharedOutputs::take(size_t i, const Tensor& x, const SharedLayer& laye
   const OptTensor now[] = {layer.weight, layer.bias, layer.lora_A, layer.lora_B, layer.mask_out};
   for (size_t k = 0; k < std::size(now); ++k)
     if (!found->seen[k].is_still(now[k])) return std::nullopt;
-  if (found->scaling != layer.scaling) return std::nullopt;
+  if (found->scaling != layer.scaling || found->dropout != layer.dropout) return std::nullopt;
   if (node_.has_value()) {
     NodePointer node = node_->lock();
     if (!node) return std::nullopt;

@@ -5,6 +5,7 @@
 #include <torch/csrc/autograd/edge.h>
 #include <torch/csrc/autograd/function.h>
 
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -57,9 +58,10 @@ struct CallState {
 class SharedOutputs {
  public:
   // Null where nothing is shared: fewer than two layers fit x, it would not pay (unless `always`), or the
-  // call is one that needs each layer's own op (tracing, torch.func, dual numbers, inference tensors).
-  static std::shared_ptr<SharedOutputs> compute(const Tensor& x, const std::vector<SharedLayer>& layers,
-                                                bool always);
+  // call is one that needs each layer's own op (tracing, torch.func, dual numbers, inference tensors). A layer
+  // that drops gets its rng from `draw`, in their order.
+  static std::shared_ptr<SharedOutputs> compute(const Tensor& x, std::vector<SharedLayer> layers, bool always,
+                                                const std::function<Tensor()>& draw);
 
   // The output of layer i for this call, once; none where it was not computed or is another by now.
   OptTensor take(size_t i, const Tensor& x, const SharedLayer& layer);
@@ -69,7 +71,7 @@ class SharedOutputs {
     size_t layer;
     Tensor y;
     std::vector<SeenTensor> seen;  // of the layer
-    double scaling;
+    double scaling, dropout;
     std::vector<torch::autograd::Edge> edges;  // of its inputs, which the node gets when it is taken
     size_t first_input;                        // the first of them among the node's
   };

@@ -2,15 +2,17 @@
 //
 //   down        low [M, R] = x A^T of every layer, x read once
 //   up          out [M, C] = accumulate * out + scaling * (the sum of low A over the layers)
-//   token sums  partial [R, C] = sum over a span of tokens of low[m, r] x[m, c] of every layer, x read once
+//
+// Each layer drops its own of x, and of low A. The sums over tokens are in shared_token_sums.cu.
 //
 // The same lanes hold the same entries, and a sum over channels has the same order, as in low_rank.cu: `low`
 // is the same to the bit. Here there are no masks, no bias and only factors by rank, so that four tiles of 8
 // ranks fit where there two do. See there for how fragments and columns are numbered.
+#include <algorithm>
+
 #include "../backend.h"
 #include "low_rows.cuh"
 #include "pipeline.cuh"
-#include "tile.cuh"
 
 namespace apt::cuda {
 namespace {
@@ -21,9 +23,11 @@ constexpr int kPieces = 12;  // of 16 bytes that a thread needs a step: 4 for 16
 constexpr int kStages = 2;
 constexpr int kWidePitch = 8 * kRankTiles + 8;  // elements between rows of ranks in shared memory
 constexpr int kQueueBytes = kStages * kPieces * kThreads * 16;
+constexpr int kSeedBytes = kRankTiles * 16;
 
-// A block owns 16 * kTiles rows, and its warps divide the columns. Tiles of ranks come in pairs.
-template <class T, int kTiles, int kPairs>
+// A block owns 16 * kTiles rows, and its warps divide the columns. Tiles of ranks come in pairs. kDrops: a
+// kernel of its own, so that what does not draw keeps its registers.
+template <class T, int kTiles, int kPairs, bool kDrops>
 struct Rows : LowRows<T, kTiles> {
   using Base = LowRows<T, kTiles>;
   using Base::g, Base::q, Base::split, Base::row0, Base::row_of, Base::thread;
@@ -33,9 +37,20 @@ struct Rows : LowRows<T, kTiles> {
 
   const SharedRanksArgs& args;
   Queue<kStages, kPieces, kThreads> queue;
+  int64_t (*seeds)[2];  // [kRankTiles], in shared memory
 
   __device__ __forceinline__ Rows(const SharedRanksArgs& args, unsigned char* memory)
-      : Base(memory, int64_t{gridDim.x - 1 - blockIdx.x} * kRows, args.M, 0), args(args), queue{memory} {}
+      : Base(memory, int64_t{gridDim.x - 1 - blockIdx.x} * kRows, args.M, 0),
+        args(args),
+        queue{memory},
+        seeds(reinterpret_cast<int64_t (*)[2]>(memory + kQueueBytes)) {
+    if constexpr (kDrops) {
+      const int tile = thread / 2;
+      if (tile < 2 * kPairs && args.tile[tile].dropout.rng != nullptr)
+        seeds[tile][thread % 2] = args.tile[tile].dropout.rng[thread % 2];
+      __syncthreads();
+    }
+  }
 
   __device__ __forceinline__ int64_t column_of(int step, int s) const {
     return int64_t{step} * kStep + s * 32 + q * 8;
@@ -84,6 +99,25 @@ struct Rows : LowRows<T, kTiles> {
     }
   }
 
+  // `kept` is what a tile reads of `values`; it holds what the tile before read.
+  __device__ __forceinline__ void keep_of(int tile, int64_t column, const Eight (&values)[kTiles][2],
+                                          Eight (&kept)[kTiles][2]) const {
+    const Dropout& dropout = args.tile[tile].dropout;
+    if (tile > 0 && dropout.rng == args.tile[tile - 1].dropout.rng) return;
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        kept[t][half].all = values[t][half].all;
+        if (dropout.rng == nullptr) continue;
+        const Draws draws({seeds[tile], dropout.threshold});
+        uint32_t words[4];
+        draws.draw(static_cast<uint32_t>(column / 8), row0 + row_of(t, half), words);
+        drop_eight(kept[t][half], draws, words);
+      }
+    }
+  }
+
   __device__ __forceinline__ void down() {
     const T* factor[kPairs][2];
 #pragma unroll
@@ -96,7 +130,7 @@ struct Rows : LowRows<T, kTiles> {
       push_rows(stage, step, static_cast<const T*>(args.x), args.x_stride);
       push_factor(stage, step, factor);
     };
-    auto body = [&](int, int stage) {
+    auto body = [&](int step, int stage) {
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
         Eight values[kTiles][2];
@@ -105,17 +139,20 @@ struct Rows : LowRows<T, kTiles> {
 #pragma unroll
           for (int half = 0; half < 2; ++half) values[t][half] = queue.pop(stage, row_piece(s, t, half));
         }
+        [[maybe_unused]] Eight kept[kTiles][2];
 #pragma unroll
         for (int pair = 0; pair < kPairs; ++pair) {
 #pragma unroll
           for (int n = 0; n < 2; ++n) {
+            if constexpr (kDrops) keep_of(pair * 2 + n, column_of(step, s), values, kept);
+            const Eight(&left)[kTiles][2] = kDrops ? kept : values;
             const Eight rhs = queue.pop(stage, factor_piece(s, pair, n));
 #pragma unroll
             for (int h = 0; h < 2; ++h) {
 #pragma unroll
               for (int t = 0; t < kTiles; ++t) {
-                const uint32_t lhs[4] = {values[t][0].pair[2 * h], values[t][1].pair[2 * h],
-                                         values[t][0].pair[2 * h + 1], values[t][1].pair[2 * h + 1]};
+                const uint32_t lhs[4] = {left[t][0].pair[2 * h], left[t][1].pair[2 * h],
+                                         left[t][0].pair[2 * h + 1], left[t][1].pair[2 * h + 1]};
                 multiply<T>(sum[pair][t][n], lhs, rhs.pair[2 * h], rhs.pair[2 * h + 1]);
               }
             }
@@ -184,6 +221,41 @@ struct Rows : LowRows<T, kTiles> {
     __syncthreads();
   }
 
+  // Add the products of one tile of ranks after the other, each without what its layer drops of it. In a pair
+  // lanes with q < 2 hold the ranks of the first.
+  __device__ __forceinline__ void add_kept(float (&sum)[4][4], const uint32_t (&lhs)[kPairs][kTiles][4],
+                                           const uint32_t (&rhs)[kPairs][4][2], int t, int64_t column) const {
+    uint32_t words[2][4];
+    uint32_t threshold = 0;
+#pragma unroll
+    for (int tile = 0; tile < 2 * kPairs; ++tile) {
+      if (args.tile[tile].count == 0) continue;
+      const Dropout& dropout = args.tile[tile].dropout;
+      if (tile == 0 || dropout.rng != args.tile[tile - 1].dropout.rng) {
+        threshold = dropout.rng == nullptr ? 0 : dropout.threshold << 16;
+        if (dropout.rng != nullptr) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half)
+            Draws({seeds[tile], 0})
+                .draw(static_cast<uint32_t>(column / 8), row0 + row_of(t, half), words[half]);
+        }
+      }
+      uint32_t own[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) own[i] = q / 2 == tile % 2 ? lhs[tile / 2][t][i] : 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        float part[4] = {};
+        multiply<T>(part, own, rhs[tile / 2][j][0], rhs[tile / 2][j][1]);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {  // channel 2 j + i % 2 of eight, row g or g + 8
+          const uint32_t word = words[i / 2][j];
+          if ((i % 2 == 0 ? word << 16 : word) >= threshold) sum[j][i] += part[i];
+        }
+      }
+    }
+  }
+
   __device__ __forceinline__ void up(T* low, float* row_scale) {
     read(low, row_scale);
     T* out = static_cast<T*>(args.out);
@@ -233,10 +305,14 @@ struct Rows : LowRows<T, kTiles> {
 #pragma unroll
         for (int t = 0; t < kTiles; ++t) {
           float sum[4][4] = {};
+          if constexpr (kDrops) {
+            add_kept(sum, lhs, rhs, t, column);
+          } else {
 #pragma unroll
-          for (int pair = 0; pair < kPairs; ++pair) {
+            for (int pair = 0; pair < kPairs; ++pair) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j) multiply<T>(sum[j], lhs[pair][t], rhs[pair][j][0], rhs[pair][j][1]);
+              for (int j = 0; j < 4; ++j) multiply<T>(sum[j], lhs[pair][t], rhs[pair][j][0], rhs[pair][j][1]);
+            }
           }
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
@@ -264,195 +340,67 @@ struct Rows : LowRows<T, kTiles> {
   }
 };
 
-template <class T, int kTiles, int kPairs>
+template <class T, int kTiles, int kPairs, bool kDrops>
 __global__ void __launch_bounds__(kThreads, 2) apt_shared_down(const __grid_constant__ SharedRanksArgs args) {
   extern __shared__ __align__(16) unsigned char memory[];
-  Rows<T, kTiles, kPairs>(args, memory).down();
+  Rows<T, kTiles, kPairs, kDrops>(args, memory).down();
 }
 
-constexpr int kUpBytes = kQueueBytes + 32 * (kWidePitch * 2 + 4);
+constexpr int kDownBytes = kQueueBytes + kSeedBytes;
+constexpr int kUpBytes = kDownBytes + 32 * (kWidePitch * 2 + 4);
 
-template <class T, int kTiles, int kPairs>
+template <class T, int kTiles, int kPairs, bool kDrops>
 __global__ void __launch_bounds__(kThreads, 2) apt_shared_up(const __grid_constant__ SharedRanksArgs args) {
   extern __shared__ __align__(16) unsigned char memory[];
-  T* low = reinterpret_cast<T*>(memory + kQueueBytes);
-  Rows<T, kTiles, kPairs>(args, memory).up(low, reinterpret_cast<float*>(low + 16 * kTiles * kWidePitch));
+  T* low = reinterpret_cast<T*>(memory + kDownBytes);
+  Rows<T, kTiles, kPairs, kDrops>(args, memory)
+      .up(low, reinterpret_cast<float*>(low + 16 * kTiles * kWidePitch));
 }
 
-// As token_sums.cu does for one layer.
-constexpr int kTokens = 64;  // in a stage
-constexpr int kSumStages = 4;
-
-template <int kPairs>
-struct SumSizes {
-  static constexpr int kSlots = 16 * kPairs, kPitch = kSlots + 8;
-  static constexpr int kStage = kTokens * (kTilePitch + kPitch);
-  static constexpr int kBytes = kSumStages * kStage * 2 + kSlots * 4;
-};
-
-template <class T, int kPairs>
-__device__ void find_slot_divisors(float* divisor, const SharedRanksArgs& args, int64_t token0,
-                                   int64_t tokens) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int slot = warp; slot < 16 * kPairs; slot += kThreads / 32) {
-    const RankTile& ranks = args.tile[slot / 8];
-    float largest = 0.f;
-    if (slot % 8 < ranks.count) {
-      const float* low = static_cast<const float*>(ranks.low) + token0 * ranks.low_stride + slot % 8;
-#pragma unroll 8
-      for (int64_t m = lane; m < tokens; m += 32) largest = fmaxf(largest, fabsf(low[m * ranks.low_stride]));
-      for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, step));
-    }
-    if (lane == 0) divisor[slot] = half_divisor(largest);
-  }
-  __syncthreads();
-}
-
-template <class T, int kPairs>
-__global__ void __launch_bounds__(kThreads, 2)
-    apt_shared_token_sums(const __grid_constant__ SharedRanksArgs args) {
-  using Size = SumSizes<kPairs>;
-  extern __shared__ __align__(16) unsigned char memory[];
-  T* ring = reinterpret_cast<T*>(memory);
-  float* divisor = reinterpret_cast<float*>(ring + kSumStages * Size::kStage);
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int64_t channel0 = int64_t{blockIdx.x} * kTileColumns;
-  const int64_t token0 = int64_t{blockIdx.y} * args.span;
-  const int64_t tokens = args.M - token0 < args.span ? args.M - token0 : args.span;
-  const int count = static_cast<int>((tokens + kTokens - 1) / kTokens);
-  const T* x = static_cast<const T*>(args.x);
-  constexpr bool kWide = std::is_same_v<T, __half>;  // low is float32
-  if constexpr (kWide) find_slot_divisors<T, kPairs>(divisor, args, token0, tokens);
-
-  // A thread brings a tile's ranks of one token, where low is float32 through registers, a stage ahead.
-  const int my_token = threadIdx.x / 4, my_tile = threadIdx.x % 4;
-  float ahead[8];
-  auto load_ahead = [&](int i) {
-    const RankTile& ranks = args.tile[my_tile];
-    const int64_t m = int64_t{i} * kTokens + my_token;
-    const float* low = static_cast<const float*>(ranks.low) + (token0 + m) * ranks.low_stride;
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-      ahead[j] = m < tokens && j < ranks.count ? low[j] / divisor[my_tile * 8 + j] : 0.f;
-  };
-  auto fill = [&](int i) {
-    T* tile = ring + i % kSumStages * Size::kStage;
-    T* low = tile + kTokens * kTilePitch + my_token * Size::kPitch + my_tile * 8;
-    const int64_t token = token0 + int64_t{i} * kTokens;
-    stage_tile<kThreads>(tile, x, args.x_stride, token, token0 + tokens, channel0, args.C, kTokens);
-    if (my_tile >= 2 * kPairs) return;
-    if constexpr (kWide) {
-#pragma unroll
-      for (int j = 0; j < 8; ++j) low[j] = narrow<T>(ahead[j]);
-      load_ahead(i + 1);
-    } else {
-      const RankTile& ranks = args.tile[my_tile];
-      const T* all = static_cast<const T*>(args.x);  // an address that may be named where nothing is read
-      const T* from = static_cast<const T*>(ranks.low) + (token + my_token) * ranks.low_stride;
-      const int width = ranks_a_copy(ranks.low_stride);
-      for (int j = 0; j < 8; j += width) {
-        const bool valid = token + my_token < token0 + tokens && j < ranks.count;
-        copy_ranks(low + j, valid ? from + j : all, width, valid);
-      }
-    }
-  };
-  if constexpr (kWide) {
-    if (my_tile < 2 * kPairs) load_ahead(0);
-  }
-  for (int i = 0; i < kSumStages - 1; ++i) {
-    if (i < count) fill(i);
-    commit_copies();
-  }
-  float sum[2 * kPairs][4] = {};  // [16 channels of this warp][slots]
-  for (int i = 0; i < count; ++i) {
-    wait_copies<kSumStages - 2>();
-    __syncthreads();
-    if (i + kSumStages - 1 < count) fill(i + kSumStages - 1);
-    commit_copies();
-    const T* tile = ring + i % kSumStages * Size::kStage;
-    const T* low = tile + kTokens * kTilePitch;
-#pragma unroll
-    for (int k = 0; k < kTokens / 16; ++k) {
-      uint32_t lhs[4];  // of x^T: channels are the rows
-      load_matrices_transposed(
-          lhs, tile + (k * 16 + lane / 16 * 8 + lane % 8) * kTilePitch + warp * 16 + lane / 8 % 2 * 8);
-#pragma unroll
-      for (int pair = 0; pair < kPairs; ++pair) {
-        uint32_t rhs[4];
-        load_matrices_transposed(
-            rhs, low + (k * 16 + lane % 8 + lane / 8 % 2 * 8) * Size::kPitch + pair * 16 + lane / 16 * 8);
-        multiply<T>(sum[2 * pair], lhs, rhs[0], rhs[1]);
-        multiply<T>(sum[2 * pair + 1], lhs, rhs[2], rhs[3]);
-      }
-    }
-  }
-  const int g = lane / 4, q = lane % 4;
-#pragma unroll
-  for (int n = 0; n < 2 * kPairs; ++n) {
-    const RankTile& ranks = args.tile[n];
-    float* partial = ranks.partial + int64_t{blockIdx.y} * ranks.low_stride * args.C;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int r = 2 * q + i % 2;
-      const int64_t c = channel0 + warp * 16 + g + i / 2 * 8;
-      if (r < ranks.count && c < args.C)
-        partial[r * args.C + c] = kWide ? sum[n][i] * divisor[n * 8 + r] : sum[n][i];
-    }
-  }
-}
-
-template <class T, int kTiles, int kPairs>
+template <class T, int kTiles, int kPairs, bool kDrops>
 void launch_down(const SharedRanksArgs& args, cudaStream_t stream) {
-  allow_shared<&apt_shared_down<T, kTiles, kPairs>>(kQueueBytes);
+  allow_shared<&apt_shared_down<T, kTiles, kPairs, kDrops>>(kDownBytes);
   const dim3 grid(static_cast<unsigned>((args.M + 16 * kTiles - 1) / (16 * kTiles)));
-  apt_shared_down<T, kTiles, kPairs><<<grid, kThreads, kQueueBytes, stream>>>(args);
+  apt_shared_down<T, kTiles, kPairs, kDrops><<<grid, kThreads, kDownBytes, stream>>>(args);
   check_launch("apt_shared_down");
 }
 
-template <class T, int kTiles, int kPairs>
+template <class T, int kTiles, int kPairs, bool kDrops>
 void launch_up(const SharedRanksArgs& args, cudaStream_t stream) {
-  allow_shared<&apt_shared_up<T, kTiles, kPairs>>(kUpBytes);
+  allow_shared<&apt_shared_up<T, kTiles, kPairs, kDrops>>(kUpBytes);
   const dim3 grid(static_cast<unsigned>((args.M + 16 * kTiles - 1) / (16 * kTiles)),
                   static_cast<unsigned>(args.column_splits));
-  apt_shared_up<T, kTiles, kPairs><<<grid, kThreads, kUpBytes, stream>>>(args);
+  apt_shared_up<T, kTiles, kPairs, kDrops><<<grid, kThreads, kUpBytes, stream>>>(args);
   check_launch("apt_shared_up");
 }
 
-template <class T, int kPairs>
-void launch_sums(const SharedRanksArgs& args, cudaStream_t stream) {
-  constexpr int kBytes = SumSizes<kPairs>::kBytes;
-  allow_shared<&apt_shared_token_sums<T, kPairs>>(kBytes);
-  const dim3 grid(static_cast<unsigned>((args.C + kTileColumns - 1) / kTileColumns),
-                  static_cast<unsigned>((args.M + args.span - 1) / args.span));
-  apt_shared_token_sums<T, kPairs><<<grid, kThreads, kBytes, stream>>>(args);
-  check_launch("apt_shared_token_sums");
+// Call run<T, tiles of rows, pairs of tiles of ranks, whether something is dropped>.
+template <class Run>
+void visit_sizes(const SharedRanksArgs& args, Run&& run) {
+  const auto drops = [](const RankTile& tile) { return tile.dropout.rng != nullptr; };
+  const bool any = std::any_of(args.tile, args.tile + args.tiles, drops);
+  visit_sixteen(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    auto with = [&]<bool kDrops>() {
+      if (args.tiles > 2) return run.template operator()<T, 1, 2, kDrops>();
+      args.rows == 32 ? run.template operator()<T, 2, 1, kDrops>()
+                      : run.template operator()<T, 1, 1, kDrops>();
+    };
+    any ? with.template operator()<true>() : with.template operator()<false>();
+  });
 }
 
 }  // namespace
 
 void shared_down(const SharedRanksArgs& args, Stream stream) {
-  auto queue = static_cast<cudaStream_t>(stream);
-  visit_sixteen(args.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    if (args.tiles > 2) return launch_down<T, 1, 2>(args, queue);
-    args.rows == 32 ? launch_down<T, 2, 1>(args, queue) : launch_down<T, 1, 1>(args, queue);
+  visit_sizes(args, [&]<class T, int kTiles, int kPairs, bool kDrops>() {
+    launch_down<T, kTiles, kPairs, kDrops>(args, static_cast<cudaStream_t>(stream));
   });
 }
 
 void shared_up(const SharedRanksArgs& args, Stream stream) {
-  auto queue = static_cast<cudaStream_t>(stream);
-  visit_sixteen(args.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    if (args.tiles > 2) return launch_up<T, 1, 2>(args, queue);
-    args.rows == 32 ? launch_up<T, 2, 1>(args, queue) : launch_up<T, 1, 1>(args, queue);
-  });
-}
-
-void shared_token_sums(const SharedRanksArgs& args, Stream stream) {
-  auto queue = static_cast<cudaStream_t>(stream);
-  visit_sixteen(args.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    args.tiles > 2 ? launch_sums<T, 2>(args, queue) : launch_sums<T, 1>(args, queue);
+  visit_sizes(args, [&]<class T, int kTiles, int kPairs, bool kDrops>() {
+    launch_up<T, kTiles, kPairs, kDrops>(args, static_cast<cudaStream_t>(stream));
   });
 }
 

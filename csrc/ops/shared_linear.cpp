@@ -13,7 +13,9 @@ Layer as_layer(const SharedLayer& layer) {
           limit_row_stride(layer.lora_B),
           std::nullopt,
           layer.mask_out,
-          layer.scaling};
+          layer.scaling / (1.0 - layer.dropout),
+          /*keep_low=*/true,
+          drop_of(layer.dropout, layer.rng)};
 }
 
 // Return true if the passes take all of these.

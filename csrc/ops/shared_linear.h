@@ -14,9 +14,12 @@ struct SharedLayer {
   OptTensor weight, bias;
   Tensor lora_A, lora_B;
   OptTensor mask_out;
-  double scaling = 1.0;
+  double scaling = 1.0, dropout = 0.0;
+  OptTensor rng;  // where something is dropped
 
-  LinearOperands operands() const { return {{weight, bias, lora_A, lora_B, kNone, mask_out}, scaling}; }
+  LinearOperands operands() const {
+    return {{weight, bias, lora_A, lora_B, kNone, mask_out}, scaling, dropout, rng};
+  }
 };
 
 // Return true if the layer fits x as apt_linear would find it. Says nothing of what does not.

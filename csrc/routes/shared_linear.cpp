@@ -41,6 +41,7 @@ LowRankArgs pass_over(const Tensor& low, double scaling, const LinearPlan& plan,
 struct Ranks {
   const Tensor *factor, *low;  // [R, C] contiguous and aligned, [M, R] contiguous
   double scaling;
+  Dropout dropout = {};
   float* partial = nullptr;  // [spans, R, C]
 };
 
@@ -71,9 +72,12 @@ void in_launches(const Tensor& x, const std::vector<Ranks>& all, bool alike, Run
       auto at = [&](const Tensor& tensor, int64_t element) {
         return static_cast<char*>(tensor.mutable_data_ptr()) + element * tensor.element_size();
       };
-      args.tile[args.tiles++] = {at(*one.factor, r * C), at(*one.low, r),
-                                 one.partial == nullptr ? nullptr : one.partial + r * C, R,
-                                 static_cast<int>(std::min<int64_t>(8, R - r))};
+      args.tile[args.tiles++] = {at(*one.factor, r * C),
+                                 at(*one.low, r),
+                                 one.partial == nullptr ? nullptr : one.partial + r * C,
+                                 R,
+                                 static_cast<int>(std::min<int64_t>(8, R - r)),
+                                 one.dropout};
     }
   }
   if (args.tiles > 0) run(args);
@@ -164,7 +168,8 @@ std::vector<std::tuple<Tensor, Tensor>> shared_passes_forward(const Tensor& x_gi
   for (const Layer& layer : layers) {
     factors.push_back(aligned_contiguous(layer.lora_A, x.scalar_type()));
     lows.push_back(at::empty({x.size(0), layer.lora_A.size(0)}, x.options().dtype(shared_low_type(x))));
-    if (lows.back().size(1) > 0) ranks.push_back({&factors.back(), &lows.back(), layer.scaling});
+    if (lows.back().size(1) > 0)
+      ranks.push_back({&factors.back(), &lows.back(), layer.scaling, layer.drop.own()});
   }
   in_launches(x, ranks, /*alike=*/false,
               [&](const SharedRanksArgs& args) { kernels_for(x).shared_down(args, current_stream(x)); });
@@ -234,7 +239,8 @@ SharedGradients shared_passes_backward(const std::vector<Tensor>& grads, const T
   if (need_x) {
     std::vector<Ranks> ranks;
     for (size_t i = 0; i < count; ++i) {
-      if (halves[i].u.defined()) ranks.push_back({&halves[i].factor, &halves[i].u, layers[i].scaling});
+      if (halves[i].u.defined())
+        ranks.push_back({&halves[i].factor, &halves[i].u, layers[i].scaling, layers[i].drop.own()});
     }
     bool begun = false;
     out.x = at::empty({M, K}, x.options());
@@ -258,8 +264,15 @@ SharedGradients shared_passes_backward(const std::vector<Tensor>& grads, const T
     if (!need[i][0] || !halves[i].u.defined()) continue;
     const int64_t R = halves[i].u.size(1), spans = spans_of(M, span);
     float* partial = sums.partial(spans, R, K);
-    ranks.push_back({&halves[i].factor, &halves[i].u, layers[i].scaling, partial});
     out.own[i][0] = sums.add(partial, spans, R, K, layers[i].lora_A, std::nullopt, layers[i].scaling, false);
+    const Tensor& u = halves[i].u;
+    if (layers[i].drop) {  // each drops other values of x
+      kernels.token_sums({M, R, K, x.const_data_ptr(), x.stride(0), u.const_data_ptr(), partial, dtype_of(x),
+                          dtype_of(u), span, layers[i].drop.own()},
+                         stream);
+    } else {
+      ranks.push_back({&halves[i].factor, &u, layers[i].scaling, {}, partial});
+    }
   }
   in_launches(x, ranks, /*alike=*/false,
               [&](const SharedRanksArgs& args) { kernels.shared_token_sums(args, stream); });

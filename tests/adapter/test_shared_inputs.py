@@ -256,16 +256,34 @@ def test_a_mask_of_this_call_alone(calls, mask):
 
 
 def test_dropout(calls):
-    group, x = attention(dropout=0.5), an_x()
+    """What a seed drops does not know of sharing, and is drawn again in the backward."""
+    group = attention(dropout=0.5)
+
+    def run(group, x):
+        torch.manual_seed(0)
+        loss_of(group, x).backward()
+
+    assert_alike(both(run, group))
+    assert calls == [3]
+    x = an_x()
     torch.manual_seed(0)
     y = [group[name](x) for name in WIDTHS]
-    assert not calls
+    assert not torch.equal(y[0], group["q"](x))
     with sharing("never"):
         torch.manual_seed(0)
         assert all(torch.equal(ours, group[name](x)) for ours, name in zip(y, WIDTHS, strict=True))
-    group.eval()
+
+
+def test_dropout_that_changes_between_two_calls(calls):
+    group, x = attention(dropout=0.5), an_x()
     group["q"](x)
-    assert calls == [3]
+    group["k"].eval()
+    k = group["k"](x)
+    group["v"].dropout = 0.1
+    group["v"](x)
+    assert calls[0] == 3
+    with sharing("never"):
+        assert torch.equal(k, group["k"](x))
 
 
 def test_modes_that_change_between_two_calls():

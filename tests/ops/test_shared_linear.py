@@ -1,39 +1,47 @@
 """The products of several layers over one x: each against its float64 oracle, and to the bit what the layer alone gives."""
 
+from functools import partial
+
 import pytest
 import torch
 from problems import Problem, assert_accurate
 
-from apt_ext import _C, ops
+from apt_ext import _C, ops, reference
 
 RANKS = [(8, 8, 8), (8, 4, 16), (0, 8, 8), (16, 16), (16, 16, 16), (3, 1, 5), (8, 8), (20, 8, 8), (0, 0)]
 # tokens, K, and the N of three layers
 SHAPES = {"odd": ((18,), 131, (37, 24, 24)), "spans": ((2, 75), 136, (72, 40, 8)), "wide": ((20,), 1032, (1096, 64, 64))}
 SHAPES["rows of 32"] = ((7000,), 4096, (72, 8, 8))
 SIXTEEN = (torch.bfloat16, torch.float16)
+DROPOUTS = [(0.5, 0.5, 0.5), (0.3, 0.0, 0.7), (0.0, 0.05, 0.05)]
 
 
 class Layers:
     """Problems that share x."""
 
-    def __init__(self, shape, K, widths, ranks, dtype, device, masks="none", bias=True, scalings=(1.7, 1.7, 1.7), factor_dtype=None):
+    def __init__(
+        self, shape, K, widths, ranks, dtype, device, masks="none", bias=True, scalings=(1.7,) * 3, factor_dtype=None, dropouts=(0.0,) * 3
+    ):
         self.problems = [
             Problem(shape, N, K, R, dtype, device, masks, bias=bias, scaling=scaling, seed=seed, factor_dtype=factor_dtype)
             for seed, (N, R, scaling) in enumerate(zip(widths, ranks, scalings, strict=False))
         ]
         for problem in self.problems:
             problem.x, problem.mask_in = self.problems[0].x, None
+        self.dropouts = dropouts[: len(self.problems)]
+        self.rngs = [torch.tensor([3 + i, 1 << 40], device=device) if p else None for i, p in enumerate(self.dropouts)]
 
     def run(self, always=True, called=None):
         """Of each layer {"y", "dA", "dB", "db"}, and dx; `called`: which of them are."""
         called = range(len(self.problems)) if called is None else called
         x = self.problems[0].x.detach().clone().requires_grad_()
         layers = []
-        for one in self.problems:
+        for one, p in zip(self.problems, self.dropouts, strict=True):
             A, B = (factor.detach().clone().requires_grad_() for factor in (one.lora_A, one.lora_B))
             bias = None if one.bias is None else one.bias.detach().clone().requires_grad_()
-            layers.append((one.weight, bias, A, B, one.mask_out, one.scaling))
-        outputs = _C.shared_linear(x, layers, always)
+            layers.append((one.weight, bias, A, B, one.mask_out, one.scaling, p))
+        drawn = iter([rng for rng in self.rngs if rng is not None])
+        outputs = _C.shared_linear(x, layers, always, lambda _: next(drawn))
         if outputs is None:
             return None
         y = {i: outputs.take(i, x, layers[i]) for i in called}
@@ -43,12 +51,15 @@ class Layers:
             one["db"] = None if one["db"] is None else one["db"].grad
         return found, x.grad
 
-    def alone(self):
-        return [problem.run(ops.apt_linear) for problem in self.problems]
+    def alone(self, function=ops.apt_linear, run=Problem.run, where=None):
+        """What `run` of a problem gives with a function of each layer, which draws on the device `where`, or on its own."""
+        rngs = [rng if rng is None or where is None else rng.to(where) for rng in self.rngs]
+        dropped = zip(self.problems, self.dropouts, rngs, strict=True)
+        return [run(problem, partial(function, dropout=p, rng=rng)) for problem, p, rng in dropped]
 
     def check(self, found):
         each, dx = found
-        oracles, magnitudes = ([getattr(one, what)() for one in self.problems] for what in ("oracle", "magnitudes"))
+        oracles, magnitudes = (self.alone(reference.apt_linear, run, "cpu") for run in (Problem.oracle, Problem.magnitudes))
         dtype = self.problems[0].dtype
         for got, problem, expected, magnitude, alone in zip(each, self.problems, oracles, magnitudes, self.alone(), strict=True):
             for name, value in got.items():
@@ -79,6 +90,39 @@ def test_blocks_of_32_rows(device, ranks):
 def test_scalings_of_their_own(device, dtype, scalings, bias):
     layers = Layers(*SHAPES["spans"], (8, 4, 16), dtype, device, "hard", bias, scalings)
     layers.check(layers.run())
+
+
+@pytest.mark.parametrize("ranks", [(8, 8, 8), (8, 4, 16), (16, 16, 16), (3, 1, 5), (8, 8), (0, 8, 8), (20, 8, 8)], ids=str)
+@pytest.mark.parametrize("dropouts", DROPOUTS, ids=str)
+@pytest.mark.parametrize("shape", ["odd", "spans", "wide"])
+def test_each_drops_its_own(device, dtype, ranks, dropouts, shape):
+    layers = Layers(*SHAPES[shape], ranks, dtype, device, "soft" if shape == "spans" else "none", dropouts=dropouts)
+    layers.check(layers.run())
+
+
+@pytest.mark.parametrize("ranks", [(8, 8, 8), (8, 8)], ids=str)
+def test_blocks_of_32_rows_that_drop(device, ranks):
+    if device == "cpu":
+        pytest.skip("the CPU has no blocks")
+    layers = Layers(*SHAPES["rows of 32"], ranks, torch.bfloat16, device, dropouts=DROPOUTS[0])
+    layers.check(layers.run(always=False))
+
+
+def test_an_rng_is_drawn_for_who_drops_alone(device):
+    layers = Layers(*SHAPES["spans"], (8, 4, 16), torch.float32, device, dropouts=(0.3, 0.0, 0.7))
+    given = [(one.weight, None, one.lora_A, one.lora_B, None, 1.0, p) for one, p in zip(layers.problems, layers.dropouts, strict=True)]
+    seen = []
+
+    def draw(x):
+        seen.append(x)
+        return torch.tensor([len(seen), 2], device=device)
+
+    x = layers.problems[0].x
+    assert _C.shared_linear(x, given, True, draw) is not None
+    assert len(seen) == 2 and all(one is x for one in seen)
+    assert _C.shared_linear(x, given, False, draw) is None and len(seen) == 2  # nothing is drawn where nothing is shared
+    with pytest.raises(ZeroDivisionError):
+        _C.shared_linear(x, given, True, lambda x: 1 / 0)
 
 
 def test_float32_factors(device):
