@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import torch
@@ -104,13 +105,12 @@ def write_export(
         written, loader = expressed(small, per_layer, blocks)
         with atomic_dir.made(target.parent), atomic_dir.stage(target.parent, target.name) as beside:
             new = beside / "new"
+            save = partial(save_stock, written, new, max_shard_size)
             if loader == "apt_ext":
                 assert blocks.row is not None  # without one there is no such format
-                own_format.save(small, new, blocks.row, max_shard_size=max_shard_size)
-            else:
-                save_stock(written, new, max_shard_size)
+                save = partial(own_format.save, small, new, blocks.row, max_shard_size=max_shard_size)
             describe = partial(cards.write, new, name, written, blocks, origin, numbers)
-            complete(small, new, loader, reloaded, tokenizer, describe)
+            complete(small, new, loader, reloaded, save, tokenizer, describe)
             atomic_dir.place(new, target)
     return "apt_ext.load_export" if loader == "apt_ext" else loader
 
@@ -125,22 +125,33 @@ def complete(
     directory: Path,
     loader: str,
     reloaded: Reloaded,
+    save: Callable[[], None],
     tokenizer: Any = None,
     describe: Callable[[bool], None] = lambda with_tokenizer: None,
 ) -> None:
-    """Add the tokenizer to what was saved and seal it; ValueError unless a fresh process loads the same model from there.
+    """Save a model with its tokenizer and seal the directory; ValueError unless a fresh process loads the same model from there.
 
     reloaded  of `fresh.started`
+    save      writes the model into the directory
     describe  writes the card; it is told whether there is a tokenizer
     """
-    describe(carried.carry(tokenizer, small, directory))
-    with ThreadPoolExecutor(1) as pool:  # hashing and the disk take as long as loading
-        sealed = pool.submit(atomic_dir.seal, directory, MANIFEST)
-        if loader == "apt_ext":  # which reads the manifest
+    saved, ended = Event(), Event()
+    with ThreadPoolExecutor(3) as pool:  # hashing and the disk take as long as saving and loading
+        try:
+            ours = pool.submit(reload.digests, reload.listed(small), ended)
+            flushed = pool.submit(atomic_dir.flush, directory, saved)
+            save()
+            describe(carried.carry(tokenizer, small, directory))
+            saved.set()
+            sealed = pool.submit(atomic_dir.seal, directory, MANIFEST)
+            if loader == "apt_ext":  # which reads the manifest
+                sealed.result()
+            _compare(small, directory, _loaders(small, directory, loader), reloaded, ours.result())
             sealed.result()
-        for one in _loaders(small, directory, loader):
-            _compare(small, directory, one, directory.with_name("exchange.safetensors"), reloaded)
-        sealed.result()
+            flushed.result()
+        finally:
+            saved.set()
+            ended.set()
 
 
 def check_class(model: nn.Module) -> None:
@@ -201,28 +212,29 @@ def _loaders(small: Any, directory: Path, loader: str) -> list[str]:
     return [loader] if auto is None else [loader, auto]
 
 
-def _compare(small: Any, directory: Path, loader: str, exchange: Path, reloaded: Reloaded) -> None:
-    """ValueError unless a fresh process loads the same tensors, and computes the same from them."""
+def _compare(small: Any, directory: Path, loaders: list[str], reloaded: Reloaded, ours: dict[str, list[Any]]) -> None:
+    """ValueError unless fresh processes load the same tensors by each of `loaders`, and compute the same from them.
+
+    ours  what `reload.digests` said of the model before it ran: a forward may change a buffer
+    """
     from safetensors.torch import load_file, save_file
 
+    exchange = directory.with_name("exchange.safetensors")
     inputs, expected = probe(small)
-    if expected is not None:
-        save_file({name: tensor.cpu().contiguous().clone() for name, tensor in inputs.items()}, exchange)
-    with ThreadPoolExecutor(1) as pool:  # hashes them while the other process loads
-        ours = pool.submit(reload.digests, small)
+    for loader in loaders:
+        if expected is not None:
+            save_file({name: tensor.cpu().contiguous().clone() for name, tensor in inputs.items()}, exchange)
         found = reloaded(directory, loader, exchange)
-    by_code = f"{loader} with trust_remote_code=True" if loader.startswith("Auto") else loader
-    name = "apt_ext.load_export" if loader == "apt_ext" else by_code
-    if "error" in found:
-        raise ValueError(f"model: expected {name} to load it again, but it does not: {found['error']}")
-    difference = _difference(ours.result(), found["tensors"])
-    if difference:
-        raise ValueError(f"model: expected {name} to load the same values again, but {difference}")
-    if expected is None:
-        return
-    far = apart(load_file(exchange)["output"], expected.cpu())
-    if far:
-        raise ValueError(f"model: expected {name} to compute the same from the same tensors, but an output differs by {far}")
+        by_code = f"{loader} with trust_remote_code=True" if loader.startswith("Auto") else loader
+        name = "apt_ext.load_export" if loader == "apt_ext" else by_code
+        if "error" in found:
+            raise ValueError(f"model: expected {name} to load it again, but it does not: {found['error']}")
+        difference = _difference(ours, found["tensors"])
+        if difference:
+            raise ValueError(f"model: expected {name} to load the same values again, but {difference}")
+        far = apart(load_file(exchange)["output"], expected.cpu()) if expected is not None else None
+        if far:
+            raise ValueError(f"model: expected {name} to compute the same from the same tensors, but an output differs by {far}")
 
 
 def apart(output: Tensor, expected: Tensor) -> float | str | None:

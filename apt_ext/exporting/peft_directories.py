@@ -6,6 +6,7 @@ import math
 import os
 import warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,7 @@ def to_peft(model: APTModel, path: str | os.PathLike[str], *, unfinished: bool =
         adapter.mkdir(parents=True)
         if parts.changed:
             with started(loader) as reloaded:
-                save_stock(written, new / _BASE)
-                complete(parts.base, new / _BASE, loader, reloaded)
+                complete(parts.base, new / _BASE, loader, reloaded, partial(save_stock, written, new / _BASE))
             (new / "exchange.safetensors").unlink(missing_ok=True)
         _save(parts, config, adapter, _card(parts, os.fspath(path), name, loader if parts.changed else None))
         _compare(parts, adapter, inputs, expected)

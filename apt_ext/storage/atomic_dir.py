@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedReader
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from .._version import __version__
@@ -30,6 +31,8 @@ from ..common.checks import error_prefix
 
 _MOST_TEXT = 1 << 20  # bytes of a manifest
 _THREADS = 8  # that read files of a directory, or wait for the disk
+_PAUSE = 0.05  # seconds between two looks at files that are being written
+_WORTH_FLUSHING = 64 << 20  # bytes that a file has grown by
 _TRIES = 100  # against processes that save at the same time
 _NOT_EMPTY = (errno.ENOTEMPTY, errno.EEXIST)
 
@@ -94,19 +97,42 @@ def _sweep(leftover: Path) -> None:
             os.close(lock)
 
 
+def flush(directory: Path, ended: Event) -> None:
+    """Bring large files of `directory` to the disk while others write them, until `ended`: `seal` then waits less.
+
+    Raises what fsync raises. Ask for it before a success is said: the kernel tells once that it could not write a page.
+    """
+    flushed: dict[Path, int] = {}
+    while not ended.wait(_PAUSE):
+        with suppress(FileNotFoundError):  # not made yet, or a temporary name that is gone
+            for file in directory.iterdir():
+                size = file.stat().st_size
+                if size - flushed.get(file, 0) >= _WORTH_FLUSHING:
+                    flushed[file] = size
+                    sync(file)
+
+
 def seal(directory: Path, manifest: str) -> None:
     """Write the manifest of the files in `directory` last, and have all of it on the disk when this returns."""
-    found = sorted(directory.iterdir())
-    with ThreadPoolExecutor(_THREADS) as pool:  # hashing and the disk let other threads run
+    found, last = sorted(directory.iterdir()), directory / manifest
+    last.touch()
+    mode = stat.S_IMODE(last.stat().st_mode)  # what the umask gives; safetensors gives its files 0600
+    with ThreadPoolExecutor(_THREADS) as disk, ThreadPoolExecutor(_THREADS) as pool:  # both let other threads run
+        kept = [disk.submit(_keep, file, mode) for file in found]
         hashes = pool.map(_digest, found)
         files = {file.name: {"size": file.stat().st_size, "sha256": sha256} for file, sha256 in zip(found, hashes, strict=True)}
-    (directory / manifest).write_text(json.dumps({"apt_ext": __version__, "files": files}, indent=2) + "\n", encoding="utf-8")
-    mode = stat.S_IMODE((directory / manifest).stat().st_mode)  # what the umask gives; safetensors gives its files 0600
-    for file in directory.iterdir():
-        file.chmod(mode)
-    with ThreadPoolExecutor(_THREADS) as pool:
-        list(pool.map(sync, directory.iterdir()))
+        for one in kept:
+            one.result()
+    last.write_text(json.dumps({"apt_ext": __version__, "files": files}, indent=2) + "\n", encoding="utf-8")
+    sync(last)
     sync(directory)
+
+
+def _keep(file: Path, mode: int) -> None:
+    """Have a file with this mode on the disk when this returns. ValueError for a link, whose mode is another file's."""
+    with _open_regular(file) as stream:
+        os.fchmod(stream.fileno(), mode)  # first: fsync takes it along
+        os.fsync(stream.fileno())
 
 
 def sync(path: Path) -> None:
