@@ -24,7 +24,7 @@ from ..pruning.architectures.lookup import (
 from ..pruning.block_masks import missing_block
 from ..pruning.cost import cost_of
 from ..pruning.cut import Changes, lanes_for, left, never_empty, parameter_changes
-from ..pruning.on_meta import inputs_for, on_meta
+from ..pruning.on_meta import inputs_for, on_meta, positions
 from ..pruning.sizes import Sizes
 from ..storage.formats import allowed
 from ..wrapping.build import match
@@ -33,6 +33,7 @@ from .outlook import Outlook, chosen
 from .prediction.prediction import Asked, Given, Prediction, asked, predicted, subject_of
 
 KINDS = ("heads", "neurons", "hidden")
+_LENGTH = 128  # of a sequence, where none is given
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ def plan(
     *,
     keep: Mapping[str, int] | None = None,
     batch: int | None = None,
-    length: int = 128,
+    length: int | None = None,
     gpus: int | None = None,
     sharding: str | None = None,
     liger: bool = False,
@@ -135,7 +136,8 @@ def plan(
     keep    {"heads", "neurons" or "hidden": how many stay in every layer} (heads are KV groups where query heads share keys); None: what a
             `Controller` with this config leaves where all scores are alike, by the same search: `config.prune` and `density` of the layers'
             parameters, in steps of `round_to`, in all layers the same where `uniform`
-    batch, length  the input of the FLOPs (batch None: 1): matrix products and attention, as torch.utils.flop_counter counts them
+    batch, length  the input of the FLOPs: matrix products and attention, as torch.utils.flop_counter counts them. batch None: 1; length
+            None: 128, or the model's positions where they are fewer
     gpus    how many train it together: the plan has a `prediction` of a step, in which `batch`, then to be given, is of one GPU
     sharding  "ddp": each GPU has the whole model; "fsdp": each has a share of it. To be given with more than one GPU
     liger   of the step: Liger's kernels, a fused cross-entropy among them, in the place of transformers'
@@ -144,19 +146,32 @@ def plan(
 
     Raises what get_apt_model raises about types, names and a model that has adapters; ValueError for a kind or number that the model does
     not have, a density that cannot be reached, and where blocks are asked for of an architecture that is not in the table, saying what to
-    declare; for a step that cannot be meant, and rates that are none.
+    declare; for a length beyond the model's positions, a step that cannot be meant, and rates that are none.
     """
     if batch is not None:
         checked_int("batch", batch, 1)
-    checked_int("length", length, 1)
+    if length is not None:
+        checked_int("length", length, 1)
     how = asked(gpus, sharding, batch, liger, checkpointing, rates)
     if keep is not None and not isinstance(keep, Mapping):
         raise TypeError(f"keep: expected a mapping of kinds to numbers, got {type(keep).__name__}")
     inner = unwrap(checked_module("model", model))
     try:
-        return _planned(inner.module, config, keep, batch or 1, length, how, [inner.note] if inner.note else [])
+        return _planned(
+            inner.module, config, keep, batch or 1, _checked_length(inner.module, length), how, [inner.note] if inner.note else []
+        )
     finally:
         inner.restore()
+
+
+def _checked_length(model: nn.Module, length: int | None) -> int:
+    """Tokens of a sequence; None: as many as are usual, if the model has positions for them. ValueError for more than it has."""
+    most = positions(model)
+    if length is None:
+        return _LENGTH if most is None else min(_LENGTH, most)
+    if most is not None and length > most:
+        raise ValueError(f"length: expected at most the {most} positions of {type(model).__name__}, got {length}")
+    return length
 
 
 def _planned(

@@ -69,7 +69,7 @@ def parser(runs: Mapping[str, Callable[[argparse.Namespace], None]]) -> argparse
     command.add_argument("--rank", type=_positive, default=8, help="of each adapter (%(default)s)")
     command.add_argument("--target-modules", nargs="+", metavar="NAME", help="linears that get an adapter (all)")
     command.add_argument("--batch", type=_positive, help="sequences of the FLOPs (1); with --gpus those of one GPU, to be given")
-    command.add_argument("--length", type=_positive, default=128, help="tokens of a sequence (%(default)s)")
+    command.add_argument("--length", type=_positive, help="tokens of a sequence (128, or the model's positions where they are fewer)")
     command.add_argument("--gpus", type=_positive, metavar="N", help="predict memory and time of a training step on N GPUs")
     command.add_argument("--sharding", choices=SHARDINGS, help="whether each GPU has the model or a share of it; with several GPUs")
     command.add_argument("--liger", action="store_true", help="Liger's kernels in that step, a fused cross-entropy among them")

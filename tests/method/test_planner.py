@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import apt_ext
 from apt_ext import APTConfig, adapter_parameters, export, get_apt_model, plan, shrink
+from apt_ext.pruning.on_meta import positions
 from apt_ext.tools.cli import main
 
 transformers = pytest.importorskip("transformers")
@@ -109,9 +110,31 @@ def test_a_head_that_has_to_stay_is_said():
 
 
 def test_an_input_that_the_model_does_not_take_leaves_the_flops_open():
-    found = plan(FAMILIES["bert"].model(), APTConfig(r=2), batch=2, length=33)
+    model = FAMILIES["bert"].model()
+    model.config.max_position_embeddings = 64  # which its table has not
+    found = plan(model, APTConfig(r=2), batch=2, length=33)
     assert found.dense.flops is None and found.notes == ["FLOPs are unknown: the model does not take token ids of shape [2, 33] alone"]
     assert "GFLOPs                 unknown" in str(found)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "roberta"])
+def test_a_length_beyond_the_positions_is_refused(family):
+    model = FAMILIES[family].model()
+    most = positions(model)
+    for options in ({}, {"gpus": 1, "batch": 1}):
+        words = f"length: expected at most the {most} positions of {type(model).__name__}, got {most + 1}"
+        with pytest.raises(ValueError, match=words):
+            plan(model, APTConfig(r=2), length=most + 1, **options)
+        assert plan(model, APTConfig(r=2), length=most, **options).length == most
+    assert plan(model, APTConfig(r=2)).length == most and plan(model, APTConfig(r=2)).dense.flops
+    with pytest.raises(ValueError, match="length must be at least 1, got 0"):
+        plan(model, APTConfig(r=2), length=0)
+
+
+def test_without_a_most_any_length_is_planned():
+    model = FAMILIES["t5"].model()
+    assert positions(model) is None and plan(model, APTConfig(r=2)).length == 128
+    assert plan(model, APTConfig(r=2), length=4000).length == 4000
 
 
 @pytest.mark.parametrize(

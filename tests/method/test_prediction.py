@@ -196,7 +196,8 @@ def test_other_layers_of_a_known_family_are_unknown():
 def test_rates_are_of_16_bit_weights():
     found = plan(FAMILIES["llama"].model(torch.float32), APTConfig(r=2), batch=1, length=8, gpus=1).prediction
     assert found.dense.peak and not found.dense.seconds and not found.dense.parts
-    assert found.notes == ["time is not predicted: expected 16-bit weights, which the rates are of, got float32"]
+    assert found.notes == ["time is not predicted: expected 16-bit weights, which the rates are of, got float32; plan it in bfloat16"]
+    assert found.notes[0] in str(found) and "tokens a second" in str(found)
     assert plan(FAMILIES["llama"].model(torch.float16), APTConfig(r=2), batch=1, length=8, gpus=1).prediction.dense.seconds
 
 
@@ -293,7 +294,7 @@ def test_every_rate_counts(key):
         steps = [plan(model, APTConfig(r=2), gpus=gpus, **step).prediction.dense for gpus in (4, 16)]
         return [number for step in steps for number in (*step.parts.values(), *step.seconds.values())]
 
-    assert seconds(1.0) != seconds(100.0 if key in ("kernel", "launch", "recompute") else 0.01)
+    assert seconds(1.0) != seconds(100.0 if key in ("kernel", "launch", "recompute", "gpus_per_node") else 0.01)
 
 
 @pytest.mark.parametrize(
@@ -308,6 +309,9 @@ def test_every_rate_counts(key):
         ({"matmul": True}, TypeError, r"rates\['matmul'\] must be a number, got bool"),
         ({"matmul": {"value": 1.0, "unit": "x"}}, ValueError, r"rates\['matmul'\]: expected a number, or value and from"),
         ({"matmul": {"from": "x"}}, ValueError, r"rates\['matmul'\]: expected a number, or value and from"),
+        ({"gpus_per_node": 2.5}, ValueError, r"rates\['gpus_per_node'\]: expected a whole number of at least 1, got 2.5"),
+        ({"gpus_per_node": {"value": 0.5}}, ValueError, r"rates\['gpus_per_node'\]: expected a whole number of at least 1, got 0.5"),
+        ({"gpus_per_node": 0}, ValueError, r"rates\['gpus_per_node'\]: expected a number above 0, got 0"),
         ({"like": "B7"}, ValueError, "rates: expected like to be one of H200, H100, A100, got 'B7'"),
         ({"like": []}, ValueError, "rates: expected like to be one of"),
     ],
@@ -371,6 +375,7 @@ def test_the_command_takes_a_dtype_and_no_gpus(directory, capsys):
         (["--gpus", "2", "--sharding", "zero"], 2, "argument --sharding: invalid choice: 'zero'"),
         (["--gpus", "2", "--batch", "1"], 2, "sharding: expected 'ddp' or 'fsdp' with 2 GPUs, got None"),
         (["--gpus", "1"], 2, "batch: expected the sequences of one GPU a step with gpus, got None"),
+        (["--gpus", "1", "--batch", "1", "--length", "65"], 1, "length: expected at most the 64 positions of LlamaForCausalLM, got 65"),
         (["--sharding", "ddp"], 2, "gpus: expected how many GPUs with sharding, got None"),
         (["--gpus", "1", "--batch", "1", "--rates", "none.json"], 1, "rates: expected H200, H100, A100 or a JSON file, got 'none.json'"),
     ],

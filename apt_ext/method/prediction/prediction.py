@@ -142,7 +142,7 @@ def predicted(subject: Subject, how: Asked, batch: int, length: int) -> Predicti
     setting = Setting(how.gpus, how.sharding, batch, length, how.liger, how.checkpointing, rates)
     notes = [f"activations and time are not predicted: {subject.family}"] if isinstance(subject.family, str) else []
     if family is not None and subject.dense.size != 2:
-        notes.append(f"time is not predicted: expected 16-bit weights, which the rates are of, got {subject.dtype}")
+        notes.append(f"time is not predicted: expected 16-bit weights, which the rates are of, got {subject.dtype}; plan it in bfloat16")
     if subject.dropout:
         notes.append("the dropout of adapters is not in the prediction")
     if how.gpus > 1:

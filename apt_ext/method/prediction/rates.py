@@ -13,6 +13,7 @@ from typing import Any
 from ...common.checks import checked_number
 
 TABLE = Path(__file__).with_name("rates.json")
+_WHOLE = "gpus_per_node"  # the one rate that is a count
 _LIKE = "like"  # the entry of a user's table that names the GPU from which it takes what it does not say
 
 
@@ -119,6 +120,8 @@ def _entry(key: Any, value: Any) -> dict[str, Any]:
     number = checked_number(f"rates[{key!r}]", entry["value"], 0)
     if number <= 0:
         raise ValueError(f"rates[{key!r}]: expected a number above 0, got {number:g}")
+    if key == _WHOLE and not number.is_integer():
+        raise ValueError(f"rates[{key!r}]: expected a whole number of at least 1, got {number:g}")
     return {"value": number, "from": str(entry.get("from", "given"))}
 
 
