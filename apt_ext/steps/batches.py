@@ -35,15 +35,22 @@ def signature(batch: Any, device: torch.device, name: str = "batch") -> tuple[Ha
                 raise Ungraphable(f"{name} requires a gradient")
             tensors.append(value)
             return value.shape, value.dtype
+        if isinstance(value, float | complex):
+            return type(value), _exactly(value)
         if isinstance(value, _PLAIN):
             return type(value), value
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping):  # whose order a model may read
             return type(value), tuple((key, told(one, f"{name}[{key!r}]")) for key, one in value.items())
         if isinstance(value, list | tuple):
             return type(value), tuple(told(one, f"{name}[{i}]") for i, one in enumerate(value))
         raise Ungraphable(f"{name} is a {type(value).__name__}, whose values a graph would keep")
 
     return told(batch, name), tensors
+
+
+def _exactly(value: float | complex) -> Hashable:
+    """What a number is to a graph: NaN is NaN, and -0.0 is not 0.0, which `==` has the other way."""
+    return float.hex(value) if isinstance(value, float) else (float.hex(value.real), float.hex(value.imag))
 
 
 def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:

@@ -121,6 +121,8 @@ class GraphedStep:
         divide = self._accumulate if _divide is None else checked_number("_divide", _divide)
         if not divide > 0:
             raise ValueError(f"_divide: expected a number above 0, got {_divide!r}")
+        if self._loss is None:  # a function of the batch may read its order, a call by keywords has none
+            batch = dict(sorted(batch.items()))
         return self._replayer.run(self._lines, inputs, batch, divide)
 
     # -- the lines themselves --------------------------------------------------------------------------------------------

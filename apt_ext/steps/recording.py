@@ -85,11 +85,14 @@ class Recording:
                 return f"the {type(module).__name__} beside the model is another than it was"
         return self._host.outdated()
 
-    def replay(self, batch: Any, device: torch.device) -> Any:
-        """Run the launches on `batch`. Returns copies of what `lines` gave. The gradients are then in their buffers."""
+    def replay(self, tensors: Sequence[Tensor], device: torch.device) -> Any:
+        """Run the launches on the tensors of a batch, as its signature lists them.
+
+        Returns copies of what `lines` gave. The gradients are then in their buffers.
+        """
         for update in self._host.updates:
             update()
-        for mine, given in zip(self._inputs, signature(batch, device)[1], strict=True):
+        for mine, given in zip(self._inputs, tensors, strict=True):
             mine.copy_(given, non_blocking=True)
         with torch.cuda.device(device):
             self._graph.replay()

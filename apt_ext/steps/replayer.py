@@ -65,9 +65,10 @@ class Replayer:
 
     def run(self, lines: Lines, inputs: tuple[Any, ...], batch: dict[str, Any], fixed: Any) -> Any:
         """Run `lines`, always the same ones, on one batch; `fixed` is equal for all batches of a graph."""
-        key = self._known(inputs, batch, fixed)
-        if key is None:
+        known = self._known(inputs, batch, fixed)
+        if known is None:
             return lines(inputs, batch, fixed, None)
+        key, tensors = known
         recording = self._recordings.get(key)
         if recording is not None and (why := recording.outdated()) is not None:
             logger.debug("GraphedStep: captures anew: %s", why)
@@ -81,13 +82,13 @@ class Replayer:
             if recording is None:
                 return lines(inputs, batch, fixed, None)
         let_go(self._owned)
-        output = recording.replay((inputs, batch), self._device)
+        output = recording.replay(tensors, self._device)
         take_over(recording.gradients, self._owned)
         self._restless = 0
         return output
 
     def _known(self, inputs: tuple[Any, ...], batch: dict[str, Any], fixed: Any) -> Any:
-        """What tells the graph of this batch apart; None where it has to run eagerly, for a reason that is told."""
+        """(What tells the graph of this batch apart, its tensors); None where it has to run eagerly, for a reason that is told."""
         self.reason = None
         if self.enabled is False:
             self.reason = "enabled=False"
@@ -107,7 +108,7 @@ class Replayer:
         if self._obstacle is not None:
             return self._tell(self._obstacle)
         try:
-            told, _ = signature((inputs, batch), self._device)
+            told, tensors = signature((inputs, batch), self._device)
         except Ungraphable as why:
             return self._tell(f"{why}")
         named: Mapping[str, Any] = inputs[0] if not batch and len(inputs) == 1 and isinstance(inputs[0], Mapping) else batch
@@ -117,7 +118,7 @@ class Replayer:
         if key not in self._recordings and len(self._recordings) >= self.shapes:
             self._tell(f"batches of more than {self.shapes} shapes came; pad them to fewer lengths, or raise shapes", quietly=True)
             return None
-        return key
+        return key, tensors
 
     def _place(self) -> str | None:
         """Note where the model is; why no graph can be there, or None."""

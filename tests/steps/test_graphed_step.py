@@ -128,6 +128,11 @@ def test_signatures_tell_graphs_apart():
     others = [{"a": ids[:1]}, {"a": ids.double()}, {"b": ids}, {"a": ids, "n": 1}, {"a": ids, "n": 2}, {"a": ids, "n": True}, {"a": [ids]}]
     assert len({told({"a": ids}), *map(told, others)}) == len(others) + 1
     assert len(signature({"a": [ids, (ids, {"c": ids})]}, cpu)[1]) == 3
+    nan = float("nan")
+    numbers = [0.0, -0.0, 1.5, nan, float("inf"), 1, complex(0.0, nan), complex(nan, 0.0), complex(0.0, -0.0), 0j]
+    assert len({told({"n": number}) for number in numbers}) == len(numbers)
+    assert told({"n": nan, "m": [complex(nan, 1)]}) == told({"n": -float("nan"), "m": [complex(float("nan"), 1)]})
+    assert told({"a": ids, "b": {"c": ids, "d": 1}}) != told({"a": ids, "b": {"d": 1, "c": ids}}), "a model may go through b"
     with pytest.raises(Ungraphable, match="Parameter"):
         told({"a": nn.Parameter(ids)})
     with pytest.raises(Ungraphable, match="requires a gradient"):
