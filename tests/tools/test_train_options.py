@@ -71,6 +71,8 @@ def test_words_that_are_none_are_one_line_and_status_2(words, said, capsys):
     [
         (["--density", "7"], "density: expected a share of the layers' parameters in (0, 1], got 7.0; did you mean 0.07?"),
         (["--density", "50"], "got 50.0; did you mean 0.5?"),
+        (["--density", "5"], "got 5.0; did you mean 0.05?"),
+        (["--density", "100"], "got 100.0; did you mean 1?"),
         (["--density", "0"], "density: expected"),
         (["--epochs", "0"], "epochs: expected more than 0, got 0.0"),
         (["--batch", "0"], "batch: expected at least 1, got 0"),
@@ -110,7 +112,39 @@ def test_what_is_wrong_in_a_file_is_one_line_with_its_name(content, said, tmp_pa
     assert str(file) in text or "teacher" in text
 
 
-@pytest.mark.parametrize("given", ["50", "50%"])
+@pytest.mark.parametrize("given", ["1.5", "4.9", "101", "-3", "nan", "150%"])
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_a_density_that_is_no_per_cent_gets_no_suggestion(command, given, capsys):
+    words = ["plan", "m"] if command == "plan" else ["train", *NEEDED]
+    try:
+        status = main([*words, f"--density={given}"])
+    except SystemExit as ended:
+        status = ended.code
+    text = capsys.readouterr().err
+    assert status == 2 and "density: expected a" in text and "did you mean" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "near"),
+    [
+        (["trian"], "train"),
+        (["reprot"], "report"),
+        (["plan", "m", "--sharding", "fdsp"], "fsdp"),
+        (["it's"], None),
+        (["zzz"], None),
+        (["plan", "m", "--sharding", "zero"], None),
+    ],
+    ids=str,
+)
+def test_the_nearest_choice_is_named(words, near, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    text = capsys.readouterr().err
+    assert ended.value.code == 2 and "invalid choice: " in text and text.count("\n") == 1
+    assert f"); did you mean {near}? (see apt-ext" in text if near else "did you mean" not in text
+
+
+@pytest.mark.parametrize("given", ["50", "50%", "50 %"])
 def test_a_density_in_per_cent_is_told_as_a_share(given, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["plan", "m", "--density", given])
