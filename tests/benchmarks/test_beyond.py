@@ -198,7 +198,8 @@ def test_a_70b_trains_on_eight_gpus_by_fsdp_and_not_by_ddp(beyond):
 def test_plan_says_of_a_70b_what_the_table_has(beyond):
     sizes = beyond.SEVENTY | {"vocab_size": 128256}
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).to(torch.bfloat16)
+        config = transformers.LlamaConfig(**sizes, max_position_embeddings=4096)
+        model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
     step = {"gpus": 64, "sharding": "fsdp", "liger": True}
     found = plan(model, APTConfig(r=beyond.RANK), keep={"heads": 4, "neurons": 14336}, batch=1, length=4096, **step)
     assert found.prediction == beyond.steps(sizes, 1, 4096, **step)
