@@ -25,11 +25,13 @@ def hub():
 
 @pytest.fixture
 def sending(hub, tmp_path, monkeypatch):
-    """The client of this process talks to the stand-in; exports are loaded in this process."""
+    """The client of this process talks to the stand-in, and to nobody else; exports are loaded in this process."""
     import huggingface_hub
 
     monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
+    template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(huggingface_hub.hf_api, "ENDPOINT", hub.endpoint, raising=False)
     return hub
 

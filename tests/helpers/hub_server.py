@@ -152,7 +152,7 @@ def running() -> Iterator[Hub]:
     hub = Hub()
     with ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub})) as server:
         hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-        thread = Thread(target=server.serve_forever, daemon=True)
+        thread = Thread(target=server.serve_forever, args=(0.01,), daemon=True)  # how often it looks whether it is to end
         thread.start()
         try:
             yield hub
