@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pathlib
@@ -80,6 +81,13 @@ def _cuda_context():
             warnings.simplefilter("ignore")
             leaf = torch.ones(2, 2, device="cuda", requires_grad=True)
             (leaf @ leaf).sum().backward()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imports_are_no_garbage():
+    """No collection looks again at what is there before a file's tests: at all imports it takes 0.4 s, and accelerate asks for many."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
