@@ -4,6 +4,7 @@ python two_ranks.py OUTCOME RANK, or torchrun --nproc-per-node 2 two_ranks.py OU
 to OUTCOME.RANK.json.
 """
 
+import gc
 import json
 import pathlib
 import sys
@@ -48,6 +49,8 @@ def main(outcome, rank=None):
         # A rank that failed inside a collective is not where the other one is: the checks after it are not run.
         store.set(f"check/{name}/{rank}", "ready")
         store.wait([f"check/{name}/{other}" for other in range(2)], timedelta(seconds=60))
+        gc.collect()
+        gc.freeze()  # what resize.wrapper_of searches is then what the check makes
         try:
             function(rank)
             result[name] = None
