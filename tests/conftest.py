@@ -138,6 +138,12 @@ def loaded_here(monkeypatch):
 
 
 @pytest.fixture
+def unpainted(monkeypatch):
+    """Pages have no pictures, which take a second of each run of apt-ext train; those of test_train.py and of tests/reporting have them."""
+    monkeypatch.setattr("apt_ext.reporting.figures.as_png", lambda draw, theme: b"")
+
+
+@pytest.fixture
 def calls(monkeypatch):
     """How many layers each computation of layers that share an input had; on the CPU they do where they can."""
     from apt_ext.adapter import shared_inputs

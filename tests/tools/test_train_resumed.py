@@ -13,7 +13,7 @@ from apt_ext.tools.train_run import stopping_callback
 
 pytest.importorskip("jsonargparse")
 transformers = pytest.importorskip("transformers")
-pytestmark = pytest.mark.usefixtures("loaded_here")
+pytestmark = pytest.mark.usefixtures("loaded_here", "unpainted")
 WEIGHTS = "model.safetensors"
 
 
