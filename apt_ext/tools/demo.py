@@ -20,7 +20,8 @@ from .places import check_export, replace_json
 from .processes import run_apart
 from .recipe import Recipe
 
-STEPS, QUICK_STEPS = 500, 20
+STEPS, QUICK_STEPS = 500, 10
+ROUNDS, QUICK_ROUNDS = 7, 3  # of the clock
 METHODS = {"lora": "dense LoRA", "apt": "APT"}
 _CLOSE = 1e-4  # how far the logits of the exported model may be from those of the trained one, float32
 
@@ -68,7 +69,7 @@ def demo(output: Path, *, seed: int = 0, steps: int | None = None, archive: Path
         "seconds": time.perf_counter() - started,
     }
     replace_json(output / "report.json", report, indent=2)  # what is done is kept, whatever happens to the clock
-    for method, measured in run_apart(compare, list(METHODS), archive, output, quick).items():
+    for method, measured in run_apart(compare, list(METHODS), archive, output, quick, QUICK_ROUNDS if quick else ROUNDS).items():
         report["methods"][method] |= measured
     report["seconds"] = time.perf_counter() - started
     replace_json(output / "report.json", report, indent=2)

@@ -36,7 +36,7 @@ def load_examples(archive: Path, quick: bool) -> tuple[dict[str, list[Example]],
     """The three splits as token ids, and the id that pads; quick: the first few sentences of each."""
     tokenizer = transformers_offline().AutoTokenizer.from_pretrained(encoder_directory(), local_files_only=True)
     split = split_reviews(load_reviews(archive))
-    few = {"train": 640, "validation": 128, "test": 256}
+    few = {"train": 320, "validation": 64, "test": 128}
     return {name: encode(tokenizer, getattr(split, name)[: few[name] if quick else None]) for name in few}, tokenizer.pad_token_id
 
 
@@ -117,7 +117,7 @@ def reload(directory: Path, check: Path) -> dict[str, Any]:
     return {"class": answer["class"], "bitwise": torch.equal(output, logits), "difference": (output - logits).abs().max().item()}
 
 
-def compare(methods: list[str], archive: Path, output: Path, quick: bool, rounds: int = 7) -> dict[str, dict[str, Any]]:
+def compare(methods: list[str], archive: Path, output: Path, quick: bool, rounds: int) -> dict[str, dict[str, Any]]:
     """Test accuracy, size and speed of the exported models, loaded as stock ones.
 
     Speed is timed in `rounds` rounds, the models in turn, so that all of them meet the same machine.
