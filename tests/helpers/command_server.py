@@ -3,6 +3,7 @@
 `Server` is the test's side; run as a program it is the other. In the place of what a command does, which takes long, is one of JOBS.
 """
 
+import gc
 import json
 import logging
 import os
@@ -87,6 +88,8 @@ def main():
     from apt_ext.tools import cli  # noqa: F401
 
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()  # a child that collects would copy all of the pages
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:

@@ -3,6 +3,7 @@
 Each save writes one number everywhere: a mixture of two saves shows. `Server` is the test's side; run as a program it is the other.
 """
 
+import gc
 import json
 import os
 import resource
@@ -198,6 +199,8 @@ def main():
     with tempfile.TemporaryDirectory() as scratch:  # what is imported at first use
         for job, (act, _) in JOBS.items():
             act(Path(scratch) / job, 1)
+    gc.collect()
+    gc.freeze()  # a child that collects would copy all of the pages
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
