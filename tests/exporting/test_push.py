@@ -36,20 +36,28 @@ def sending(hub, tmp_path, monkeypatch):
     return hub
 
 
-def loads(hub, tmp_path, repo, auto, expected, family, *arguments):
-    """Another process, without apt_ext, loads it from the stand-in by its name and computes the same."""
+def loads(hub, tmp_path, repo, auto, expected, family, *, by_code=False):
+    """Another process, without apt_ext, loads it from the stand-in by its name and computes the same; by code, and not without it."""
     torch.save((family.inputs(), expected), tmp_path / "expected.pt")
     script = """
         import sys, torch
         sys.modules["apt_ext"] = None
         import transformers
-        repo, auto, *more = sys.argv[1:]
+        repo, auto, by_code = sys.argv[1:]
         inputs, expected = torch.load("expected.pt")
-        model = getattr(transformers, auto).from_pretrained(repo, dtype="auto", **({"trust_remote_code": True} if more else {}))
+        load = getattr(transformers, auto).from_pretrained
+        if by_code:
+            try:
+                load(repo, dtype="auto")
+            except OSError:
+                pass
+            else:
+                raise AssertionError("it was loaded without its code")
+        model = load(repo, dtype="auto", **({"trust_remote_code": True} if by_code else {}))
         with torch.no_grad():
             assert (model(**inputs).logits - expected).abs().max() <= 1e-9
     """
-    command = [sys.executable, "-c", textwrap.dedent(script), repo, auto, *arguments]
+    command = [sys.executable, "-c", textwrap.dedent(script), repo, auto, "by code" if by_code else ""]
     environment = hub.environment(tmp_path / "home")
     return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
 
@@ -83,10 +91,8 @@ def test_widths_of_their_own_are_sent_with_their_code_and_old_weights_go(sending
     assert "model.safetensors" not in files and files["notes.txt"] == b"mine"
     assert {"apt_weights.safetensors", "modeling_apt.py", "apt_widths.json"} < files.keys()
     expected = outputs(apt, family.inputs())[0]
-    done = loads(sending, tmp_path, "me/small", "AutoModelForCausalLM", expected, family, "trust")
+    done = loads(sending, tmp_path, "me/small", "AutoModelForCausalLM", expected, family, by_code=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    done = loads(sending, tmp_path, "me/small", "AutoModelForCausalLM", expected, family)
-    assert done.returncode != 0 and "OSError" in done.stderr
 
 
 @pytest.mark.usefixtures("loaded_here")
@@ -123,7 +129,7 @@ def test_the_method_of_a_shrunk_model_with_widths_of_its_own_sends_what_loads(se
     small = shrink(mask_all(apt, some(family, apt.blocks, ("neurons",), "hard")))
     small.push_to_hub("me/small")
     expected = outputs(small, family.inputs())[0]
-    done = loads(sending, tmp_path, "me/small", "AutoModelForSequenceClassification", expected, family, "trust")
+    done = loads(sending, tmp_path, "me/small", "AutoModelForSequenceClassification", expected, family, by_code=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
