@@ -133,6 +133,8 @@ def test_another_torch_is_refused_before_the_library_is_loaded(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(0, 3), (1, 1), (5, 7), (1030, 33), (3000, 100), (40_000, 264), (70, 1536), (4, 0)])
 def test_channel_sums(device, dtype, shape):
+    if device == "cpu":
+        shape = (shape[0], shape[1] if shape[0] < 40_000 else 24)  # long sums of fewer channels; wide rows are in the other shapes
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     strided = torch.randn(shape[0], 2 * shape[1], device=device).to(dtype)[:, ::2]
     padded = torch.randn(shape[0], shape[1] + 8, device=device).to(dtype)[:, : shape[1]]  # rows apart
