@@ -219,7 +219,7 @@ mkdir -p "$work"
 make_template
 rm -rf "$tree.new"
 mkdir "$tree.new"
-if [ -e .git ]; then git ls-files -co --exclude-standard; else find . -type f -not -path './build/*' -not -path './.venv/*'; fi |
+if [ -e .git ]; then git ls-files -co --exclude-standard; else find . -type f -not -path './build/*' -not -path './demo-output/*' -not -path './.*/*'; fi |
   tar -c -T - 2>/dev/null | tar -x -C "$tree.new"
 [ ! -d "$tree/build" ] || mv "$tree/build" "$tree.new/"
 rm -rf "$tree"
