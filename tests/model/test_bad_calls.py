@@ -166,8 +166,8 @@ def test_what_a_plan_refuses():
         if bad is not None:  # not given
             with refused("batch", TypeError):
                 apt_ext.plan(model(), APTConfig(), batch=bad)
-        with refused("length", TypeError):
-            apt_ext.plan(model(), APTConfig(), length=bad)
+            with refused("length", TypeError):
+                apt_ext.plan(model(), APTConfig(), length=bad)
     for bad in (0, -1):
         with refused("batch", ValueError):
             apt_ext.plan(model(), APTConfig(), batch=bad)
