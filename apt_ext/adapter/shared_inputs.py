@@ -60,7 +60,7 @@ class Held:
     def take(self, member: int, x: Tensor, operands: Operands) -> Tensor | None:
         """The output of this member for this call; None where there is none, or x or the member are others than they were."""
         outputs, place = self.outputs, self.waiting.get(member)
-        if place is None or not outputs:
+        if place is None or not outputs or self.is_repeated != _in_backward():
             return None
         found = outputs[0].take(place, x, operands)
         if found is not None:
@@ -121,9 +121,10 @@ class SharedInput:
         if held is not None:
             held.group._finish(held)
         members, layers = [], []
+        learns = _learns(x, operands)
         for other in self._together(number):
             found = operands if other == number else _ready(self._members[other]())
-            if found is not None:
+            if found is not None and _learns(x, found) == learns:
                 members.append(other)
                 layers.append(found)
         if len(members) < 2:
@@ -143,7 +144,7 @@ class SharedInput:
             return self._classes_then()[leader]
         apart = self._parting.pop(leader, ())
         classes = self._classes[-1][1]
-        if set(apart) < set(classes[leader]):
+        if apart and set(apart) < set(classes[leader]):
             stay = tuple(one for one in classes[leader] if one not in apart)
             classes = [apart if one in apart else stay if one in stay else of for one, of in enumerate(classes)]
             self._classes.append((_C.next_moment(), classes))
@@ -179,6 +180,12 @@ def _ready(member: APTAdapter | None) -> Operands | None:
         return None
     mask_in, mask_out, written = member.placed.effective(member._buffers, None, None, False)
     return None if written or mask_in is not None else _operands(member, mask_out)
+
+
+def _learns(x: Tensor, operands: Operands) -> bool:
+    """Whether the output of a member requires a gradient: one node would make that of a frozen one require one as well."""
+    _, bias, A, B, *_ = operands
+    return x.requires_grad or A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad)
 
 
 def _operands(adapter: APTAdapter, mask_out: Tensor | None) -> Operands | None:

@@ -1,7 +1,9 @@
 #include "shared_linear.h"
 
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/autocast_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
+#include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
@@ -55,6 +57,13 @@ SharedLayer cast_layer(const SharedLayer& layer, at::ScalarType to, const Tensor
           layer.scaling,
           layer.dropout,
           layer.rng};
+}
+
+// Return true where a forward may be one that is computed again in the backward, or that other one: there each
+// layer draws at its own call, or what is drawn could be handed to another layer the second time.
+bool may_be_recomputed() {
+  return !at::GradMode::is_enabled() || torch::autograd::get_current_graph_task_id() != -1 ||
+         !at::SavedTensorDefaultHooks::get_tls_state().stack.empty();
 }
 
 uint32_t version_of(const Tensor& tensor) { return tensor.is_inference() ? 0 : tensor._version(); }
@@ -258,8 +267,10 @@ std::shared_ptr<SharedOutputs> SharedOutputs::compute(const Tensor& x, std::vect
   const bool casts = state.autocast && x.scalar_type() != at::kDouble;
   const at::ScalarType dtype = casts ? state.autocast_dtype : x.scalar_type();
   std::vector<size_t> taken;
+  const bool draws_alone = may_be_recomputed();
   for (size_t i = 0; i < layers.size(); ++i) {
     const SharedLayer& layer = layers[i];
+    if (layer.dropout > 0.0 && draws_alone) continue;
     if (needs_own_op(layer) || any_wants_grad(layer.weight, layer.mask_out)) continue;
     if (always || is_worth_sharing(x, layer, dtype)) taken.push_back(i);
   }
@@ -306,6 +317,7 @@ OptTensor SharedOutputs::take(size_t i, const Tensor& x, const SharedLayer& laye
   for (size_t k = 0; k < std::size(now); ++k)
     if (!found->seen[k].is_still(now[k])) return std::nullopt;
   if (found->scaling != layer.scaling || found->dropout != layer.dropout) return std::nullopt;
+  if (layer.dropout > 0.0 && may_be_recomputed()) return std::nullopt;
   if (node_.has_value()) {
     NodePointer node = node_->lock();
     if (!node) return std::nullopt;

@@ -256,7 +256,7 @@ def test_a_mask_of_this_call_alone(calls, mask):
 
 
 def test_dropout(calls):
-    """What a seed drops does not know of sharing, and is drawn again in the backward."""
+    """Called in their order, all of them, a seed drops what it drops without sharing; the backward draws it again."""
     group = attention(dropout=0.5)
 
     def run(group, x):

@@ -1,0 +1,138 @@
+"""Adapters that read one x, in forwards that are computed again: what is drawn and what is saved is the same both times."""
+
+import contextlib
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from apt_ext import APTAdapter
+from apt_ext.adapter import shared_inputs
+from apt_ext.adapter.shared_inputs import SharedInput, sharing
+
+REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
+
+
+@pytest.fixture(autouse=True)
+def _always():
+    shared_inputs.this_thread.held = None
+    with sharing("always"):
+        yield
+
+
+def group(dropout):
+    torch.manual_seed(0)
+    found = {name: APTAdapter.from_linear(nn.Linear(8, 8), 4, 8.0, dropout=dropout) for name in "qkv"}
+    for adapter in found.values():
+        nn.init.normal_(adapter.lora_B)
+    SharedInput(list(found.values()))
+    return found
+
+
+def an_x(grad=True):
+    return torch.randn(4, 8, requires_grad=grad, generator=torch.Generator().manual_seed(1))
+
+
+def each_in_its_own(adapters, x, run):
+    return [run(adapters[name], x) for name in "qkv"]
+
+
+def all_in_one(adapters, x, run):
+    return [run(lambda x: torch.cat([adapters[name](x) for name in "qkv"], -1), x)]
+
+
+def two_of_three(adapters, x, run):
+    return [run(lambda x: torch.cat([adapters["q"](x), adapters["v"](x)], -1), x)]
+
+
+def one_before(adapters, x, run):
+    with torch.no_grad():
+        adapters["q"](x)
+    return [adapters["q"](x), run(lambda x: adapters["k"](x) + adapters["v"](x) + adapters["q"](x), x)]
+
+
+@pytest.mark.parametrize("frozen", ["", "q", "k"])
+@pytest.mark.parametrize("calls", [each_in_its_own, all_in_one, two_of_three, one_before], ids=lambda one: one.__name__)
+@REENTRANT
+def test_a_recomputation_drops_what_its_forward_dropped(reentrant, calls, frozen):
+    adapters = group(0.5)
+    for name in frozen:
+        for parameter in adapters[name].parameters():
+            parameter.requires_grad_(False)
+    for _ in range(4):
+        seen = []
+
+        def run(function, x, seen=seen):
+            own = []
+            seen.append(own)
+
+            def noted(x):
+                y = function(x)
+                own.append(y.detach().clone())
+                return y
+
+            return checkpoint(noted, x, use_reentrant=reentrant)
+
+        with set_checkpoint_early_stop(False):
+            sum((y**2).sum() for y in calls(adapters, an_x(), run)).backward()
+        assert seen and all(len(one) == 2 and torch.equal(*one) for one in seen)
+
+
+@REENTRANT
+def test_gradients_of_each_in_its_own_checkpoint_are_those_of_what_was_computed(reentrant):
+    found = []
+    for mode in ("always", "never"):
+        adapters, x = group(0.5), an_x()
+        torch.manual_seed(3)
+        with sharing(mode):
+            sum((checkpoint(adapters[name], x, use_reentrant=reentrant) ** 2).sum() for name in "qkv").backward()
+        found.append([x.grad, *(adapters[name].lora_A.grad for name in "qkv")])
+    assert all(torch.allclose(ours, theirs, rtol=1e-5) for ours, theirs in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_a_frozen_one_beside_an_x_without_gradient_in_a_checkpoint(dropout):
+    adapters = group(dropout)
+    for parameter in adapters["k"].parameters():
+        parameter.requires_grad_(False)
+    for _ in range(4):
+        checkpoint(lambda x: torch.cat([adapters[name](x) for name in "qkv"], -1), an_x(False), use_reentrant=False).sum().backward()
+
+
+def test_a_frozen_one_is_not_computed_with_others_in_vain(calls):
+    adapters = group(0.0)
+    for parameter in adapters["k"].parameters():
+        parameter.requires_grad_(False)
+    x = an_x(False)
+    outputs = [adapters[name](x) for name in "qkv"]
+    assert calls == [2] and [y.requires_grad for y in outputs] == [True, False, True]
+
+
+def test_a_recomputation_takes_nothing_that_its_forward_left():
+    adapters = group(0.0)
+    checkpoint(lambda x: torch.cat([adapters[name](x) for name in "kqvq"], -1), an_x(), use_reentrant=False).sum().backward()
+
+
+def test_outputs_that_wait_are_not_drawn_for_a_checkpoint():
+    adapters, x = group(0.5), an_x()
+    seen = []
+
+    def again(x):
+        seen.append(adapters["k"](x))
+        return seen[-1]
+
+    with set_checkpoint_early_stop(False):
+        (adapters["q"](x).sum() + checkpoint(again, x, use_reentrant=False).sum()).backward()
+    assert torch.equal(*(one.detach() for one in seen))
+
+
+@pytest.mark.parametrize("where", [contextlib.nullcontext, torch.no_grad], ids=["grad", "no_grad"])
+def test_what_a_group_remembers_does_not_grow_with_steps(where):
+    adapters = group(0.1)
+    with where():
+        for _ in range(20):
+            x = an_x()
+            outputs = [adapters[name](x) for name in "qkv"]
+    assert len(outputs) == 3
+    assert len(adapters["q"].shared[0]._classes) == 1
