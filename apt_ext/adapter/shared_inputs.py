@@ -118,17 +118,16 @@ class SharedInput:
     def _lead(self, number: int, x: Tensor, operands: Operands) -> Tensor | None:
         """Compute for this member and those that are expected to read the same x."""
         held = this_thread.held
+        if held is not None and held.group is self:
+            expected = (self._classes_then() if _in_backward() else self._classes[-1][1])[number]
+            if len(expected) > 1 and len(self._ready_with(number, expected, x, operands)) < 2:
+                return None  # a frozen one among others that learn: what they wait for stays
         if held is not None:
             held.group._finish(held)
-        members, layers = [], []
-        learns = _learns(x, operands)
-        for other in self._together(number):
-            found = operands if other == number else _ready(self._members[other]())
-            if found is not None and _learns(x, found) == learns:
-                members.append(other)
-                layers.append(found)
-        if len(members) < 2:
+        found = self._ready_with(number, self._together(number), x, operands)
+        if len(found) < 2:
             return None
+        members, layers = list(found), list(found.values())
         outputs = _C.shared_linear(x, layers, _mode == "always", drawn_rng)
         if outputs is None:
             return None
@@ -137,6 +136,12 @@ class SharedInput:
         if taken is not None:
             this_thread.held = held
         return taken
+
+    def _ready_with(self, leader: int, together: Sequence[int], x: Tensor, operands: Operands) -> dict[int, Operands]:
+        """{member: its operands} of those that can be computed with the leader."""
+        ready = {other: operands if other == leader else _ready(self._members[other]()) for other in together}
+        learns = _learns(x, operands)
+        return {other: found for other, found in ready.items() if found is not None and _learns(x, found) == learns}
 
     def _together(self, leader: int) -> tuple[int, ...]:
         """Who is computed with this member."""
