@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -76,6 +77,7 @@ class GraphedStep:
         if enabled != "auto" and not isinstance(enabled, bool):
             raise ValueError(f'enabled: expected "auto", True or False, got {enabled!r}')
         self._model, self._loss, self._autocast, self._scaler = model, loss, autocast, scaler
+        self._named = _named_arguments(model)
         self._accumulate = checked_int("accumulate", accumulate, 1)
         self._replayer = Replayer(model, checked_int("shapes", shapes, 1), enabled)
 
@@ -121,8 +123,9 @@ class GraphedStep:
         divide = self._accumulate if _divide is None else checked_number("_divide", _divide)
         if not divide > 0:
             raise ValueError(f"_divide: expected a number above 0, got {_divide!r}")
-        if self._loss is None:  # a function of the batch may read its order, a call by keywords has none
-            batch = dict(sorted(batch.items()))
+        if self._loss is None:  # a function of the batch may read its order, and so may a forward of what it has no name for
+            named = self._named & batch.keys()
+            batch = {name: batch[name] for name in sorted(named)} | {name: value for name, value in batch.items() if name not in named}
         return self._replayer.run(self._lines, inputs, batch, divide)
 
     # -- the lines themselves --------------------------------------------------------------------------------------------
@@ -150,6 +153,15 @@ class GraphedStep:
             return nullcontext()
         kind = next((one.device.type for one in self._model.parameters()), "cpu")
         return torch.autocast(kind, self._autocast)
+
+
+def _named_arguments(model: nn.Module) -> frozenset[str]:
+    """Names of what the forward takes by name, whatever the order; none where it cannot be told."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return frozenset()
+    return frozenset(one.name for one in parameters if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY))
 
 
 def _own_loss(found: Any) -> Any:

@@ -87,6 +87,19 @@ def test_the_order_of_names_makes_no_other_graph(graphs):
     assert step.captures == 1
 
 
+def test_a_forward_may_read_the_order_of_what_it_has_no_name_for():
+    class Joined(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = torch.nn.Linear(6, 1)
+
+        def forward(self, scale, **features):
+            return {"loss": scale * self.linear(torch.cat(list(features.values()), -1)).sum()}
+
+    model, given = Joined(), {"text": torch.ones(1, 3), "scale": 2.0, "image": torch.zeros(1, 3)}
+    assert torch.equal(GraphedStep(model)(**given)["loss"], model(**given)["loss"].detach())
+
+
 def test_a_loss_may_read_the_order_of_its_batch(graphs):
     step = GraphedStep(Scaled(), lambda model, batch: model(*batch.values())["loss"])
     shape = (3, 2)
