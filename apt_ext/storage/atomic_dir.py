@@ -83,8 +83,10 @@ def stage(parent: Path, name: str) -> Iterator[Path]:
     try:
         yield directory
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
-        os.close(lock)
+        try:
+            shutil.rmtree(directory, ignore_errors=True)
+        finally:  # interrupted again: the next one in this process may sweep it
+            os.close(lock)
 
 
 def _sweep(leftover: Path) -> None:

@@ -152,3 +152,14 @@ def test_the_manifest_says_what_is_there(directory):
     files = json.loads((directory / MANIFEST).read_text())["files"]
     assert list(files) == list(NAMES) and [entry["size"] for entry in files.values()] == [len(name) for name in NAMES]
     assert atomic_dir.unchanged(directory, MANIFEST)
+
+
+def test_a_stage_whose_end_was_interrupted_is_swept_by_the_next_one(tmp_path, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt), atomic_dir.stage(tmp_path, "small"):
+        patch.setattr(atomic_dir.shutil, "rmtree", interrupted)
+    assert len(list(tmp_path.iterdir())) == 1
+    with atomic_dir.stage(tmp_path, "small") as directory:
+        assert list(tmp_path.iterdir()) == [directory]
