@@ -96,6 +96,7 @@ def write_export(
         model.refuse_unfinished(call)
     numbers = checked_metrics(metrics)
     check_target(target)
+    there = _entries(target)
     origin = Origin.of(model)
     inside: Any = model.model if isinstance(model, APTModel) else model
     with started(type(inside).__name__) as reloaded:
@@ -111,8 +112,17 @@ def write_export(
                 save = partial(own_format.save, small, new, blocks.row, max_shard_size=max_shard_size)
             describe = partial(cards.write, new, name, written, blocks, origin, numbers)
             complete(small, new, loader, reloaded, save, tokenizer, describe)
+            if _entries(target) != there:  # by others meanwhile
+                check_target(target)
             atomic_dir.place(new, target)
     return "apt_ext.load_export" if loader == "apt_ext" else loader
+
+
+def _entries(target: Path) -> dict[str, tuple[int, ...]]:
+    """What tells whether somebody has written there, {name: [its numbers]}; nothing where nothing is."""
+    found = [target, *target.iterdir()] if target.is_dir() else [target]
+    stats = {str(one): one.lstat() for one in found if one.exists() or one.is_symlink()}
+    return {name: (stat.st_mode, stat.st_ino, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
 def save_stock(written: Any, directory: Path, max_shard_size: int | str = "5GB") -> None:

@@ -125,3 +125,36 @@ def test_hashing_that_was_ended_gives_no_answer():
     ended.set()
     with pytest.raises(RuntimeError, match="digests: expected to hash all tensors"):
         reload.digests(tensors("cpu"), ended)
+
+
+@pytest.mark.usefixtures("loaded_here")
+@pytest.mark.parametrize("before", ["nothing", "an export"])
+def test_what_others_put_there_meanwhile_is_not_replaced(tmp_path, monkeypatch, before):
+    target, save = tmp_path / "small", directories.save_stock
+    if before == "an export":
+        export(masked({}), target)
+
+    def saves(*arguments):
+        save(*arguments)
+        target.mkdir(exist_ok=True)
+        (target / "notes.txt").write_text("mine")
+
+    monkeypatch.setattr(directories, "save_stock", saves)
+    with pytest.raises(ValueError, match="with other content"):
+        export(masked({}), target)
+    assert (target / "notes.txt").read_text() == "mine" and list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.usefixtures("loaded_here")
+def test_an_export_of_others_meanwhile_is_replaced(tmp_path, monkeypatch):
+    target, save = tmp_path / "small", directories.save_stock
+    export(masked({}), target)
+
+    def saves(*arguments):
+        save(*arguments)
+        monkeypatch.setattr(directories, "save_stock", save)
+        export(masked({}), target)
+
+    monkeypatch.setattr(directories, "save_stock", saves)
+    export(masked({}), target)
+    assert atomic_dir.unchanged(target, directories.MANIFEST) and list(tmp_path.iterdir()) == [target]
