@@ -231,6 +231,8 @@ def _compare(small: Any, directory: Path, loaders: list[str], reloaded: Reloaded
 
     exchange = directory.with_name("exchange.safetensors")
     inputs, expected = probe(small)
+    if expected is not None and bool(expected.isnan().any()):
+        raise ValueError("model: expected outputs that are numbers, got NaN for transformers' dummy inputs: weights may hold NaN or Inf")
     for loader in loaders:
         if expected is not None:
             save_file({name: tensor.cpu().contiguous().clone() for name, tensor in inputs.items()}, exchange)

@@ -158,3 +158,13 @@ def test_an_export_of_others_meanwhile_is_replaced(tmp_path, monkeypatch):
     monkeypatch.setattr(directories, "save_stock", saves)
     export(masked({}), target)
     assert atomic_dir.unchanged(target, directories.MANIFEST) and list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.usefixtures("loaded_here")
+def test_a_model_of_nan_is_refused_as_one(tmp_path):
+    apt = masked({})
+    with torch.no_grad():
+        apt.model.classifier.bias.fill_(float("nan"))
+    with pytest.raises(ValueError, match="weights may hold NaN"):
+        export(apt, tmp_path / "small")
+    assert not list(tmp_path.iterdir())
