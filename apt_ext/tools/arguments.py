@@ -24,6 +24,15 @@ from .messages import LIKELY_PERCENT, meant_share
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong with the arguments in one line."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """As argparse has it, but each command refuses itself what it does not know, and names its nearest option."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            option = unknown[0].partition("=")[0]
+            near = get_close_matches(option, set(re.findall(r"--[a-z][\w-]*", self.format_help())), n=1)
+            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
+        return found, unknown
+
     def error(self, message: str) -> NoReturn:
         chosen = _CHOSEN.search(message)
         near = get_close_matches(chosen[1].strip("'"), re.split(r"'?, '?", chosen[2].strip("'")), n=1) if chosen else []

@@ -144,6 +144,21 @@ def test_the_nearest_choice_is_named(words, near, capsys):
     assert f"); did you mean {near}? (see apt-ext" in text if near else "did you mean" not in text
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["plan", "model", "--lenght", "5"], "apt-ext plan: error: unrecognized arguments: --lenght 5; did you mean --length?"),
+        (["plan", "model", "--gpuz=2"], "did you mean --gpus?"),
+        (["--versoin"], "apt-ext: error: unrecognized arguments: --versoin; did you mean --version?"),
+        (["doctor", "--x"], "unrecognized arguments: --x (see apt-ext doctor --help)"),
+    ],
+)
+def test_the_nearest_option_of_a_command_is_named(words, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2 and said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("given", ["50", "50%", "50 %"])
 def test_a_density_in_per_cent_is_told_as_a_share(given, capsys):
     with pytest.raises(SystemExit) as ended:
