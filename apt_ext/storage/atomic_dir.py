@@ -132,7 +132,7 @@ def seal(directory: Path, manifest: str) -> None:
 
 def _keep(file: Path, mode: int) -> None:
     """Have a file with this mode on the disk when this returns. ValueError for a link, whose mode is another file's."""
-    with _open_regular(file) as stream:
+    with error_prefix(file.name), _open_regular(file) as stream:
         os.fchmod(stream.fileno(), mode)  # first: fsync takes it along
         os.fsync(stream.fileno())
 
@@ -378,7 +378,7 @@ def unchanged(directory: Path, manifest: str) -> bool:
 
 
 def _digest(file: Path) -> str:
-    with _open_regular(file) as stream:
+    with error_prefix(file.name), _open_regular(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
