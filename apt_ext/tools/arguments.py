@@ -6,7 +6,6 @@ import argparse
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,7 +17,7 @@ from ..method.prediction.step import SHARDINGS
 from . import checkout
 from .data import ARCHIVE
 from .demo import QUICK_STEPS, STEPS
-from .messages import LIKELY_PERCENT, meant_share
+from .messages import LIKELY_PERCENT, meant, meant_share
 
 
 class _Parser(argparse.ArgumentParser):
@@ -28,15 +27,13 @@ class _Parser(argparse.ArgumentParser):
         """As argparse has it, but each command refuses itself what it does not know, and names its nearest option."""
         found, unknown = super().parse_known_args(args, namespace)
         if unknown:
-            option = unknown[0].partition("=")[0]
-            near = get_close_matches(option, set(re.findall(r"--[a-z][\w-]*", self.format_help())), n=1)
-            self.error(f"unrecognized arguments: {' '.join(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
+            options = dict.fromkeys(re.findall(r"--[a-z][\w-]*", self.format_help()))
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{meant(unknown[0].partition('=')[0], options)}")
         return found, unknown
 
     def error(self, message: str) -> NoReturn:
         chosen = _CHOSEN.search(message)
-        near = get_close_matches(chosen[1].strip("'"), re.split(r"'?, '?", chosen[2].strip("'")), n=1) if chosen else []
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = meant(chosen[1].strip("'"), re.split(r"'?, '?", chosen[2].strip("'"))) if chosen else ""
         self.exit(2, f"{self.prog}: error: {message}{hint} (see {self.prog} --help)\n")
 
 

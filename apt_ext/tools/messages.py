@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 
 from tqdm import tqdm
 
@@ -18,6 +19,12 @@ def say(text: str) -> None:
     """Print `text` in one line on stderr; nothing where stderr is closed."""
     with suppress(OSError):
         print(f"{_PROGRAM}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+
+
+def meant(word: str, names: Iterable[str]) -> str:
+    """Ask whether the nearest of these names was meant; nothing where none is near."""
+    near = get_close_matches(word, list(names), n=1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def meant_share(percent: float, least: float = 0.0) -> str:

@@ -8,14 +8,13 @@ import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from ..common.extras import lacking
 from ..config import Schedule, nearest
 from .data import Missing, Misuse
-from .messages import LIKELY_PERCENT, meant_share
+from .messages import LIKELY_PERCENT, meant, meant_share
 
 _EXAMPLE = """\
 example:
@@ -177,9 +176,8 @@ def _wrong(key: str, given: str) -> str:
     choices = next((list(get_args(one)) for one in kinds if get_origin(one) is Literal), [])
     plain = list(dict.fromkeys(_PLAIN[one] for one in kinds if one in _PLAIN))
     text = " or ".join([", ".join(choices[:-1]), choices[-1]] if len(choices) > 1 else plain) or "another value"
-    near = get_close_matches(given.strip("'\""), choices, n=1)
     share = re.fullmatch(r"(\d+(?:\.\d+)?) ?%", given)
-    hint = f"; did you mean {near[0]}?" if near else meant_share(float(share[1])) if share and "a number" in plain else ""
+    hint = meant(given.strip("'\""), choices) or (meant_share(float(share[1])) if share and "a number" in plain else "")
     return f"{key.replace('_', '-')}: expected {text}, got {given!r}{hint}"
 
 
@@ -222,8 +220,7 @@ def _parser() -> Any:
 
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             text = _WRONG.sub(lambda found: _wrong(*found.groups()), " ".join(message.split()))
-            near = get_close_matches(text.rpartition(": ")[2].split()[0], names, n=1) if "unrecognized" in text else []
-            hint = f"; did you mean {near[0]}?" if near else ""
+            hint = meant(text.rpartition(": ")[2].split()[0], names) if "unrecognized" in text else ""
             self.exit(2, f"{self.prog}: error: {text.rstrip('.')}{hint} (see {self.prog} --help)\n")
 
     def load(text: str) -> Any:
