@@ -119,7 +119,7 @@ class SharedInput:
         """Compute for this member and those that are expected to read the same x."""
         held = this_thread.held
         if held is not None and held.group is self:
-            expected = (self._classes_then() if _in_backward() else self._classes[-1][1])[number]
+            expected = self._expected(number)
             if len(expected) > 1 and len(self._ready_with(number, expected, x, operands)) < 2:
                 return None  # a frozen one among others that learn: what they wait for stays
         if held is not None:
@@ -143,10 +143,14 @@ class SharedInput:
         learns = _learns(x, operands)
         return {other: found for other, found in ready.items() if found is not None and _learns(x, found) == learns}
 
+    def _expected(self, leader: int) -> tuple[int, ...]:
+        """Who was computed with this member so far; in a backward, in the forward that it recomputes."""
+        return (self._classes_then() if _in_backward() else self._classes[-1][1])[leader]
+
     def _together(self, leader: int) -> tuple[int, ...]:
-        """Who is computed with this member."""
+        """Who is computed with this member from now on."""
         if _in_backward():
-            return self._classes_then()[leader]
+            return self._expected(leader)
         apart = self._parting.pop(leader, ())
         classes = self._classes[-1][1]
         if apart and set(apart) < set(classes[leader]):
@@ -190,7 +194,7 @@ def _ready(member: APTAdapter | None) -> Operands | None:
 def _learns(x: Tensor, operands: Operands) -> bool:
     """Whether the output of a member requires a gradient: one node would make that of a frozen one require one as well."""
     _, bias, A, B, *_ = operands
-    return x.requires_grad or A.requires_grad or B.requires_grad or (bias is not None and bias.requires_grad)
+    return torch.is_grad_enabled() and any(one is not None and one.requires_grad for one in (x, bias, A, B))
 
 
 def _operands(adapter: APTAdapter, mask_out: Tensor | None) -> Operands | None:

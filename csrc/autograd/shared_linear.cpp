@@ -7,7 +7,6 @@
 #include <torch/csrc/autograd/variable.h>
 
 #include <algorithm>
-#include <functional>
 
 #include "../device.h"
 #include "common.h"
@@ -274,11 +273,6 @@ std::shared_ptr<SharedOutputs> SharedOutputs::compute(const Tensor& x, std::vect
     if (needs_own_op(layer) || any_wants_grad(layer.weight, layer.mask_out)) continue;
     if (always || is_worth_sharing(x, layer, dtype)) taken.push_back(i);
   }
-  // One node would make the output of a frozen layer require a gradient as well.
-  auto learns = [&](size_t i) {
-    return any_wants_grad(x, layers[i].lora_A, layers[i].lora_B, layers[i].bias);
-  };
-  if (std::any_of(taken.begin(), taken.end(), learns)) std::erase_if(taken, std::not_fn(learns));
   if (taken.size() < 2) return nullptr;
   for (const size_t i : taken)
     if (layers[i].dropout > 0.0) layers[i].rng = draw();

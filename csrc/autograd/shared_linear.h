@@ -59,7 +59,8 @@ class SharedOutputs {
  public:
   // Null where nothing is shared: fewer than two layers fit x, it would not pay (unless `always`), or the
   // call is one that needs each layer's own op (tracing, torch.func, dual numbers, inference tensors). A layer
-  // that drops gets its rng from `draw`, in their order.
+  // that drops gets its rng from `draw`, in their order. Either all layers learn or none: one node would make
+  // the output of a frozen one require a gradient as well.
   static std::shared_ptr<SharedOutputs> compute(const Tensor& x, std::vector<SharedLayer> layers, bool always,
                                                 const std::function<Tensor()>& draw);
 

@@ -107,6 +107,9 @@ def test_a_frozen_one_is_not_computed_with_others_in_vain(calls):
     x = an_x(False)
     outputs = [adapters[name](x) for name in "qkv"]
     assert calls == [2] and [y.requires_grad for y in outputs] == [True, False, True]
+    with torch.no_grad():
+        outputs = [adapters[name](x) for name in "qkv"]
+    assert calls == [2, 3] and not any(y.requires_grad for y in outputs)
 
 
 def test_a_recomputation_takes_nothing_that_its_forward_left():
