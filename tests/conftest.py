@@ -144,10 +144,18 @@ def unpainted(monkeypatch):
 
 
 @pytest.fixture
-def calls(monkeypatch):
-    """How many layers each computation of layers that share an input had; on the CPU they do where they can."""
+def shared():
+    """Layers share inputs wherever it is right: on the CPU it saves nothing."""
     from apt_ext.adapter import shared_inputs
 
+    shared_inputs.this_thread.held = None
+    with shared_inputs.sharing("always"):
+        yield
+
+
+@pytest.fixture
+def calls(monkeypatch, shared):
+    """How many layers each computation of layers that share an input had; on the CPU they do where they can."""
     found = []
     real = apt_ext._C.shared_linear
 
@@ -156,9 +164,7 @@ def calls(monkeypatch):
         return real(x, layers, always, rng)
 
     monkeypatch.setattr(apt_ext._C, "shared_linear", counted)
-    shared_inputs.this_thread.held = None
-    with shared_inputs.sharing("always"):
-        yield found
+    return found
 
 
 @pytest.fixture(scope="module")

@@ -7,40 +7,17 @@ import weakref
 
 import pytest
 import torch
+from attentions import WIDTHS, an_x, attention
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from apt_ext import APTAdapter
 from apt_ext.adapter import shared_inputs
 from apt_ext.adapter.shared_inputs import SharedInput, sharing
 
-WIDTHS = {"q": 12, "k": 6, "v": 6}
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
 
 
-@pytest.fixture(autouse=True)
-def _always():
-    """On the CPU sharing saves nothing, and is right."""
-    shared_inputs.this_thread.held = None
-    with sharing("always"):
-        yield
-
-
-def attention(ranks=(3, 2, 4), bias=True, dtype=torch.float64, **options):
-    """q, k and v of a group, with random factors."""
-    torch.manual_seed(1)
-    found = {}
-    for (name, width), rank in zip(WIDTHS.items(), ranks, strict=True):
-        found[name] = APTAdapter.from_linear(nn.Linear(10, width, bias, dtype=dtype), rank, 1.0 + rank, **options)
-        with torch.no_grad():
-            found[name].lora_B.normal_()
-    group = nn.ModuleDict(found)
-    SharedInput(list(found.values()))
-    return group
-
-
-def an_x(seed=0, **options):
-    return torch.randn(2, 4, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(seed), **options)
+pytestmark = pytest.mark.usefixtures("shared")
 
 
 def loss_of(group, x, names="qkv"):

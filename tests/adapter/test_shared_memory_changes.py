@@ -2,32 +2,11 @@
 
 import pytest
 import torch
-from torch import nn
+from attentions import an_x, attention
 
-from apt_ext import APTAdapter
-from apt_ext.adapter.shared_inputs import SharedInput, sharing
+from apt_ext.adapter.shared_inputs import sharing
 
-
-@pytest.fixture(autouse=True)
-def _always():
-    """On the CPU sharing saves nothing, and is right."""
-    with sharing("always"):
-        yield
-
-
-def attention():
-    """q, k and v of a group, with random factors."""
-    torch.manual_seed(1)
-    found = {name: APTAdapter.from_linear(nn.Linear(10, 6, dtype=torch.float64), 2) for name in "qkv"}
-    with torch.no_grad():
-        for adapter in found.values():
-            adapter.lora_B.normal_()
-    SharedInput(list(found.values()))
-    return nn.ModuleDict(found)
-
-
-def an_x():
-    return torch.randn(2, 4, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+pytestmark = pytest.mark.usefixtures("shared")
 
 
 class Gathers:

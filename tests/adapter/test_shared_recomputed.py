@@ -4,34 +4,20 @@ import contextlib
 
 import pytest
 import torch
-from torch import nn
+from attentions import an_x, attention
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from apt_ext import APTAdapter
-from apt_ext.adapter import shared_inputs
-from apt_ext.adapter.shared_inputs import SharedInput, sharing
+from apt_ext.adapter.shared_inputs import sharing
 
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["not reentrant", "reentrant"])
 
 
-@pytest.fixture(autouse=True)
-def _always():
-    shared_inputs.this_thread.held = None
-    with sharing("always"):
-        yield
+pytestmark = pytest.mark.usefixtures("shared")
 
 
-def group(dropout):
-    torch.manual_seed(0)
-    found = {name: APTAdapter.from_linear(nn.Linear(8, 8), 4, 8.0, dropout=dropout) for name in "qkv"}
-    for adapter in found.values():
-        nn.init.normal_(adapter.lora_B)
-    SharedInput(list(found.values()))
-    return found
-
-
-def an_x(grad=True):
-    return torch.randn(4, 8, requires_grad=grad, generator=torch.Generator().manual_seed(1))
+def freeze(adapter):
+    for parameter in adapter.parameters():
+        parameter.requires_grad_(False)
 
 
 def each_in_its_own(adapters, x, run):
@@ -49,17 +35,16 @@ def two_of_three(adapters, x, run):
 def one_before(adapters, x, run):
     with torch.no_grad():
         adapters["q"](x)
-    return [adapters["q"](x), run(lambda x: adapters["k"](x) + adapters["v"](x) + adapters["q"](x), x)]
+    return [adapters["q"](x), run(lambda x: torch.cat([adapters[name](x) for name in "kvq"], -1), x)]
 
 
 @pytest.mark.parametrize("frozen", ["", "q", "k"])
 @pytest.mark.parametrize("calls", [each_in_its_own, all_in_one, two_of_three, one_before], ids=lambda one: one.__name__)
 @REENTRANT
 def test_a_recomputation_drops_what_its_forward_dropped(reentrant, calls, frozen):
-    adapters = group(0.5)
+    adapters = attention(dropout=0.5)
     for name in frozen:
-        for parameter in adapters[name].parameters():
-            parameter.requires_grad_(False)
+        freeze(adapters[name])
     for _ in range(4):
         seen = []
 
@@ -75,7 +60,7 @@ def test_a_recomputation_drops_what_its_forward_dropped(reentrant, calls, frozen
             return checkpoint(noted, x, use_reentrant=reentrant)
 
         with set_checkpoint_early_stop(False):
-            sum((y**2).sum() for y in calls(adapters, an_x(), run)).backward()
+            sum((y**2).sum() for y in calls(adapters, an_x(requires_grad=True), run)).backward()
         assert seen and all(len(one) == 2 and torch.equal(*one) for one in seen)
 
 
@@ -83,7 +68,7 @@ def test_a_recomputation_drops_what_its_forward_dropped(reentrant, calls, frozen
 def test_gradients_of_each_in_its_own_checkpoint_are_those_of_what_was_computed(reentrant):
     found = []
     for mode in ("always", "never"):
-        adapters, x = group(0.5), an_x()
+        adapters, x = attention(dropout=0.5), an_x(requires_grad=True)
         torch.manual_seed(3)
         with sharing(mode):
             sum((checkpoint(adapters[name], x, use_reentrant=reentrant) ** 2).sum() for name in "qkv").backward()
@@ -93,18 +78,16 @@ def test_gradients_of_each_in_its_own_checkpoint_are_those_of_what_was_computed(
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_a_frozen_one_beside_an_x_without_gradient_in_a_checkpoint(dropout):
-    adapters = group(dropout)
-    for parameter in adapters["k"].parameters():
-        parameter.requires_grad_(False)
+    adapters = attention(dropout=dropout)
+    freeze(adapters["k"])
     for _ in range(4):
-        checkpoint(lambda x: torch.cat([adapters[name](x) for name in "qkv"], -1), an_x(False), use_reentrant=False).sum().backward()
+        checkpoint(lambda x: torch.cat([adapters[name](x) for name in "qkv"], -1), an_x(), use_reentrant=False).sum().backward()
 
 
 def test_a_frozen_one_is_not_computed_with_others_in_vain(calls):
-    adapters = group(0.0)
-    for parameter in adapters["k"].parameters():
-        parameter.requires_grad_(False)
-    x = an_x(False)
+    adapters = attention(dropout=0.0)
+    freeze(adapters["k"])
+    x = an_x()
     outputs = [adapters[name](x) for name in "qkv"]
     assert calls == [2] and [y.requires_grad for y in outputs] == [True, False, True]
     with torch.no_grad():
@@ -113,12 +96,14 @@ def test_a_frozen_one_is_not_computed_with_others_in_vain(calls):
 
 
 def test_a_recomputation_takes_nothing_that_its_forward_left():
-    adapters = group(0.0)
-    checkpoint(lambda x: torch.cat([adapters[name](x) for name in "kqvq"], -1), an_x(), use_reentrant=False).sum().backward()
+    adapters = attention(dropout=0.0)
+    checkpoint(
+        lambda x: torch.cat([adapters[name](x) for name in "kqvq"], -1), an_x(requires_grad=True), use_reentrant=False
+    ).sum().backward()
 
 
 def test_outputs_that_wait_are_not_drawn_for_a_checkpoint():
-    adapters, x = group(0.5), an_x()
+    adapters, x = attention(dropout=0.5), an_x(requires_grad=True)
     seen = []
 
     def again(x):
@@ -132,10 +117,10 @@ def test_outputs_that_wait_are_not_drawn_for_a_checkpoint():
 
 @pytest.mark.parametrize("where", [contextlib.nullcontext, torch.no_grad], ids=["grad", "no_grad"])
 def test_what_a_group_remembers_does_not_grow_with_steps(where):
-    adapters = group(0.1)
+    adapters = attention(dropout=0.1)
     with where():
         for _ in range(20):
-            x = an_x()
+            x = an_x(requires_grad=True)
             outputs = [adapters[name](x) for name in "qkv"]
     assert len(outputs) == 3
     assert len(adapters["q"].shared[0]._classes) == 1

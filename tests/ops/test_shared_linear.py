@@ -78,10 +78,11 @@ def test_against_the_oracle(device, dtype, ranks, shape, masks):
 
 
 @pytest.mark.parametrize("ranks", [(8, 8, 8), (8, 8)], ids=str)
-def test_blocks_of_32_rows(device, ranks):
+@pytest.mark.parametrize("dropouts", [(0.0,) * 3, DROPOUTS[0]], ids=["kept", "dropped"])
+def test_blocks_of_32_rows(device, ranks, dropouts):
     if device == "cpu":
         pytest.skip("the CPU has no blocks")
-    layers = Layers(*SHAPES["rows of 32"], ranks, torch.bfloat16, device)
+    layers = Layers(*SHAPES["rows of 32"], ranks, torch.bfloat16, device, dropouts=dropouts)
     layers.check(layers.run(always=False))
 
 
@@ -98,14 +99,6 @@ def test_scalings_of_their_own(device, dtype, scalings, bias):
 def test_each_drops_its_own(device, dtype, ranks, dropouts, shape):
     layers = Layers(*SHAPES[shape], ranks, dtype, device, "soft" if shape == "spans" else "none", dropouts=dropouts)
     layers.check(layers.run())
-
-
-@pytest.mark.parametrize("ranks", [(8, 8, 8), (8, 8)], ids=str)
-def test_blocks_of_32_rows_that_drop(device, ranks):
-    if device == "cpu":
-        pytest.skip("the CPU has no blocks")
-    layers = Layers(*SHAPES["rows of 32"], ranks, torch.bfloat16, device, dropouts=DROPOUTS[0])
-    layers.check(layers.run(always=False))
 
 
 def test_an_rng_is_drawn_for_who_drops_alone(device):
